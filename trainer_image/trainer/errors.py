@@ -1,0 +1,33 @@
+"""The two ways a run ends badly, each reported as one line and an exit status."""
+
+
+class LiquidError(Exception):
+    """A failure with a message for the user; ends a command with status 1."""
+
+    exit_status = 1
+
+
+class UsageError(LiquidError):
+    """Settings or arguments that cannot work; ends a command with status 2."""
+
+    exit_status = 2
+
+
+class DataError(LiquidError):
+    """A data set or a prepared token stream that cannot be used."""
+
+
+class ModelError(LiquidError):
+    """A teacher or a student that cannot be loaded, or that do not fit together."""
+
+
+class CheckpointError(LiquidError):
+    """A checkpoint that is missing, damaged, hostile or of another shape."""
+
+
+class StorageError(LiquidError):
+    """A file or object that cannot be read or written."""
+
+
+class TrainingError(LiquidError):
+    """Training that cannot go on, for example after repeated non-finite gradients."""
