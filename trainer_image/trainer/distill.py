@@ -73,8 +73,9 @@ def distill_loss(
         teacher_bias: ``[V_t]``, the bias of the teacher's head where it has one.
         chunk_elements: bound on tokens × vocabulary per chunk.
 
-    Products are computed in the dtype of the operands (bf16 on a GPU), everything after them in
-    fp32. The gradient is computed in the forward pass, so memory does not grow with ``N``.
+    Products are computed in the dtype of the hidden states (bf16 on a GPU; a head of another dtype
+    is cast once), everything after them in fp32 or better. The gradients, each in the dtype of
+    what it belongs to, are computed in the forward pass, so memory does not grow with ``N``.
 
     Raises:
         ValueError: shapes that do not agree, or no teacher although ``alpha`` > 0.
@@ -201,6 +202,9 @@ class _ChunkedLoss(torch.autograd.Function):
         tokens, vocabulary = student_hidden.shape[0], student_head.shape[0]
         # Accumulate over chunks in fp32 or better, whatever the operands are
         wide = torch.promote_types(student_hidden.dtype, torch.float32)
+        head = student_head.to(student_hidden.dtype)
+        if teacher_hidden is not None and teacher_head is not None:
+            teacher_head = teacher_head.to(teacher_hidden.dtype)
         need_hidden, need_head = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(student_hidden) if need_hidden else None
         grad_head = torch.zeros_like(student_head, dtype=wide) if need_head else None
@@ -213,13 +217,13 @@ class _ChunkedLoss(torch.autograd.Function):
             if teacher_hidden is not None and teacher_head is not None:
                 teacher_logits = F.linear(teacher_hidden[part], teacher_head, teacher_bias).to(wide)
             ce, kd, grad = loss_and_logit_grad(
-                F.linear(hidden, student_head).to(wide), teacher_logits, labels[part], mix
+                F.linear(hidden, head).to(wide), teacher_logits, labels[part], mix
             )
             ce_sum += 0.0 if ce is None else ce
             kd_sum += 0.0 if kd is None else kd
-            grad = grad.div_(tokens).to(student_head.dtype)
+            grad = grad.div_(tokens).to(head.dtype)
             if grad_hidden is not None:
-                grad_hidden[part] = grad @ student_head
+                grad_hidden[part] = grad @ head
             if grad_head is not None:
                 grad_head += (grad.T @ hidden).to(wide)
         ctx.save_for_backward(

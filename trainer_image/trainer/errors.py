@@ -31,3 +31,12 @@ class StorageError(LiquidError):
 
 class TrainingError(LiquidError):
     """Training that cannot go on, for example after repeated non-finite gradients."""
+
+
+class Preempted(LiquidError):
+    """A signal stopped the run after its state was saved; the platform should start it again."""
+
+    def __init__(self, message: str, signal_name: str = "SIGTERM") -> None:
+        super().__init__(message)
+        # The shell's convention for a process ended by a signal
+        self.exit_status = 128 + (2 if signal_name == "SIGINT" else 15)

@@ -1,0 +1,513 @@
+"""The checkpoint format: names, payload, metadata, sidecars, retention. Nothing else knows them.
+
+A checkpoint is a file that ``torch.load(weights_only=True)`` reads, holding ``model``,
+``optimizer``, ``scheduler``, ``step``, ``trainer_state`` and ``meta``. Beside it lies a sidecar,
+``{name}.meta.json``: the same metadata with the file's size and CRC32C, so that checkpoints can be
+compared and trusted without reading any weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.config import TrainConfig
+from trainer.errors import CheckpointError
+from trainer.storage import atomic_write, crc32c_of
+from trainer.student import StudentConfig, expected_shapes, student_config_from_weights
+
+FORMAT_VERSION = 1
+BEST, FINAL = "best.pt", "final.pt"
+SIDECAR_SUFFIX = ".meta.json"
+SIDECAR_LIMIT = 1 << 20
+"""Bytes; a larger sidecar is not one of ours."""
+KEEP_BEST, KEEP_STEP, KEEP_TIME_SECONDS = 3, 5, 4 * 3600
+TIME_EVERY_SECONDS = 30 * 60
+
+_STEP_NAME = re.compile(r"ckpt_step_(\d+)\.pt")
+_BEST_NAME = re.compile(r"ckpt_best_step(\d+)_vl[-+.\dnaif]+\.pt")
+_TIME_NAME = re.compile(r"ckpt_time_(\d+)\.pt")
+
+
+# ── names and retention ───────────────────────────────────────────────────────────────────────
+
+
+def step_name(step: int) -> str:
+    """Name of the snapshot after ``step`` updates."""
+    return f"ckpt_step_{step}.pt"
+
+
+def best_name(step: int, loss: float) -> str:
+    """Name of the snapshot that was the best when it was taken; the loss is in nats."""
+    return f"ckpt_best_step{step}_vl{loss:.4f}.pt"
+
+
+def time_name(unix: float) -> str:
+    """Name of the snapshot taken at a time, in whole seconds since 1970."""
+    return f"ckpt_time_{int(unix)}.pt"
+
+
+def sidecar_name(name: str) -> str:
+    """Name of a checkpoint's sidecar."""
+    return name + SIDECAR_SUFFIX
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a file of this name is one of the checkpoints a run writes."""
+    patterns = (_STEP_NAME, _BEST_NAME, _TIME_NAME)
+    return name in (BEST, FINAL) or any(pattern.fullmatch(name) for pattern in patterns)
+
+
+def outdated(names: Iterable[str]) -> list[str]:
+    """The checkpoints that retention gives up, of those listed.
+
+    Kept are the last 3 ``ckpt_best_*``, the last 5 ``ckpt_step_*``, and ``ckpt_time_*`` of the 4
+    hours before the newest of them, so that a wrong clock cannot drop everything.
+    """
+    found: dict[re.Pattern[str], list[tuple[int, str]]] = {}
+    for name in names:
+        for pattern in (_STEP_NAME, _BEST_NAME, _TIME_NAME):
+            if match := pattern.fullmatch(name):
+                found.setdefault(pattern, []).append((int(match[1]), name))
+    drop: list[str] = []
+    for pattern, entries in found.items():
+        entries.sort()
+        if pattern is _TIME_NAME:
+            drop += [name for at, name in entries if at < entries[-1][0] - KEEP_TIME_SECONDS]
+        else:
+            drop += [
+                name for _, name in entries[: -(KEEP_STEP if pattern is _STEP_NAME else KEEP_BEST)]
+            ]
+    return drop
+
+
+# ── metadata ──────────────────────────────────────────────────────────────────────────────────
+
+
+def build_meta(
+    config: TrainConfig,
+    student: StudentConfig,
+    *,
+    step: int,
+    trained_positions: int,
+    metrics: Mapping[str, float],
+    metrics_step: int,
+    origin: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The metadata of a checkpoint taken after ``step`` updates.
+
+    ``metrics`` are those of the last evaluation, which was after ``metrics_step`` updates.
+
+    ``settings`` holds everything that defines the run, so that the same run can go on and another
+    one is told apart; the fields beside it are the format's.
+    """
+    from trainer.schedules import learning_rate
+
+    alpha, temperature = config.schedule_alpha, config.schedule_T
+    last = max(step - 1, 0)
+    return {
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "block_size": config.block_size,
+        "kd_alpha": alpha.at(last),
+        "kd_temperature": temperature.at(last),
+        "alpha_schedule": config.alpha_schedule,
+        "temp_schedule": config.temp_schedule,
+        "pending_schedules": {"alpha": alpha.pending(last), "T": temperature.pending(last)},
+        "grad_accum": config.grad_accum,
+        "micro_batch": config.micro_batch,
+        "global_batch": config.global_batch,
+        "warmup_steps": config.warmup_steps,
+        "train_steps": config.train_steps,
+        "lr": learning_rate(
+            last,
+            peak=config.peak_lr,
+            warmup_steps=config.warmup_steps,
+            train_steps=config.train_steps,
+        ),
+        "lr_peak": config.peak_lr,
+        "pos_embedding": {
+            "type": student.pos_embedding,
+            "num_embeddings": student.positions,
+            "embedding_dim": student.d_model,
+            "trained_positions": trained_positions,
+        },
+        "rope_scale": student.rope_scale,
+        "eval_ctx_lens": list(config.contexts),
+        "metrics": dict(metrics),
+        "metrics_step": metrics_step,
+        "save_best_on": config.save_best_on,
+        "model": student.as_dict(),
+        "tokenizer": config.teacher_name,
+        "teacher_name": config.teacher_name,
+        "dataset": {
+            "name": config.dataset_name,
+            "config": config.dataset_config,
+            "revision": config.dataset_revision,
+        },
+        "seed": config.seed,
+        "settings": config.run_settings(),
+        "origin": dict(origin or {}),
+    }
+
+
+_SETTING_OF_META = {
+    "kd_alpha": "alpha",
+    "kd_temperature": "T",
+    "alpha_schedule": "alpha_schedule",
+    "temp_schedule": "temp_schedule",
+    "grad_accum": "grad_accum",
+    "global_batch": "global_batch",
+    "warmup_steps": "warmup_steps",
+    "train_steps": "train_steps",
+    "lr_peak": "lr_peak",
+    "rope_scale": "rope_scale",
+    "eval_ctx_lens": "eval_ctx_lens",
+    "seed": "seed",
+}
+
+
+def settings_from_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a checkpoint's metadata gives to a new phase.
+
+    Raises:
+        CheckpointError: a value is not one that the setting can take.
+    """
+    from trainer.config import parse_value
+    from trainer.errors import UsageError
+
+    values: dict[str, Any] = {}
+    for key, name in _SETTING_OF_META.items():
+        if meta.get(key) in (None, "", []):
+            continue
+        try:
+            values[name] = parse_value(name, meta[key])
+        except UsageError as error:
+            raise CheckpointError(f"checkpoint metadata {key!r}: {error}") from None
+    if "global_batch" in values:
+        # Says the same whatever the number of processes or the micro-batch
+        values.pop("grad_accum", None)
+    model = meta.get("model")
+    for key in ("n_heads", "dropout"):
+        if isinstance(model, dict) and isinstance(model.get(key), int | float):
+            values[key] = model[key]
+    return values
+
+
+def run_settings_of(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that define the run a checkpoint belongs to.
+
+    Raises:
+        CheckpointError: the metadata has none, so that it is not one of this program's runs.
+    """
+    from trainer.config import SETTINGS, parse_value
+
+    settings = meta.get("settings")
+    if not isinstance(settings, dict):
+        raise CheckpointError("the checkpoint does not say which settings its run had")
+    return {
+        name: parse_value(name, value)
+        for name, value in settings.items()
+        if name in SETTINGS and value is not None and value != []
+    }
+
+
+# ── sidecars ──────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """A checkpoint's metadata with the size and checksum of its file."""
+
+    name: str
+    size: int
+    crc32c: str
+    """Base64 of the big-endian CRC32C, as Cloud Storage gives it."""
+    meta: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Updates done when the checkpoint was taken."""
+        return int(self.meta["step"])
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last evaluation before it."""
+        return self.meta["metrics"]
+
+    def dump(self) -> bytes:
+        """The JSON text."""
+        content = {"file": self.name, "size": self.size, "crc32c": self.crc32c, **self.meta}
+        return json.dumps(content, indent=2, allow_nan=True).encode()
+
+    @classmethod
+    def parse(cls, data: bytes, name: str) -> Sidecar:
+        """Read a sidecar.
+
+        Raises:
+            CheckpointError: it is not JSON, or a field is missing or of the wrong type.
+        """
+        try:
+            content = json.loads(data)
+        except (ValueError, RecursionError):
+            raise CheckpointError(f"sidecar of {name} is not JSON; delete it or the pair") from None
+        kinds = {"size": int, "crc32c": str, "step": int, "metrics": dict}
+        for key, kind in kinds.items():
+            value = content.get(key) if isinstance(content, dict) else None
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise CheckpointError(f"sidecar of {name} has no valid {key!r}: {value!r}")
+        if not all(isinstance(v, int | float) for v in content["metrics"].values()):
+            raise CheckpointError(f"sidecar of {name} has metrics that are not numbers")
+        if content["step"] < 0 or content["size"] < 0:
+            raise CheckpointError(f"sidecar of {name} has a negative step or size")
+        meta = {k: v for k, v in content.items() if k not in ("file", "size", "crc32c")}
+        return cls(name, content["size"], content["crc32c"], meta)
+
+
+def verify_file(path: Path, sidecar: Sidecar) -> None:
+    """Check a checkpoint file against its sidecar.
+
+    Raises:
+        CheckpointError: size or checksum differ.
+    """
+    size = path.stat().st_size
+    if size != sidecar.size:
+        raise CheckpointError(
+            f"{sidecar.name} has {size} bytes, but its sidecar says {sidecar.size}: it was"
+            " cut short or belongs to another sidecar"
+        )
+    found = crc32c_of(path)
+    if found != sidecar.crc32c:
+        raise CheckpointError(
+            f"{sidecar.name} has checksum {found}, but its sidecar says {sidecar.crc32c}"
+        )
+
+
+# ── payload ───────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Snapshot:
+    """A checkpoint's payload, in memory on the CPU, and independent of later updates."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any] | None
+    scheduler: dict[str, Any]
+    step: int
+    trainer_state: dict[str, Any]
+    meta: dict[str, Any]
+
+    def payload(self) -> dict[str, Any]:
+        """What `torch.save` writes."""
+        return {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "step": self.step,
+            "trainer_state": self.trainer_state,
+            "meta": self.meta,
+        }
+
+    def write(self, path: Path, name: str | None = None) -> Sidecar:
+        """Write the file, then its sidecar, each atomically; returns the sidecar.
+
+        Raises:
+            StorageError: the disk is full, or the directory cannot be written.
+        """
+        with atomic_write(path) as file:
+            torch.save(self.payload(), file)
+        sidecar = Sidecar(name or path.name, path.stat().st_size, crc32c_of(path), self.meta)
+        with atomic_write(path.with_name(sidecar_name(path.name))) as file:
+            file.write(sidecar.dump())
+        return sidecar
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint as read: ours, one of the base package, or a bare state dict."""
+
+    source: str
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any] | None = None
+    step: int = 0
+    trainer_state: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def student_config(
+        self, *, n_heads: int, rope_scale: float = 1.0, dropout: float = 0.0
+    ) -> StudentConfig:
+        """The student's shapes from the weights, checked strictly.
+
+        Raises:
+            CheckpointError: a parameter is missing, unknown or of another shape.
+        """
+        config = student_config_from_weights(
+            self.weights, n_heads=n_heads, rope_scale=rope_scale, dropout=dropout
+        )
+        expected = expected_shapes(config)
+        found = {name: tuple(tensor.shape) for name, tensor in self.weights.items()}
+        for name in [*expected, *found]:
+            if expected.get(name) != found.get(name):
+                raise CheckpointError(
+                    f"{self.source}: {name} has shape {_shape(found.get(name))}, but the student"
+                    f" needs {_shape(expected.get(name))}"
+                )
+        return config
+
+    def trained_positions(self) -> int | None:
+        """How many rows of the position table were trained; None where nothing tells.
+
+        Metadata says it. Else AdamW's second moment does: a row that no batch ever used has had
+        a gradient of exactly zero, so its moment is zero.
+        """
+        table = self.weights.get("pos.weight")
+        if table is None:
+            return None
+        described = self.meta.get("pos_embedding")
+        said = described.get("trained_positions") if isinstance(described, dict) else None
+        if isinstance(said, int) and 1 <= said <= table.shape[0]:
+            return said
+        moments = self.optimizer_by_name().get("pos.weight", {})
+        second = moments.get("exp_avg_sq")
+        if not isinstance(second, Tensor) or second.shape != table.shape:
+            return None
+        used = second.abs().sum(dim=1).nonzero()
+        return int(used[-1]) + 1 if len(used) else None
+
+    def optimizer_by_name(self) -> dict[str, dict[str, Any]]:
+        """AdamW's state by parameter name; empty where the checkpoint has none.
+
+        The base package keeps one group over all parameters in module order; ours names them.
+
+        Raises:
+            CheckpointError: the state does not fit the parameters.
+        """
+        if not self.optimizer:
+            return {}
+        state, groups = self.optimizer.get("state"), self.optimizer.get("param_groups")
+        if not isinstance(state, dict) or not isinstance(groups, list):
+            raise CheckpointError(
+                f"{self.source}: the optimizer state has no state and param_groups"
+            )
+        names = self.trainer_state.get("optimizer_names") or list(self.weights)
+        indices = [index for group in groups for index in group.get("params", [])]
+        if sorted(indices) != list(range(len(names))):
+            raise CheckpointError(
+                f"{self.source}: optimizer state over {len(indices)} parameters for a student of"
+                f" {len(names)}"
+            )
+        return {names[index]: entry for index, entry in state.items()}
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "none (it is absent)" if shape is None else str(list(shape))
+
+
+def read_checkpoint(path: Path, source: str | None = None) -> Checkpoint:
+    """Read a checkpoint file without running any code it may carry.
+
+    Raises:
+        CheckpointError: it is truncated, not a checkpoint, carries code, claims more memory than
+            it has bytes, or holds weights that are not finite.
+    """
+    source = source or str(path)
+    _check_archive(path, source)
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        detail = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it refers to {detail[1]}" if detail else "it holds more than tensors and numbers"
+        raise CheckpointError(f"{source} is refused: {what}, which could run code") from None
+    except (
+        RuntimeError,
+        ValueError,
+        KeyError,
+        EOFError,
+        TypeError,
+        IndexError,
+        AttributeError,
+        OSError,
+    ) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{source} cannot be read as a checkpoint: {first}") from None
+    return _interpret(payload, source)
+
+
+def _check_archive(path: Path, source: str) -> None:
+    """Refuse archives that unpack to more than they hold before anything is unpacked."""
+    try:
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except FileNotFoundError:
+        raise CheckpointError(f"{source} does not exist") from None
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{source} is not a checkpoint of torch.save, or it was cut short: {error}"
+        ) from None
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise CheckpointError(
+            f"{source} is refused: it is a compressed archive, torch.save's are not"
+        )
+    unpacked = sum(entry.file_size for entry in entries)
+    if unpacked > size:
+        raise CheckpointError(
+            f"{source} is refused: it claims {unpacked} bytes of content in {size} bytes of file"
+        )
+
+
+def _interpret(payload: Any, source: str) -> Checkpoint:
+    """Tell our layout, the base package's and a bare state dict apart, and check the types."""
+    if not isinstance(payload, dict) or not payload:
+        raise CheckpointError(f"{source} holds a {type(payload).__name__}, not a checkpoint's dict")
+    bare = all(isinstance(value, Tensor) for value in payload.values())
+    weights = payload if bare else payload.get("model")
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
+    ):
+        raise CheckpointError(f"{source} has no 'model' with named tensors")
+    _check_weights(weights, source)
+    if bare:
+        return Checkpoint(source, dict(weights))
+    step, meta, state = payload.get("step", 0), payload.get("meta"), payload.get("trainer_state")
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise CheckpointError(f"{source} has step {step!r}, which is not a number of updates")
+    optimizer = payload.get("optimizer")
+    for name, value in (("meta", meta), ("trainer_state", state), ("optimizer", optimizer)):
+        if value is not None and not isinstance(value, dict):
+            raise CheckpointError(f"{source} has a {name} that is a {type(value).__name__}")
+    if meta and "step" in meta and meta["step"] != step:
+        raise CheckpointError(
+            f"{source} contradicts itself: step {step}, in its metadata {meta['step']}"
+        )
+    return Checkpoint(source, dict(weights), optimizer, step, dict(state or {}), dict(meta or {}))
+
+
+def _check_weights(weights: Mapping[str, Tensor], source: str) -> None:
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() or tensor.is_sparse or tensor.is_quantized:
+            raise CheckpointError(
+                f"{source}: {name} is a {tensor.dtype} tensor, not a dense float one"
+            )
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise CheckpointError(f"{source}: {name} claims more elements than it holds")
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{source}: {name} has values that are not finite")
+
+
+def metric_of(meta: Mapping[str, Any], key: str) -> float:
+    """A metric from metadata, infinity where it is absent or not a number."""
+    value = (meta.get("metrics") or {}).get(key)
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return math.inf

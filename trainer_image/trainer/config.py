@@ -1,0 +1,548 @@
+"""The one list of settings: names, defaults, units, help texts and checks.
+
+Every field of `TrainConfig` is a flag of the command line and a key of the ``--config`` YAML. A
+setting's value comes from the first of these that gives it: the command line, the YAML, the
+metadata of the checkpoint that the run starts from, the default. `resolve` applies that order and
+records which one it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import os
+import sys
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from trainer.dates import expand_dates
+from trainer.errors import UsageError
+from trainer.schedules import ALPHA_RANGE, TEMPERATURE_RANGE, StepSchedule
+
+COMMAND_LINE, CONFIG_FILE, CHECKPOINT, DEFAULT = (
+    "command line",
+    "--config",
+    "checkpoint",
+    "default",
+)
+REQUIRED = ("block_size", "teacher_name", "dataset_name")
+
+
+def _contexts(text: str) -> tuple[int, ...]:
+    lengths: list[int] = []
+    for piece in text.split(","):
+        if not piece.strip().isdecimal() or int(piece) == 0:
+            raise UsageError(
+                f"--eval_ctx_lens={text!r}: {piece.strip()!r} is not a positive whole number of"
+                " tokens; write for example 512,1024"
+            )
+        lengths.append(int(piece))
+    return tuple(sorted(set(lengths)))
+
+
+def _betas(text: str) -> tuple[float, float]:
+    try:
+        first, second = (float(piece) for piece in text.replace(",", " ").split())
+    except ValueError:
+        raise UsageError(
+            f"--betas={text!r}: two numbers are needed, for example 0.9 0.95"
+        ) from None
+    return first, second
+
+
+def _boolean(text: str) -> bool:
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.strip().lower() not in values:
+        raise ValueError("true or false is needed")
+    return values[text.strip().lower()]
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    parse: Callable[[str], Any] | None = None,
+    secret: bool = False,
+    defines_run: bool = True,
+) -> Any:
+    """A dataclass field with what the command line needs to know of it.
+
+    Args:
+        default: the value when nothing gives one.
+        help: one line, with the unit.
+        choices: the only values allowed.
+        parse: from text to value, where the type alone does not tell.
+        secret: never shown.
+        defines_run: False for settings that do not change what is computed (paths, intervals,
+            credentials); the others must stay the same for a run to go on from its own snapshots.
+    """
+    return field(
+        default=default,
+        metadata={
+            "help": help,
+            "choices": choices,
+            "parse": parse,
+            "secret": secret,
+            "defines_run": defines_run and not secret,
+        },
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every setting of a training run. Construction checks the values.
+
+    Raises:
+        UsageError: naming the setting, its value and what is allowed.
+    """
+
+    # What is trained on what
+    teacher_name: str | None = setting(
+        None, "teacher: a Hugging Face causal LM by hub name or local directory (required)"
+    )
+    dataset_name: str | None = setting(
+        None,
+        "data set: hub name, or a local directory or file of text, json or parquet (required"
+        " unless --tokens_dir is given)",
+    )
+    dataset_config: str | None = setting(
+        None, "configuration of the data set, e.g. wikitext-103-v1"
+    )
+    dataset_revision: str | None = setting(
+        None, "revision of a hub data set (commit, tag or branch)"
+    )
+    text_column: str = setting("text", "column of the data set that holds the text")
+    block_size: int | None = setting(None, "training context in tokens (required)")
+    resume_gcs_uri: str | None = setting(
+        None,
+        "checkpoint to start from, gs:// or local; it starts a new phase",
+        defines_run=False,
+    )
+
+    # Annealing
+    alpha: float = setting(0.5, "weight of the distillation term before the schedule's first entry")
+    T: float = setting(1.0, "distillation temperature before the schedule's first entry")
+    alpha_schedule: str = setting("", "alpha by update, e.g. 0:0.7,400:0.5")
+    temp_schedule: str = setting("", "temperature by update, e.g. 0:1.2,800:1.0")
+    kd_scheme: str = setting(
+        "forward_kl",
+        "divergence between teacher and student",
+        choices=("forward_kl", "reverse_kl", "jsd"),
+    )
+    eval_ctx_lens: tuple[int, ...] = setting(
+        (),
+        "contexts to evaluate at, in tokens, e.g. 512,1024; the training context always is",
+        parse=_contexts,
+        defines_run=False,
+    )
+    reset_optim_on_ctx_change: bool = setting(
+        False,
+        "when --block_size differs from the checkpoint's, start at step 0 with a new optimizer",
+    )
+
+    # Student
+    d_model: int = setting(768, "width of the student")
+    n_layers: int = setting(10, "transformer blocks of the student")
+    n_heads: int = setting(12, "attention heads of the student")
+    dropout: float = setting(0.0, "dropout probability")
+    pos_embedding: str = setting(
+        "absolute", "learned position table or rotary positions", choices=("absolute", "rotary")
+    )
+    pos_resize: str = setting(
+        "linear",
+        "how a learned position table is stretched to a longer context",
+        choices=("linear", "copy"),
+    )
+    rope_scale: float = setting(1.0, "divides the positions of a rotary student")
+    trained_positions: int | None = setting(
+        None,
+        "rows of the checkpoint's position table that were trained, where its metadata and its"
+        " optimizer state do not tell",
+    )
+
+    # Optimization
+    train_steps: int = setting(10_000, "optimizer updates; 0 loads, prints the settings and exits")
+    global_batch: int = setting(64, "windows per update over all processes")
+    micro_batch: int = setting(8, "windows per forward pass of one process", defines_run=False)
+    grad_accum: int | None = setting(
+        None,
+        "micro-batches per update; wins over --global_batch (default: global_batch / (micro_batch"
+        " x processes))",
+        defines_run=False,
+    )
+    lr: float = setting(3e-4, "peak learning rate")
+    lr_peak: float | None = setting(None, "peak learning rate; wins over --lr")
+    warmup_steps: int = setting(2000, "updates of linear warmup")
+    weight_decay: float = setting(0.1, "AdamW weight decay, on matrices only")
+    betas: tuple[float, float] = setting((0.9, 0.95), "AdamW betas", parse=_betas)
+    eps: float = setting(1e-8, "AdamW epsilon")
+    grad_clip: float = setting(1.0, "largest gradient norm; larger ones are scaled down to it")
+    max_nonfinite: int = setting(
+        10, "updates in a row skipped for a non-finite gradient before the run gives up"
+    )
+    seed: int = setting(42, "seed of initialization, shuffling and dropout")
+
+    # Precision
+    bf16: bool = setting(False, "compute in bfloat16 (default: bf16 where the GPU has it)")
+    fp16: bool = setting(False, "compute in float16 with loss scaling (default on older GPUs)")
+    fp32: bool = setting(False, "compute in float32 (default on the CPU)")
+    teacher_precision: str = setting(
+        "auto",
+        "precision of the teacher; auto is the student's compute precision",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+
+    # Evaluation, logging and checkpoints
+    eval_every: int = setting(500, "updates between evaluations", defines_run=False)
+    eval_max_tokens: int = setting(
+        0, "tokens of the validation split to evaluate on; 0 is all of it"
+    )
+    save_every: int = setting(1000, "updates between snapshots", defines_run=False)
+    save_best_on: str = setting(
+        "val_loss_student", "metric that decides the best checkpoint; lower is better"
+    )
+    log_interval: int = setting(50, "updates between log lines", defines_run=False)
+
+    # Places
+    config: str | None = setting(None, "YAML file with any of these settings", defines_run=False)
+    output_gcs_uri: str | None = setting(
+        None,
+        "where checkpoints go, gs:// or local; $(date +FORMAT) is expanded (default: the work"
+        " directory)",
+        defines_run=False,
+    )
+    local_workdir: str = setting("/tmp/liquid_work", "scratch directory", defines_run=False)  # noqa: S108
+    cache_dir: str = setting(
+        "~/.cache/liquid_annealing", "where tokenized data sets are kept", defines_run=False
+    )
+    tokens_dir: str | None = setting(
+        None,
+        "token streams written by trainer.prepare_tokens, gs:// or local, in place of a data set",
+        defines_run=False,
+    )
+
+    # Hugging Face token, in the order of trying (after HF_TOKEN in the environment)
+    hf_token_value: str | None = setting(None, "Hugging Face token itself", secret=True)
+    hf_token_file: str | None = setting(
+        None, "file that holds the Hugging Face token", defines_run=False
+    )
+    hf_token_gcs_uri: str | None = setting(
+        None, "object that holds the Hugging Face token, gs:// or local", defines_run=False
+    )
+    hf_secret_name: str | None = setting(
+        None,
+        "Secret Manager secret with the Hugging Face token: projects/P/secrets/S[/versions/V]",
+        defines_run=False,
+    )
+
+    def __post_init__(self) -> None:
+        self.schedule_alpha, self.schedule_T  # noqa: B018 - parsed now, so that errors come early
+        self._check_ranges()
+        chosen = [name for name in ("fp16", "bf16", "fp32") if getattr(self, name)]
+        if len(chosen) > 1:
+            flags = " and ".join(f"--{name}" for name in chosen)
+            raise UsageError(
+                f"{flags} exclude each other; give one, or none for the best available"
+            )
+        if self.d_model % self.n_heads:
+            raise UsageError(
+                f"--d_model={self.d_model} is not divisible by --n_heads={self.n_heads}"
+            )
+        if self.pos_embedding == "rotary" and self.d_model // self.n_heads % 2:
+            raise UsageError(
+                f"rotary positions need an even head width, not {self.d_model}/{self.n_heads} ="
+                f" {self.d_model // self.n_heads}; change --d_model or --n_heads"
+            )
+
+    def _check_ranges(self) -> None:
+        for names, low, unit in (
+            (("block_size", "d_model", "n_layers", "n_heads", "global_batch"), 1, ""),
+            (("micro_batch", "grad_accum", "trained_positions", "max_nonfinite"), 1, ""),
+            (("eval_every", "save_every", "log_interval"), 1, " updates"),
+            (("train_steps", "warmup_steps"), 0, " updates"),
+            (("eval_max_tokens", "weight_decay", "seed"), 0, ""),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and (value < low or not math.isfinite(value)):
+                    raise UsageError(f"--{name}={value} must be at least {low}{unit}")
+        for name in ("lr", "lr_peak", "eps", "grad_clip", "rope_scale"):
+            value = getattr(self, name)
+            if value is not None and not (0.0 < value < math.inf):
+                raise UsageError(f"--{name}={value:g} must be above 0")
+        if self.alpha not in ALPHA_RANGE:
+            raise UsageError(f"--alpha={self.alpha:g} must be {ALPHA_RANGE}")
+        if self.T not in TEMPERATURE_RANGE:
+            raise UsageError(f"--T={self.T:g} must be {TEMPERATURE_RANGE}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UsageError(f"--dropout={self.dropout:g} must be at least 0 and below 1")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise UsageError(f"--betas={self.betas}: both must be at least 0 and below 1")
+
+    @property
+    def schedule_alpha(self) -> StepSchedule:
+        """The weight of the distillation term by update."""
+        return StepSchedule.parse(
+            self.alpha_schedule, self.alpha, name="alpha_schedule", allowed=ALPHA_RANGE
+        )
+
+    @property
+    def schedule_T(self) -> StepSchedule:
+        """The distillation temperature by update."""
+        return StepSchedule.parse(
+            self.temp_schedule, self.T, name="temp_schedule", allowed=TEMPERATURE_RANGE
+        )
+
+    @property
+    def peak_lr(self) -> float:
+        """``lr_peak`` where given, else ``lr``."""
+        return self.lr if self.lr_peak is None else self.lr_peak
+
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        """Every context that is evaluated, ascending, the training context among them."""
+        return tuple(sorted({*self.eval_ctx_lens, self.context}))
+
+    @property
+    def context(self) -> int:
+        """The training context in tokens."""
+        assert self.block_size is not None, "require() was not called"
+        return self.block_size
+
+    @property
+    def teacher(self) -> str:
+        """The teacher's name or directory."""
+        assert self.teacher_name is not None, "require() was not called"
+        return self.teacher_name
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any update of the schedule has alpha above 0."""
+        return any(value > 0.0 for value in self.schedule_alpha.values())
+
+    @property
+    def uri(self) -> str:
+        """Where the run's checkpoints live."""
+        return self.output_gcs_uri or self.local_workdir
+
+    def require(self, *names: str) -> TrainConfig:
+        """Itself, if every setting named has a value.
+
+        Raises:
+            UsageError: naming all that are missing at once.
+        """
+        missing = [name for name in names if getattr(self, name) is None]
+        if self.tokens_dir and "dataset_name" in missing:
+            missing.remove("dataset_name")
+        if missing:
+            raise UsageError(
+                f"missing: {', '.join('--' + name for name in missing)}; give"
+                f" {'them' if len(missing) > 1 else 'it'} on the command line or in --config"
+            )
+        return self
+
+    def run_settings(self) -> dict[str, Any]:
+        """The settings that define what a run computes, as JSON types."""
+        return {
+            spec.name: list(value) if isinstance(value, tuple) else value
+            for spec in fields(self)
+            if spec.metadata["defines_run"]
+            for value in [getattr(self, spec.name)]
+        }
+
+
+SETTINGS = {spec.name: spec for spec in fields(TrainConfig)}
+_TYPES = typing.get_type_hints(TrainConfig)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration, and for every setting which layer gave it."""
+
+    config: TrainConfig
+    sources: Mapping[str, str]
+
+    def given(self, name: str) -> bool:
+        """Whether the user gave the setting, on the command line or in the YAML."""
+        return self.sources[name] in (COMMAND_LINE, CONFIG_FILE)
+
+    def lines(self) -> Iterable[str]:
+        """``name = value (source)`` for every setting; secrets are not shown."""
+        for name, spec in SETTINGS.items():
+            value = getattr(self.config, name)
+            shown = "***" if spec.metadata["secret"] and value is not None else repr(value)
+            yield f"{name} = {shown} ({self.sources[name]})"
+
+
+def parse_value(name: str, value: Any) -> Any:
+    """A setting's value from text (command line) or from a YAML scalar or list.
+
+    Raises:
+        UsageError: the value is not of the setting's type or not one of its choices.
+    """
+    spec, kind = SETTINGS[name], _TYPES[name]
+    options = [option for option in typing.get_args(kind) if option is not type(None)]
+    if typing.get_origin(kind) is not tuple and options:
+        kind = options[0]
+    if isinstance(value, dict) or (isinstance(value, list) and not spec.metadata["parse"]):
+        raise UsageError(f"--{name}={value!r}: one value is needed, not a {type(value).__name__}")
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    parse = spec.metadata["parse"] or (_boolean if kind is bool else kind)
+    try:
+        parsed = parse(text)
+    except ValueError as error:
+        wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, error)
+        shown = "***" if spec.metadata["secret"] else repr(text)
+        raise UsageError(f"--{name}={shown}: {wanted} is needed") from None
+    choices = spec.metadata["choices"]
+    if choices and parsed not in choices:
+        near = difflib.get_close_matches(text, choices, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(f"--{name}={text!r}: choose one of {', '.join(choices)}{hint}")
+    return parsed
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """argparse, with errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see --help)")
+
+
+def build_parser(
+    prog: str, description: str, *, only: Iterable[str] | None = None
+) -> argparse.ArgumentParser:
+    """A parser with one flag per setting (``only`` those named), defaults left out.
+
+    A flag that is not given is absent from the namespace, so that the layers can be told apart.
+    """
+    parser = _OneLineParser(
+        prog=prog,
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for name in SETTINGS if only is None else only:
+        spec = SETTINGS[name]
+        default = spec.default
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        suffix = "" if default in (None, "", ()) or default is False else f" [{shown}]"
+        choices = spec.metadata["choices"]
+        options: dict[str, Any] = {"metavar": "|".join(choices) if choices else name.upper()}
+        if _TYPES[name] is bool:
+            options = {"metavar": "BOOL", "nargs": "?", "const": "true"}
+        elif name == "betas":
+            options = {"metavar": "BETA", "nargs": "+"}
+        text = (spec.metadata["help"] + suffix).replace("%", "%%")
+        parser.add_argument(f"--{name}", help=text, **options)
+    return parser
+
+
+def settings_from_args(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the command line gave, parsed."""
+    return {
+        name: parse_value(name, value) for name, value in vars(args).items() if name in SETTINGS
+    }
+
+
+def settings_from_yaml(path: str) -> dict[str, Any]:
+    """The settings of a ``--config`` file; null leaves a setting to the next layer.
+
+    Raises:
+        UsageError: the file cannot be read, is not a mapping, or has an unknown key.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config={path!r} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        raise UsageError(f"--config={path!r} is not valid YAML{where}: {problem}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UsageError(f"--config={path!r} must hold 'setting: value' lines")
+    for key in content:
+        if key not in SETTINGS or key == "config":
+            near = difflib.get_close_matches(str(key), SETTINGS, 1, cutoff=0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"--config={path!r}: unknown setting {key!r}{hint}")
+    return {name: parse_value(name, value) for name, value in content.items() if value is not None}
+
+
+def resolve(
+    command_line: Mapping[str, Any],
+    config_file: Mapping[str, Any],
+    checkpoint: Mapping[str, Any] | None = None,
+) -> Resolved:
+    """Merge the layers: command line over YAML over checkpoint metadata over default.
+
+    Raises:
+        UsageError: the merged values do not work.
+    """
+    values: dict[str, Any] = {}
+    sources = dict.fromkeys(SETTINGS, DEFAULT)
+    for source, layer in (
+        (CHECKPOINT, checkpoint or {}),
+        (CONFIG_FILE, config_file),
+        (COMMAND_LINE, command_line),
+    ):
+        for name, value in layer.items():
+            values[name], sources[name] = value, source
+        # One quantity under two names: the layer that gives either decides both
+        for name, rival in (("grad_accum", "global_batch"), ("lr_peak", "lr")):
+            if rival in layer and name not in layer and sources[name] != DEFAULT:
+                values.pop(name, None)
+                sources[name] = DEFAULT
+    for name in ("output_gcs_uri", "local_workdir"):
+        if values.get(name):
+            values[name] = expand_dates(values[name], flag=name)
+    return Resolved(TrainConfig(**values), sources)
+
+
+def accumulation(resolved: Resolved, world_size: int) -> int:
+    """Micro-batches per update on each process.
+
+    ``grad_accum`` wins where given; else it is ``global_batch / (micro_batch × world_size)``.
+
+    Raises:
+        UsageError: the division leaves a remainder, or both were given and disagree.
+    """
+    config = resolved.config
+    per_pass = config.micro_batch * world_size
+    shown = f"micro_batch {config.micro_batch} x {world_size} process{'es' * (world_size > 1)}"
+    if config.grad_accum is not None:
+        implied = config.grad_accum * per_pass
+        if resolved.given("global_batch") and config.global_batch != implied:
+            raise UsageError(
+                f"--grad_accum={config.grad_accum} x {shown} is {implied} windows per update, but"
+                f" --global_batch={config.global_batch}; leave one of them out"
+            )
+        return config.grad_accum
+    if config.global_batch % per_pass:
+        raise UsageError(
+            f"--global_batch={config.global_batch} is not divisible by {shown}; change one of them"
+            " or give --grad_accum"
+        )
+    return config.global_batch // per_pass
+
+
+def run_command(command: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
+    """Run a command's body; turn its failure into one line on stderr and an exit status."""
+    from trainer.log import report_failure
+
+    try:
+        command(sys.argv[1:] if argv is None else argv)
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - reported, or raised again
+        return report_failure(error)
+    return os.EX_OK

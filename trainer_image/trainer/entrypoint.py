@@ -1,0 +1,229 @@
+"""Train a student from a teacher, from the command line.
+
+    python -m trainer.entrypoint --block_size=512 --teacher_name=gpt2-xl \
+        --dataset_name=wikitext --dataset_config=wikitext-103-raw-v1 \
+        --alpha_schedule=0:0.7,400:0.5,800:0.3 --temp_schedule=0:1.2,800:1.0 \
+        --eval_ctx_lens=512,1024 --output_gcs_uri='gs://BUCKET/run-$(date +%Y%m%d)'
+
+Started again with the same settings, it goes on from its own newest snapshot.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from trainer import checkpoint as ckpt
+from trainer.checkpoint import Checkpoint
+from trainer.config import (
+    REQUIRED,
+    Resolved,
+    TrainConfig,
+    accumulation,
+    build_parser,
+    resolve,
+    run_command,
+    settings_from_args,
+    settings_from_yaml,
+)
+from trainer.errors import UsageError
+from trainer.hf_token import find_hf_token
+from trainer.log import log, quiet_libraries, set_up_logging
+from trainer.loop import RunResult, TrainingLoop
+from trainer.precision import choose_precision
+from trainer.snapshots import Snapshots, read_from
+from trainer.start import (
+    Start,
+    check_vocabularies,
+    from_own_snapshot,
+    from_scratch,
+    new_phase,
+)
+from trainer.teacher import TeacherSpec, load_teacher, load_tokenizer, read_teacher_spec
+from trainer.tokens import streams_for
+
+
+def run(
+    command_line: Mapping[str, Any], config_file: Mapping[str, Any] | None = None
+) -> RunResult | None:
+    """Train with settings as from the command line; None when there is nothing to train.
+
+    Args:
+        command_line: setting names and values, as `settings_from_args` gives them.
+        config_file: settings of a lower precedence.
+
+    Raises:
+        LiquidError: anything that a user can act on.
+    """
+    config_file = config_file or {}
+    asked = resolve(command_line, config_file)
+    asked.config.require(*REQUIRED)
+    accumulation(asked, world_size=1)
+    # The start time may be part of the location: fix it once
+    command_line = {**command_line, "local_workdir": asked.config.local_workdir}
+    if asked.config.output_gcs_uri:
+        command_line["output_gcs_uri"] = asked.config.output_gcs_uri
+    snapshots = Snapshots(asked.config.uri, asked.config.local_workdir)
+    dry = asked.config.train_steps == 0 and asked.given("train_steps")
+    own = None if dry else snapshots.newest()
+    if own is not None:
+        resolved = _resolve_own(own, asked, command_line, config_file)
+    else:
+        resolved, foreign = _resolve_foreign(asked, command_line, config_file)
+    resolved = _with_accumulation(resolved)
+    config = resolved.config
+    for line in resolved.lines():
+        log.info(line)
+    _check_metric(config)
+    if own is not None and own.source.endswith(f"/{ckpt.FINAL}"):
+        log.info("nothing to do: %s is at step %d of %d", own.source, own.step, config.train_steps)
+        return _finished(own, config)
+    token = find_hf_token(config)
+    spec = _teacher_spec(config, token)
+    if own is not None:
+        start = from_own_snapshot(resolved, own)
+    elif foreign is not None:
+        start = new_phase(resolved, foreign)
+    else:
+        start = from_scratch(resolved, len(load_tokenizer(config.teacher, token)))
+    vocabulary = start.student.config.vocab_size
+    check_vocabularies(
+        vocabulary, None, spec.vocab_size if spec else None, config.resume_gcs_uri or "student"
+    )
+    if config.train_steps == 0:
+        log.info("--train_steps=0: settings resolved and checkpoint read, nothing trained")
+        return None
+    return _train(config, start, spec, snapshots, token)
+
+
+def _train(
+    config: TrainConfig,
+    start: Start,
+    spec: TeacherSpec | None,
+    snapshots: Snapshots,
+    token: str | None,
+) -> RunResult:
+    snapshots.check_writable()
+    precision = choose_precision(config)
+    streams = streams_for(config, token)
+    check_vocabularies(
+        start.student.config.vocab_size,
+        streams.info.vocab_size,
+        None,
+        config.resume_gcs_uri or "student",
+    )
+    teacher = None
+    if spec is not None:
+        teacher = load_teacher(spec, dtype=precision.teacher, device=precision.device, token=token)
+    else:
+        log.info("alpha is 0 throughout: the teacher is not loaded")
+    return TrainingLoop(config, start, teacher, streams, precision, snapshots).run()
+
+
+def _resolve_own(
+    own: Checkpoint,
+    asked: Resolved,
+    command_line: Mapping[str, Any],
+    config_file: Mapping[str, Any],
+) -> Resolved:
+    """Settings of a run that goes on: its own, and the user's where they do not define it.
+
+    Raises:
+        UsageError: naming every setting that defines the run and was given another value.
+    """
+    kept = ckpt.run_settings_of(own.meta)
+    resolved = resolve(command_line, config_file, kept)
+    accumulated = _with_accumulation(resolved).config
+    changed = []
+    for name, now in accumulated.run_settings().items():
+        before = own.meta["settings"].get(name)
+        if before != now:
+            changed.append(f"{name} {before!r} -> {now!r}")
+    if changed:
+        raise UsageError(
+            f"{asked.config.uri} holds another run ({', '.join(changed)}); give another"
+            " --output_gcs_uri or --local_workdir, or the run's own settings to go on with it"
+        )
+    return resolved
+
+
+def _resolve_foreign(
+    asked: Resolved, command_line: Mapping[str, Any], config_file: Mapping[str, Any]
+) -> tuple[Resolved, Checkpoint | None]:
+    config = asked.config
+    if not config.resume_gcs_uri:
+        return asked, None
+    foreign = read_from(config.resume_gcs_uri, Path(config.local_workdir))
+    return resolve(command_line, config_file, ckpt.settings_from_meta(foreign.meta)), foreign
+
+
+def _with_accumulation(resolved: Resolved) -> Resolved:
+    """``grad_accum`` and ``global_batch`` as they follow from each other, in the configuration."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    steps = accumulation(resolved, world_size)
+    config = replace(
+        resolved.config,
+        grad_accum=steps,
+        global_batch=steps * resolved.config.micro_batch * world_size,
+    )
+    return Resolved(config, resolved.sources)
+
+
+def _teacher_spec(config: TrainConfig, token: str | None) -> TeacherSpec | None:
+    """The teacher's description, None where no update needs it.
+
+    Raises:
+        UsageError: the training context is longer than the teacher's.
+    """
+    if not config.needs_teacher:
+        return None
+    spec = read_teacher_spec(config.teacher, token)
+    if spec.max_context is not None and config.context > spec.max_context:
+        raise UsageError(
+            f"--block_size={config.context} is over the {spec.max_context} positions of teacher"
+            f" {spec.name!r}; give a smaller one"
+        )
+    return spec
+
+
+def _check_metric(config: TrainConfig) -> None:
+    """``--save_best_on`` must be one of the student's metrics of this run."""
+    base = ["val_loss_student", "val_ppl_student"]
+    known = [*base, *(f"{name}@{context}" for name in base for context in config.contexts)]
+    if config.save_best_on not in known:
+        near = difflib.get_close_matches(config.save_best_on, known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}"
+        raise UsageError(
+            f"--save_best_on={config.save_best_on!r} is not evaluated in this run; {hint}"
+        )
+
+
+def _finished(own: Checkpoint, config: TrainConfig) -> RunResult:
+    state = own.trainer_state
+    return RunResult(
+        own.step,
+        dict(own.meta.get("metrics") or {}),
+        float(state.get("best_value", "inf")),
+        int(state.get("best_step", -1)),
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Parse flags and train."""
+    parser = build_parser(
+        "python -m trainer.entrypoint", "Train a student from a teacher by distillation."
+    )
+    args = parser.parse_args(argv)
+    set_up_logging()
+    quiet_libraries()
+    command_line = settings_from_args(args)
+    config_file = settings_from_yaml(args.config) if "config" in args else {}
+    run(command_line, config_file)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

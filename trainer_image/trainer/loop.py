@@ -1,0 +1,434 @@
+"""The training loop: updates, evaluations and snapshots from where a run starts to its end."""
+
+from __future__ import annotations
+
+import math
+import resource
+import signal
+import time
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from trainer import checkpoint as ckpt
+from trainer.config import TrainConfig
+from trainer.distill import DistillLoss, Mix, distill_loss
+from trainer.errors import Preempted, TrainingError
+from trainer.evaluate import Evaluator
+from trainer.log import log, log_values, on_terminal
+from trainer.optimizer import build_optimizer, load_state_by_name, parameter_names, to_cpu
+from trainer.precision import Precision
+from trainer.scalars import ScalarLog
+from trainer.schedules import learning_rate
+from trainer.snapshots import Snapshots
+from trainer.start import Start
+from trainer.teacher import Teacher
+from trainer.tokens import BatchSampler, TokenStreams
+
+_PREFETCHED = 4
+"""Micro-batches prepared ahead of the one in use."""
+
+
+@dataclass
+class Progress:
+    """What a run remembers beside weights and moments (``trainer_state`` in checkpoints)."""
+
+    best_value: float = math.inf
+    best_step: int = -1
+    skipped: int = 0
+    """Updates skipped for a non-finite loss or gradient, in all."""
+    skipped_in_row: int = 0
+    metrics_step: int = -1
+    """Updates done at the last evaluation; -1 before the first."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What that evaluation gave."""
+
+    @classmethod
+    def load(cls, state: dict[str, Any]) -> Progress:
+        """From ``trainer_state``; fields that it lacks start afresh."""
+        return cls(**{key: state[key] for key in cls.__dataclass_fields__ if key in state})
+
+
+@dataclass
+class RunResult:
+    """How a run ended."""
+
+    step: int
+    metrics: dict[str, float]
+    best_value: float
+    best_step: int
+
+
+class _LogWindow:
+    """Sums since the last log line; kept on the device so that a step never waits for them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.clear()
+
+    def clear(self) -> None:
+        self.sums = torch.zeros(4, device=self.device)
+        self.micro_steps = 0
+        self.updates = 0
+        self.seconds = 0.0
+
+    def add(self, output: DistillLoss) -> None:
+        self.sums[:3] += torch.stack((output.loss.detach(), output.ce, output.kd)).float()
+        self.micro_steps += 1
+
+    def means(self) -> dict[str, float]:
+        """Loss, CE and KD per token in nats, gradient norm; what was not computed is left out."""
+        loss, ce, kd, norm = self.sums.tolist()
+        means = {
+            name: value / self.micro_steps
+            for name, value in (("loss", loss), ("ce", ce), ("kd", kd))
+        }
+        means["grad_norm"] = norm / max(1, self.updates)
+        return {name: value for name, value in means.items() if not math.isnan(value)}
+
+
+class TrainingLoop:
+    """One process's share of a run.
+
+    Args:
+        config: with ``grad_accum`` and ``global_batch`` resolved.
+        start: student, step and state to go on from.
+        teacher: None where no update has alpha above 0.
+        streams: training and validation tokens.
+        precision: device and compute types.
+        snapshots: where checkpoints go.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        start: Start,
+        teacher: Teacher | None,
+        streams: TokenStreams,
+        precision: Precision,
+        snapshots: Snapshots,
+    ) -> None:
+        assert config.grad_accum is not None, "accumulation() was not called"
+        self.config = config
+        self.accumulation = config.grad_accum
+        self.teacher = teacher
+        self.precision = precision
+        self.snapshots = snapshots
+        self.streams = streams
+        self.origin = start.origin
+        self.trained_positions = start.trained_positions
+        self.step = start.step
+        self.continued = bool(start.trainer_state)
+        self.progress = Progress.load(start.trainer_state)
+        self.student = start.student.to(precision.device).train()
+        self.optimizer = build_optimizer(self.student, config)
+        if start.optimizer_state:
+            load_state_by_name(self.optimizer, self.student, start.optimizer_state)
+        self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.loss_scaling)
+        if precision.loss_scaling and "loss_scale" in start.trainer_state:
+            self.scaler.load_state_dict(start.trainer_state["loss_scale"])
+        self.evaluator = Evaluator(config, streams, teacher, precision)
+        self.sampler = BatchSampler(
+            streams.train,
+            block_size=config.context,
+            global_batch=config.global_batch,
+            micro_batch=config.micro_batch,
+            seed=config.seed,
+        )
+        self.alpha, self.temperature = config.schedule_alpha, config.schedule_T
+        self.window = _LogWindow(precision.device)
+        self.stop_signal: int | None = None
+        self._next_time_snapshot = time.monotonic() + ckpt.TIME_EVERY_SECONDS
+
+    # ── the run ───────────────────────────────────────────────────────────────────────────────
+
+    def run(self) -> RunResult:
+        """Train to ``train_steps``; evaluate, save and log on the way.
+
+        Raises:
+            Preempted: a signal asked the process to stop; its state has been saved.
+            TrainingError: too many updates in a row had non-finite gradients.
+        """
+        self._announce()
+        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        scalars = ScalarLog(self.config.local_workdir)
+        bar = tqdm(
+            total=self.config.train_steps,
+            initial=self.step,
+            desc="training",
+            unit="step",
+            disable=not on_terminal(),
+            leave=False,
+        )
+        batches = self._batches()
+        try:
+            self._catch_up(scalars)
+            while self.step < self.config.train_steps:
+                self._update(batches)
+                bar.update()
+                self._after_update(scalars)
+            self._finish(scalars)
+        finally:
+            bar.close()
+            batches.close()
+            scalars.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        return RunResult(
+            self.step, self.progress.metrics, self.progress.best_value, self.progress.best_step
+        )
+
+    def _announce(self) -> None:
+        config = self.config
+        log.info(
+            "training from step %d to %d at context %d: %d windows per update (%d x %d), %s on %s",
+            self.step,
+            config.train_steps,
+            config.context,
+            config.global_batch,
+            self.accumulation,
+            config.micro_batch,
+            self.precision.compute,
+            self.precision.device,
+        )
+        for name, schedule in (("alpha", self.alpha), ("T", self.temperature)):
+            pending = schedule.pending(self.step) or "nothing"
+            log.info(
+                "%s is %g at step %d, pending: %s", name, schedule.at(self.step), self.step, pending
+            )
+
+    # ── one update ────────────────────────────────────────────────────────────────────────────
+
+    def _update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """Schedules first, then the micro-batches, then clipping and AdamW."""
+        started = time.perf_counter()
+        mix = Mix(self.alpha.at(self.step), self.temperature.at(self.step), self.config.kd_scheme)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        for micro_step in range(self.accumulation):
+            inputs, labels = next(batches)
+            output = self._loss(inputs, labels, mix, micro_step)
+            self.scaler.scale(output.loss / self.accumulation).backward()
+            self.window.add(output)
+            if self.stop_signal is not None:
+                self._stop()
+        self._apply_gradients()
+        self.step += 1
+        self.window.updates += 1
+        self.window.seconds += time.perf_counter() - started
+
+    def _loss(self, inputs: Tensor, labels: Tensor, mix: Mix, micro_step: int) -> DistillLoss:
+        if self.config.dropout > 0.0:
+            # The masks depend on the place in the run alone, so a resumed run draws the same
+            torch.manual_seed(hash((self.config.seed, self.step, micro_step)) & 0x7FFF_FFFF_FFFF)
+        with self.precision.autocast():
+            hidden = self.student(inputs).flatten(0, 1)
+        teacher_hidden = None
+        if mix.alpha > 0.0 and self.teacher is not None:
+            teacher_hidden = self.teacher.hidden(inputs).flatten(0, 1)
+        return distill_loss(
+            hidden.to(self.precision.compute),
+            self.student.lm_head.weight,
+            teacher_hidden,
+            None if self.teacher is None else self.teacher.head,
+            labels.flatten(),
+            mix,
+            teacher_bias=None if self.teacher is None else self.teacher.bias,
+        )
+
+    def _apply_gradients(self) -> None:
+        """Clip and update; an update with a non-finite gradient is skipped and counted."""
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.grad_clip)
+        if bool(torch.isfinite(norm)):
+            self.scaler.step(self.optimizer)
+            self.window.sums[3] += norm
+            self.progress.skipped_in_row = 0
+        else:
+            self._skip()
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _skip(self) -> None:
+        self.progress.skipped += 1
+        self.progress.skipped_in_row += 1
+        in_row, limit = self.progress.skipped_in_row, self.config.max_nonfinite
+        log.warning("step %d skipped: the gradient is not finite (%d in a row)", self.step, in_row)
+        if in_row >= limit:
+            raise TrainingError(
+                f"{in_row} updates in a row had a non-finite gradient, the last at step {self.step}"
+                f" with learning rate {self._learning_rate():.3g}; the last good checkpoint is"
+                f" kept at {self.config.uri}. Lower --lr_peak or lengthen --warmup_steps"
+            )
+
+    def _learning_rate(self) -> float:
+        return learning_rate(
+            self.step,
+            peak=self.config.peak_lr,
+            warmup_steps=self.config.warmup_steps,
+            train_steps=self.config.train_steps,
+        )
+
+    def _batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """Micro-batches on the device, from this step on; a thread prepares the next ones."""
+        gpu = self.precision.device.type == "cuda"
+
+        def prepare(place: int) -> tuple[Tensor, Tensor]:
+            inputs, labels = self.sampler.batch(*divmod(place, self.accumulation))
+            return (inputs.pin_memory(), labels.pin_memory()) if gpu else (inputs, labels)
+
+        first = self.step * self.accumulation
+        end = self.config.train_steps * self.accumulation
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+            pending = [
+                thread.submit(prepare, p) for p in range(first, min(first + _PREFETCHED, end))
+            ]
+            for place in range(first, end):
+                inputs, labels = pending.pop(0).result()
+                if place + _PREFETCHED < end:
+                    pending.append(thread.submit(prepare, place + _PREFETCHED))
+                yield (
+                    inputs.to(self.precision.device, non_blocking=True),
+                    labels.to(self.precision.device, non_blocking=True),
+                )
+
+    # ── between updates ───────────────────────────────────────────────────────────────────────
+
+    def _after_update(self, scalars: ScalarLog) -> None:
+        config, last = self.config, self.step == self.config.train_steps
+        if self.stop_signal is not None:
+            self._stop()
+        if self.step % config.log_interval == 0 or last:
+            self._log(scalars)
+        names: list[str] = []
+        if self.step % config.eval_every == 0 or last:
+            names += self._evaluate(scalars)
+        if self.step % config.save_every == 0:
+            names.append(ckpt.step_name(self.step))
+        if time.monotonic() >= self._next_time_snapshot:
+            self._next_time_snapshot += ckpt.TIME_EVERY_SECONDS
+            names.append(ckpt.time_name(time.time()))
+        if last:
+            names.append(ckpt.FINAL)
+        if names:
+            self.snapshots.save(self.snapshot(), names)
+
+    def _catch_up(self, scalars: ScalarLog) -> None:
+        """What a kill or a signal may have cut off at the very step of the run's own snapshot."""
+        if not self.continued:
+            return
+        due = self.step % self.config.eval_every == 0 or self.step == self.config.train_steps
+        names: list[str] = []
+        if due and self.progress.metrics_step != self.step:
+            names = self._evaluate(scalars)
+        elif self.progress.best_step == self.step:
+            names = [ckpt.BEST]
+        if self.step == self.config.train_steps:
+            names.append(ckpt.FINAL)
+        if names:
+            self.snapshots.save(self.snapshot(), names)
+
+    def _log(self, scalars: ScalarLog) -> None:
+        if self.precision.device.type == "cuda":
+            torch.cuda.synchronize()
+            memory = torch.cuda.max_memory_allocated() / 2**30
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        last = self.step - 1
+        tokens = self.window.updates * self.config.global_batch * self.config.context
+        values: dict[str, float] = {
+            **self.window.means(),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "alpha": self.alpha.at(last),
+            "T": self.temperature.at(last),
+            "tokens_per_second": tokens / max(self.window.seconds, 1e-9),
+            "memory_gib": memory,
+        }
+        if self.progress.skipped:
+            values["skipped_updates"] = self.progress.skipped
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        log_values(f"step {self.step}/{self.config.train_steps}: {shown}", step=self.step, **values)
+        scalars.add({f"train/{name}": value for name, value in values.items()}, self.step)
+        self.window.clear()
+
+    def _evaluate(self, scalars: ScalarLog) -> list[str]:
+        """Metrics at every context; returns the names of best checkpoints to write."""
+        metrics = self.evaluator.metrics(self.student, self.trained_positions)
+        self.progress.metrics, self.progress.metrics_step = metrics, self.step
+        shown = ", ".join(
+            f"{name} {value:.4f}"
+            for name, value in metrics.items()
+            if "@" in name and "loss" in name
+        )
+        log_values(f"step {self.step}: {shown}", step=self.step, **metrics)
+        scalars.add({f"eval/{name}": value for name, value in metrics.items()}, self.step)
+        scalars.flush()
+        value = metrics[self.config.save_best_on]
+        if not (math.isfinite(value) and value < self.progress.best_value):
+            return []
+        if not all(bool(torch.isfinite(p).all()) for p in self.student.parameters()):
+            log.warning("step %d: weights are not finite, so this is not called best", self.step)
+            return []
+        self.progress.best_value, self.progress.best_step = value, self.step
+        return [ckpt.BEST, ckpt.best_name(self.step, value)]
+
+    def snapshot(self) -> ckpt.Snapshot:
+        """The whole state after the last complete update, copied to the CPU."""
+        optimizer = to_cpu(self.optimizer.state_dict())
+        state = {
+            **asdict(self.progress),
+            "optimizer_names": parameter_names(self.optimizer, self.student),
+            "loss_scale": self.scaler.state_dict(),
+        }
+        config = self.config
+        return ckpt.Snapshot(
+            model=to_cpu(dict(self.student.state_dict())),
+            optimizer=optimizer,
+            scheduler={
+                "step": self.step,
+                "peak": config.peak_lr,
+                "warmup_steps": config.warmup_steps,
+                "train_steps": config.train_steps,
+            },
+            step=self.step,
+            trainer_state=state,
+            meta=ckpt.build_meta(
+                config,
+                self.student.config,
+                step=self.step,
+                trained_positions=self.trained_positions,
+                metrics=self.progress.metrics,
+                metrics_step=self.progress.metrics_step,
+                origin=self.origin,
+            ),
+        )
+
+    def _finish(self, scalars: ScalarLog) -> None:
+        self.snapshots.finish()
+        log.info(
+            "finished at step %d: best %s %.4f at step %d; checkpoints in %s",
+            self.step,
+            self.config.save_best_on,
+            self.progress.best_value,
+            self.progress.best_step,
+            self.config.uri,
+        )
+
+    # ── preemption ────────────────────────────────────────────────────────────────────────────
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.stop_signal = number
+
+    def _stop(self) -> None:
+        """Save the last complete update and leave; started again, the run goes on from there."""
+        name = signal.Signals(self.stop_signal or signal.SIGTERM).name
+        log.warning("%s: saving step %d and stopping", name, self.step)
+        self.snapshots.save(self.snapshot(), [ckpt.step_name(self.step)])
+        self.snapshots.finish()
+        raise Preempted(f"stopped by {name} at step {self.step}; start it again to go on", name)

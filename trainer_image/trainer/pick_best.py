@@ -1,0 +1,90 @@
+"""Pick the best checkpoint by a metric, reading sidecars only.
+
+python -m trainer.pick_best gs://BUCKET/run --metric=val_loss_student@512
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.checkpoint import metric_of
+from trainer.config import run_command
+from trainer.errors import CheckpointError
+from trainer.log import log, set_up_logging
+from trainer.snapshots import read_sidecars
+from trainer.storage import open_location
+
+
+@dataclass(frozen=True)
+class Picked:
+    """The checkpoint picked."""
+
+    uri: str
+    step: int
+    value: float
+    """Its metric; lower is better."""
+    meta: dict[str, Any]
+
+
+def run(sources: Sequence[str], metric: str) -> Picked:
+    """The checkpoint of the lowest finite metric; ties go to the earlier step.
+
+    A checkpoint counts only with metrics that were computed from its own weights, and with a file
+    of the size its sidecar says.
+
+    Args:
+        sources: directories or ``gs://`` prefixes with checkpoints and sidecars.
+        metric: a metric key, for example ``val_loss_student@512``.
+
+    Raises:
+        CheckpointError: nothing qualifies; the message lists what was found.
+        StorageError: a source cannot be listed.
+    """
+    found: list[str] = []
+    best: tuple[tuple[float, int, bool], Picked] | None = None
+    for source in sources:
+        location = open_location(source)
+        sizes = {entry.name: entry.size for entry in location.list()}
+        for sidecar in read_sidecars(location):
+            value = metric_of(sidecar.meta, metric)
+            problem = ""
+            if sidecar.meta.get("metrics_step", sidecar.step) != sidecar.step:
+                problem = "not evaluated at its step"
+            elif not math.isfinite(value):
+                problem = f"has {', '.join(sidecar.metrics) or 'no metrics'}"
+            elif sizes.get(sidecar.name) != sidecar.size:
+                problem = f"{sizes.get(sidecar.name)} bytes instead of {sidecar.size}"
+                log.warning("%s is passed over: %s", location.child(sidecar.name), problem)
+            if problem:
+                found.append(f"{sidecar.name} (step {sidecar.step}: {problem})")
+                continue
+            # Of several names for one snapshot, the one that retention will not take away
+            rank = (value, sidecar.step, not sidecar.name.startswith("best"))
+            if best is None or rank < best[0]:
+                uri = location.child(sidecar.name)
+                best = (rank, Picked(uri, sidecar.step, value, sidecar.meta))
+    if best is None:
+        listed = "; ".join(found) or "no checkpoint with a sidecar"
+        raise CheckpointError(
+            f"no checkpoint in {', '.join(sources)} has a finite {metric!r}; found: {listed}"
+        )
+    log.info("best by %s: %s, %.4f at step %d", metric, best[1].uri, best[1].value, best[1].step)
+    return best[1]
+
+
+def main(argv: list[str]) -> None:
+    """The command line; prints the URI picked."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.pick_best", description=__doc__)
+    parser.add_argument("sources", nargs="+", metavar="DIR_OR_URI")
+    parser.add_argument("--metric", default="val_loss_student")
+    args = parser.parse_args(argv)
+    set_up_logging()
+    print(run(args.sources, args.metric).uri)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

@@ -1,0 +1,61 @@
+"""Device and arithmetic precision of a run."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trainer.config import TrainConfig
+from trainer.errors import UsageError
+from trainer.teacher import PRECISIONS
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Where and in which type the student computes; its weights are always fp32."""
+
+    device: torch.device
+    compute: torch.dtype
+    teacher: torch.dtype
+
+    @property
+    def loss_scaling(self) -> bool:
+        """Whether gradients would underflow without scaling (fp16, Micikevicius et al., 2018)."""
+        return self.compute == torch.float16
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Runs matrix products in the compute type."""
+        if self.compute == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute)
+
+
+def choose_precision(config: TrainConfig, device: torch.device | None = None) -> Precision:
+    """The precision asked for, or the best the device has: bf16, else fp16, fp32 on the CPU.
+
+    Raises:
+        UsageError: the device does not have what was asked for.
+    """
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = device.type == "cuda"
+    if config.fp16 and not gpu:
+        raise UsageError("--fp16 needs a GPU; leave it out to compute in fp32 on the CPU")
+    if config.bf16 and gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UsageError(
+            f"--bf16: {torch.cuda.get_device_name(device)} has no bfloat16; leave it out for fp16"
+        )
+    asked = next((name for name in ("bf16", "fp16", "fp32") if getattr(config, name)), None)
+    if asked is None:
+        native = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        asked = "bf16" if native else "fp16" if gpu else "fp32"
+    compute = PRECISIONS[asked]
+    teacher = (
+        compute if config.teacher_precision == "auto" else PRECISIONS[config.teacher_precision]
+    )
+    if teacher == torch.float16 and not gpu:
+        raise UsageError("--teacher_precision=fp16 needs a GPU; use fp32 or bf16 on the CPU")
+    return Precision(device, compute, teacher)

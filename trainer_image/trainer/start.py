@@ -1,0 +1,217 @@
+"""Where a run starts: from scratch, from another run's checkpoint, or from its own snapshot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from trainer.checkpoint import Checkpoint
+from trainer.config import Resolved
+from trainer.errors import CheckpointError, ModelError, UsageError
+from trainer.log import log
+from trainer.positions import resize_positions
+from trainer.student import Student, StudentConfig
+
+
+@dataclass
+class Start:
+    """The state that training goes on from."""
+
+    student: Student
+    step: int
+    trained_positions: int
+    optimizer_state: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """AdamW moments by parameter name; empty for a fresh optimizer."""
+    trainer_state: dict[str, Any] = field(default_factory=dict)
+    """Best metric, skipped updates, loss scale; empty at the start of a phase."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """Checkpoint, step and context that the phase came from; empty from scratch."""
+
+
+def from_scratch(resolved: Resolved, vocab_size: int) -> Start:
+    """A freshly initialized student whose table has one row per position of the context."""
+    config = resolved.config
+    absolute = config.pos_embedding == "absolute"
+    student_config = StudentConfig(
+        vocab_size=vocab_size,
+        d_model=config.d_model,
+        n_layers=config.n_layers,
+        n_heads=config.n_heads,
+        positions=config.context if absolute else 0,
+        pos_embedding=config.pos_embedding,
+        rope_scale=config.rope_scale,
+        dropout=config.dropout,
+    )
+    student = Student(student_config).initialize(config.seed)
+    log.info("student from scratch, seed %d", config.seed)
+    return Start(student, step=0, trained_positions=config.context)
+
+
+def from_own_snapshot(resolved: Resolved, checkpoint: Checkpoint) -> Start:
+    """The run's own newest snapshot, continued exactly."""
+    student_config = _student_config(resolved, checkpoint)
+    student = Student(student_config)
+    student.load_state_dict(checkpoint.weights, strict=True)
+    log.info("going on from own snapshot %s at step %d", checkpoint.source, checkpoint.step)
+    return Start(
+        student,
+        step=checkpoint.step,
+        trained_positions=checkpoint.trained_positions() or resolved.config.context,
+        optimizer_state=checkpoint.optimizer_by_name(),
+        trainer_state=checkpoint.trainer_state,
+        origin=checkpoint.meta.get("origin") or {},
+    )
+
+
+def new_phase(resolved: Resolved, checkpoint: Checkpoint) -> Start:
+    """Another run's checkpoint: its step is kept only if it lies below ``train_steps``.
+
+    A learned table that is too short for the context is stretched from its trained rows, and so
+    are its moments where the optimizer is kept.
+    """
+    config = resolved.config
+    student_config = _student_config(resolved, checkpoint)
+    trained = _trained_positions(resolved, checkpoint)
+    old_context = checkpoint.meta.get("block_size") or trained
+    changed = old_context is not None and old_context != config.block_size
+    reset = config.reset_optim_on_ctx_change and changed
+    optimizer_state = {} if reset else checkpoint.optimizer_by_name()
+    step = checkpoint.step
+    if reset:
+        step = 0
+        log.info(
+            "context %s -> %s: step 0, fresh optimizer and schedules",
+            old_context,
+            config.block_size,
+        )
+    elif step >= config.train_steps:
+        log.info(
+            "checkpoint step %d is not below train_steps %d: a new phase, step, learning rate and"
+            " schedules start at 0; optimizer moments are %s",
+            step,
+            config.train_steps,
+            "kept" if optimizer_state else "not in the checkpoint",
+        )
+        step = 0
+    else:
+        log.info("starting from %s at step %d", checkpoint.source, step)
+    if trained is not None and config.context > trained:
+        _stretch_moments(optimizer_state, trained, config.context, config.pos_resize)
+    weights, student_config = stretched_student(
+        checkpoint.weights, student_config, trained, config.context, config.pos_resize
+    )
+    student = Student(student_config)
+    student.load_state_dict(weights, strict=True)
+    return Start(
+        student,
+        step=step,
+        trained_positions=max(trained or 0, config.context),
+        optimizer_state=optimizer_state,
+        origin={
+            "checkpoint": checkpoint.source,
+            "step": checkpoint.step,
+            "block_size": old_context,
+            "metrics": checkpoint.meta.get("metrics") or {},
+        },
+    )
+
+
+def stretched_student(
+    weights: Mapping[str, Tensor],
+    config: StudentConfig,
+    trained: int | None,
+    context: int,
+    method: str,
+) -> tuple[dict[str, Tensor], StudentConfig]:
+    """Weights and shapes for a context; a table with enough trained rows stays as it is.
+
+    Args:
+        weights: a student's state dict.
+        config: its shapes.
+        trained: trained rows of its table, None for a rotary student.
+        context: positions needed.
+        method: see `resize_positions`.
+    """
+    stretched = dict(weights)
+    if trained is None or context <= trained:
+        return stretched, config
+    log.info(
+        "position table: %d rows, %d of them trained, stretched to %d (%s)",
+        config.positions,
+        trained,
+        context,
+        method,
+    )
+    stretched["pos.weight"] = resize_positions(weights["pos.weight"], trained, context, method)
+    return stretched, replace(config, positions=context)
+
+
+def _stretch_moments(
+    optimizer_state: Mapping[str, dict[str, Any]], trained: int, length: int, method: str
+) -> None:
+    moments = optimizer_state.get("pos.weight", {})
+    for key in ("exp_avg", "exp_avg_sq"):
+        if isinstance(moments.get(key), Tensor):
+            moments[key] = resize_positions(moments[key], trained, length, method)
+
+
+def _trained_positions(resolved: Resolved, checkpoint: Checkpoint) -> int | None:
+    """Trained rows of the table; None for a rotary student."""
+    if "pos.weight" not in checkpoint.weights:
+        return None
+    rows = checkpoint.weights["pos.weight"].shape[0]
+    asked = resolved.config.trained_positions
+    if asked is not None:
+        if asked > rows:
+            raise UsageError(f"--trained_positions={asked}: the checkpoint's table has {rows} rows")
+        return asked
+    found = checkpoint.trained_positions()
+    if found is None:
+        found = min(rows, resolved.config.context)
+        log.warning(
+            "%s does not tell how many of its %d position rows were trained; assuming %d. Give"
+            " --trained_positions if it was trained at another context",
+            checkpoint.source,
+            rows,
+            found,
+        )
+    return found
+
+
+def _student_config(resolved: Resolved, checkpoint: Checkpoint) -> StudentConfig:
+    """Shapes from the weights; a flag that contradicts them is an error, not a wish."""
+    config = resolved.config
+    found = checkpoint.student_config(
+        n_heads=config.n_heads, rope_scale=config.rope_scale, dropout=config.dropout
+    )
+    for name in ("d_model", "n_layers", "pos_embedding"):
+        asked, has = getattr(config, name), getattr(found, name)
+        if resolved.given(name) and asked != has:
+            raise UsageError(
+                f"--{name}={asked}: the checkpoint {checkpoint.source} has {has}; leave it out"
+            )
+    return found
+
+
+def check_vocabularies(
+    student_vocab: int, tokenizer_vocab: int | None, teacher_vocab: int | None, source: str
+) -> None:
+    """Every token id needs a row in the student, every student row one in the teacher.
+
+    Raises:
+        ModelError: the vocabularies cannot be aligned.
+        CheckpointError: the checkpoint was trained with a smaller vocabulary.
+    """
+    if tokenizer_vocab is not None and student_vocab < tokenizer_vocab:
+        raise CheckpointError(
+            f"{source} has a vocabulary of {student_vocab}, the tokenizer one of {tokenizer_vocab};"
+            " give the teacher whose tokenizer the student was trained with"
+        )
+    if teacher_vocab is not None and teacher_vocab < student_vocab:
+        raise ModelError(
+            f"the teacher's vocabulary of {teacher_vocab} is smaller than the student's of"
+            f" {student_vocab}; they cannot be aligned, give a teacher with the same tokenizer"
+        )

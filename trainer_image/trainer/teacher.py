@@ -1,0 +1,164 @@
+"""The teacher: any Hugging Face causal language model, frozen."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.errors import ModelError
+from trainer.log import log
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """What is known of a teacher before its weights are loaded."""
+
+    name: str
+    max_context: int | None
+    """Longest context in tokens; None where its configuration sets none."""
+    vocab_size: int
+    """Rows of its output head, padding included."""
+
+
+class Teacher:
+    """A frozen body and the head that turns its last hidden state into logits.
+
+    Attributes:
+        head: ``[V_t, D_t]``, the output embedding, scaled so that hidden · headᵀ are the logits.
+        bias: ``[V_t]`` or None.
+        spec: name, longest context and vocabulary.
+    """
+
+    def __init__(self, model: Any, spec: TeacherSpec) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.spec = spec
+        output = model.get_output_embeddings()
+        if output is None or not isinstance(output, nn.Linear):
+            raise ModelError(f"teacher {spec.name!r} has no linear output head; use a causal LM")
+        scale = _logit_scale(model.config)
+        self.head: Tensor = (
+            output.weight.detach() * scale if scale != 1.0 else output.weight.detach()
+        )
+        self.bias: Tensor | None = None if output.bias is None else output.bias.detach() * scale
+        self.body = model.base_model
+        self._check_decomposition()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head.device
+
+    @torch.no_grad()
+    def hidden(self, ids: Tensor) -> Tensor:
+        """``[B, T]`` token ids to the last hidden state ``[B, T, D_t]``."""
+        return self.body(input_ids=ids, use_cache=False).last_hidden_state
+
+    @torch.no_grad()
+    def _check_decomposition(self) -> None:
+        """Some models change their logits after the head; taking hidden · headᵀ would be wrong."""
+        ids = torch.arange(1, 9, device=self.head.device)[None] % self.spec.vocab_size
+        expected = self.model(input_ids=ids, use_cache=False).logits.float()
+        found = torch.nn.functional.linear(self.hidden(ids), self.head, self.bias).float()
+        tolerance = 1e-4 if self.head.dtype == torch.float32 else 5e-2
+        if found.shape != expected.shape or not torch.allclose(
+            found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
+        ):
+            raise ModelError(
+                f"teacher {self.spec.name!r} does more to its logits than a linear head (soft"
+                " capping, for example); such a teacher is not supported"
+            )
+
+
+def _logit_scale(config: Any) -> float:
+    """The constant factor that Cohere (logit_scale) and Granite (logits_scaling) models apply."""
+    scale = getattr(config, "logit_scale", None)
+    divisor = getattr(config, "logits_scaling", None)
+    return float(scale or 1.0) / float(divisor or 1.0)
+
+
+@contextlib.contextmanager
+def _readable_errors(what: str, name: str) -> Any:
+    """Turn what `transformers` raises for a bad name, a bad file or no network into one line."""
+    import huggingface_hub.errors
+    import safetensors
+
+    try:
+        yield
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        ImportError,
+        RuntimeError,
+        safetensors.SafetensorError,
+        huggingface_hub.errors.HfHubHTTPError,
+        huggingface_hub.errors.HFValidationError,
+    ) as error:
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        reason = first or type(error).__name__
+        hint = "" if Path(name).exists() else "; check the name, the token and the network"
+        raise ModelError(f"{what} {name!r} cannot be loaded: {reason}{hint}") from error
+
+
+def load_tokenizer(name: str, token: str | None = None) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        ModelError: it cannot be loaded, or it has no end-of-text token to put between documents.
+    """
+    from transformers import AutoTokenizer
+
+    with _readable_errors("tokenizer of", name):
+        tokenizer = AutoTokenizer.from_pretrained(name, token=token)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"tokenizer of {name!r} has no EOS token; documents are joined by it")
+    return tokenizer
+
+
+def read_teacher_spec(name: str, token: str | None = None) -> TeacherSpec:
+    """Longest context and vocabulary from the teacher's configuration alone.
+
+    Raises:
+        ModelError: the configuration cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    with _readable_errors("teacher", name):
+        config = AutoConfig.from_pretrained(name, token=token)
+    config = config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    return TeacherSpec(name, longest, int(config.vocab_size))
+
+
+def load_teacher(
+    spec: TeacherSpec, *, dtype: torch.dtype, device: torch.device, token: str | None = None
+) -> Teacher:
+    """The teacher on ``device`` in ``dtype``.
+
+    Raises:
+        ModelError: the weights cannot be loaded, are not finite, or are not a causal LM's.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _readable_errors("teacher", spec.name):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            spec.name, dtype=dtype, token=token, output_loading_info=True
+        )
+    if info["missing_keys"] or info.get("mismatched_keys"):
+        absent = sorted(map(str, info["missing_keys"] or info["mismatched_keys"]))
+        raise ModelError(
+            f"teacher {spec.name!r} lacks {len(absent)} of its weights, {absent[0]} for one"
+        )
+    teacher = Teacher(model.to(device), spec)
+    if not bool(torch.isfinite(teacher.head).all()):
+        raise ModelError(f"teacher {spec.name!r} has weights that are not finite")
+    parameters = sum(p.numel() for p in model.parameters())
+    log.info("teacher %s: %.1f M parameters in %s", spec.name, parameters / 1e6, dtype)
+    return teacher
