@@ -6,9 +6,9 @@ remembers what each name held when the job first looked and what the job wrote s
 to replace anything else. Two jobs that share one output therefore cannot silently overwrite each
 other; the second ends with a `StorageConflictError` that names the first.
 
-A reader pairs a sidecar with its weights by size and CRC32C (`Entry.difference`). Between the
-writes of a new ``best.pt`` and of its sidecar the two differ; the difference shows, and the reader
-takes the next best, whose name is used only once.
+A sidecar names the size and CRC32C of its weights and is written after them (see
+`trainer.uploads`). A reader that finds them different (`Entry.difference`) came in between two
+writes, or to a damaged file; it says so and takes the next best.
 """
 
 from __future__ import annotations
@@ -412,6 +412,7 @@ class LocalLocation:
         """See `Location.read_bytes`."""
         path = self._root / check_name(name)
         with _os_errors("reading", path), open(path, "rb") as file:
+            self._sightings.look(_entry_of_open(name, file))
             data = file.read(limit + 1)
             if len(data) > limit:
                 size = os.fstat(file.fileno()).st_size

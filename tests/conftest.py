@@ -1,0 +1,39 @@
+"""What the tests share: a real object server and buckets in it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+from faults.proxy import FaultProxy
+from faults.server import ObjectServer
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def object_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectServer]:
+    """fake-gcs-server, for the whole session."""
+    server = ObjectServer(tmp_path_factory.mktemp("object-server"))
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def gcs_proxy(object_server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """The way to the server that clients of this test and its subprocesses take.
+
+    Injects nothing until its `faults` or `bandwidth` are set.
+    """
+    with FaultProxy(object_server.url) as proxy:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
+        yield proxy
+
+
+@pytest.fixture
+def gcs_bucket(gcs_proxy: FaultProxy, object_server: ObjectServer) -> str:
+    """The URI of a new, empty bucket."""
+    name = f"bucket-{next(_numbers)}"
+    object_server.make_bucket(name)
+    return f"gs://{name}"
