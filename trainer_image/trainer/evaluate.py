@@ -6,20 +6,36 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.config import TrainConfig
-from trainer.log import log
+from trainer.checkpoint import Checkpoint, settings_from_meta
+from trainer.config import (
+    SETTINGS,
+    TrainConfig,
+    build_parser,
+    resolve,
+    run_command,
+    settings_from_args,
+)
+from trainer.errors import UsageError
+from trainer.hf_token import find_hf_token
+from trainer.log import log, log_values, quiet_libraries, set_up_logging
 from trainer.positions import resize_positions
-from trainer.precision import Precision
+from trainer.precision import Precision, choose_precision
+from trainer.snapshots import read_from
+from trainer.start import check_vocabularies
+from trainer.storage import atomic_write
 from trainer.student import Student
-from trainer.teacher import Teacher
-from trainer.tokens import IGNORED, TokenStreams, evaluation_batches
+from trainer.teacher import Teacher, load_teacher, read_teacher_spec
+from trainer.tokens import IGNORED, TokenStreams, evaluation_batches, streams_for
 
 _CHUNK_ELEMENTS = 1 << 26
 
@@ -67,6 +83,11 @@ def mean_loss(
     return float(total) / tokens
 
 
+def perplexity(loss: float) -> float:
+    """The exponential of a loss in nats; infinity where that overflows."""
+    return math.exp(loss) if loss < 700.0 else math.inf
+
+
 class Evaluator:
     """Student and teacher losses over the validation split at every context of a run.
 
@@ -98,7 +119,7 @@ class Evaluator:
             if teacher_loss is not None:
                 losses["teacher"] = teacher_loss
             for who, loss in losses.items():
-                values = {f"val_loss_{who}": loss, f"val_ppl_{who}": math.exp(min(loss, 700.0))}
+                values = {f"val_loss_{who}": loss, f"val_ppl_{who}": perplexity(loss)}
                 metrics |= {f"{name}@{context}": value for name, value in values.items()}
                 if context == self.config.block_size:
                     metrics |= values
@@ -164,3 +185,142 @@ class Evaluator:
             batch=max(1, tokens_per_batch // context),
             max_tokens=self.config.eval_max_tokens,
         )
+
+
+# ── the stage ─────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class EvaluationRow:
+    """One checkpoint at one context; losses in nats, None where there is no teacher's."""
+
+    checkpoint: str
+    step: int
+    trained_at: int | None
+    """Context it was trained at, in tokens; None where its metadata does not tell."""
+    context: int
+    student_loss: float
+    student_ppl: float
+    teacher_loss: float | None
+    teacher_ppl: float | None
+
+
+def run(config: TrainConfig, checkpoints: Sequence[str], output: str) -> list[EvaluationRow]:
+    """Evaluate checkpoints at every context of ``eval_ctx_lens``, and the teacher beside them.
+
+    Writes ``metrics.json`` (the rows) and ``metrics.md`` (a table) to ``output``.
+
+    Args:
+        config: ``teacher_name``, ``eval_ctx_lens``, and a data set or ``tokens_dir``.
+        checkpoints: paths or ``gs://`` URIs.
+        output: a local directory.
+
+    Raises:
+        LiquidError: a checkpoint, the data set or the teacher cannot be loaded, or they do not
+            fit together.
+    """
+    if not config.eval_ctx_lens:
+        raise UsageError("missing: --eval_ctx_lens; give contexts in tokens, for example 512,1024")
+    config = replace(config, block_size=max(config.eval_ctx_lens))
+    config.require("teacher_name", "dataset_name")
+    token = find_hf_token(config)
+    precision = choose_precision(config)
+    students = [_load_student(uri, config) for uri in checkpoints]
+    streams = streams_for(config, token)
+    spec = read_teacher_spec(config.teacher, token)
+    for uri, (_, student, _) in zip(checkpoints, students, strict=True):
+        size = student.config.vocab_size
+        check_vocabularies(size, streams.info.vocab_size, spec.vocab_size, uri)
+    teacher = load_teacher(spec, dtype=precision.teacher, device=precision.device, token=token)
+    evaluator = Evaluator(config, streams, teacher, precision)
+    rows: list[EvaluationRow] = []
+    for uri, (checkpoint, student, trained) in zip(checkpoints, students, strict=True):
+        student.to(precision.device)
+        for context in config.eval_ctx_lens:
+            loss = evaluator.student_loss(student, context, trained)
+            theirs = evaluator.teacher_loss(context, student.config.vocab_size)
+            rows.append(
+                EvaluationRow(
+                    uri,
+                    checkpoint.step,
+                    checkpoint.meta.get("block_size"),
+                    context,
+                    loss,
+                    perplexity(loss),
+                    theirs,
+                    None if theirs is None else perplexity(theirs),
+                )
+            )
+            log_values(f"{uri} at context {context}: loss {loss:.4f}", **asdict(rows[-1]))
+        student.to("cpu")
+    directory = Path(output)
+    with atomic_write(directory / "metrics.json") as file:
+        file.write(json.dumps([asdict(row) for row in rows], indent=2).encode())
+    with atomic_write(directory / "metrics.md") as file:
+        file.write(markdown_table(rows).encode())
+    return rows
+
+
+def _load_student(uri: str, config: TrainConfig) -> tuple[Checkpoint, Student, int]:
+    """A checkpoint with its student and the number of its trained positions."""
+    checkpoint = read_from(uri, Path(config.local_workdir))
+    resolved = resolve({}, {}, settings_from_meta(checkpoint.meta)).config
+    student_config = checkpoint.student_config(
+        n_heads=resolved.n_heads, rope_scale=resolved.rope_scale, dropout=0.0
+    )
+    student = Student(student_config)
+    student.load_state_dict(checkpoint.weights, strict=True)
+    trained = config.trained_positions or checkpoint.trained_positions() or student_config.positions
+    return checkpoint, student, trained
+
+
+def markdown_table(rows: Sequence[EvaluationRow]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| checkpoint | step | trained at | context | student loss | ppl | teacher loss | ppl |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        theirs = ("–", "–")
+        if row.teacher_loss is not None and row.teacher_ppl is not None:
+            theirs = (f"{row.teacher_loss:.4f}", f"{row.teacher_ppl:.2f}")
+        cells = (
+            row.checkpoint,
+            row.step,
+            row.trained_at or "–",
+            row.context,
+            f"{row.student_loss:.4f}",
+            f"{row.student_ppl:.2f}",
+            *theirs,
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+FLAGS = [
+    name
+    for name in SETTINGS
+    if name in ("teacher_name", "teacher_precision", "text_column", "cache_dir", "tokens_dir")
+    or name in ("eval_ctx_lens", "eval_max_tokens", "micro_batch", "pos_resize", "local_workdir")
+    or name in ("trained_positions", "bf16", "fp16", "fp32")
+    or name.startswith(("dataset_", "hf_"))
+]
+
+
+def main(argv: list[str]) -> None:
+    """The command line; prints the table."""
+    parser = build_parser("python -m trainer.evaluate", str(__doc__), only=FLAGS)
+    parser.add_argument("output", metavar="OUT_DIR", help="a local directory")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="paths or gs:// URIs")
+    args = parser.parse_args(argv)
+    set_up_logging()
+    quiet_libraries()
+    print(
+        markdown_table(
+            run(resolve(settings_from_args(args), {}).config, args.checkpoints, args.output)
+        )
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))
