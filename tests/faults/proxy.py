@@ -106,7 +106,14 @@ class FaultProxy:
         self.backend = urlsplit(backend).netloc
         self.faults = faults
         self.bandwidth = bandwidth
+        # (status, message) that every request gets
+        self.refusal: tuple[int, str] | None = None
+        # Requests wait while this is clear
+        self.gate = threading.Event()
+        self.gate.set()
         self.requests: list[tuple[str, str]] = []
+        # (first byte, end) of every part of a resumable upload that the server has kept
+        self.kept: list[tuple[int, int]] = []
         self.uploads: dict[str, _Upload] = {}
         self.listings: dict[str, list[bytes]] = {}
         # Condition and change are one step, as in Cloud Storage
@@ -123,6 +130,7 @@ class FaultProxy:
 
     def close(self) -> None:
         self._server.stopping.set()
+        self.gate.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -222,6 +230,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.query = {key: values[0] for key, values in parse_qs(url.query).items()}
         self.where = url.path
         self.proxy.requests.append((self.command, self.path))
+        self.proxy.gate.wait()
         happening = self._happening()
         self.fault = self.proxy.draw(happening)
         length = int(self.headers.get("Content-Length") or 0)
@@ -229,6 +238,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._break_upload(length)
             return
         body = self._receive(length)
+        if self.proxy.refusal is not None:
+            code, message = self.proxy.refusal
+            answer = json.dumps({"error": {"code": code, "message": message}}).encode()
+            self._answer(code, {"Content-Type": "application/json"}, answer)
+            return
         if self.fault in ("503", "429"):
             self.proxy.count(self.fault)
             self._answer(int(self.fault), {}, b'{"error": {"message": "injected"}}')
@@ -321,6 +335,7 @@ class _Handler(BaseHTTPRequestHandler):
                 upload.answer = self._refusal()
                 return upload.answer
             answer = self.proxy.ask("PUT", self.path, data, headers)
+        self.proxy.kept.append((upload.held, end))
         upload.held = end
         if end == total:
             upload.answer = answer

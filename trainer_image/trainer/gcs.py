@@ -617,6 +617,8 @@ def _one_line(error: BaseException) -> str:
         return f"HTTP {error.code}: {_server_message(error)}"
     if isinstance(error, requests.RequestException) and error.args:
         reason = getattr(error.args[0], "reason", None) or error.args[0]
+        if isinstance(reason, HTTPError) and isinstance(reason.args[-1], Exception):
+            reason = reason.args[-1]
         host = urlsplit(getattr(error.request, "url", "") or "").netloc
         return f"no answer from {host or 'the server'}: {str(reason).rsplit(': ', 1)[-1]}"
     return " ".join(str(error).split()) or type(error).__name__

@@ -305,7 +305,13 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     with _os_errors("writing", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with _temporary_beside(path) as file:
-            yield file
+            try:
+                yield file
+            except RuntimeError as error:
+                # torch.save hides the disk's error behind one about its own position in the file
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
             _to_disk(file)
             os.replace(file.name, path)
         _directory_to_disk(path.parent)
