@@ -85,6 +85,7 @@ def setting(
     """
     return field(
         default=default,
+        repr=not secret,
         metadata={
             "help": help,
             "choices": choices,
@@ -436,7 +437,7 @@ def build_parser(
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         suffix = "" if default in (None, "", ()) or default is False else f" [{shown}]"
         choices = spec.metadata["choices"]
-        options: dict[str, Any] = {"metavar": "|".join(choices) if choices else name.upper()}
+        options: dict[str, Any] = {"metavar": "|".join(choices) if choices else _metavar(name)}
         if _TYPES[name] is bool:
             options = {"metavar": "BOOL", "nargs": "?", "const": "true"}
         elif name == "betas":
@@ -444,6 +445,11 @@ def build_parser(
         text = (spec.metadata["help"] + suffix).replace("%", "%%")
         parser.add_argument(f"--{name}", help=text, **options)
     return parser
+
+
+def _metavar(name: str) -> str:
+    kind = str(_TYPES[name])
+    return "N" if "int" in kind else "X" if "float" in kind else "TEXT"
 
 
 def settings_from_args(args: argparse.Namespace) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 from trainer.errors import UsageError
 
 _DATE = re.compile(
-    r"\$\(date(?P<utc> -u)?(?: \+(?P<quote>['\"]?)(?P<format>[^()'\"]*)(?P=quote))?\)"
+    r"\$\(date(?P<utc> -u)?"
+    r"(?: \+(?:(?P<plain>[\w%.:/+-]*)|'(?P<single>[^'()`$]*)'|\"(?P<double>[^\"()`$]*)\"))?\)"
 )
 _ALLOWED = frozenset("YmdHMSsjyFTVuZz%")
 
@@ -25,7 +26,7 @@ def expand_dates(text: str, *, flag: str, now: datetime | None = None) -> str:
     moment = (now or datetime.now(UTC)).astimezone()
 
     def expand(match: re.Match[str]) -> str:
-        pattern = match["format"] or "%Y%m%d-%H%M%S"
+        pattern = match["plain"] or match["single"] or match["double"] or "%Y%m%d-%H%M%S"
         for directive in re.findall(r"%(.?)", pattern):
             if directive not in _ALLOWED or not directive:
                 raise UsageError(

@@ -116,7 +116,7 @@ def _check_shapes(
             " do not agree"
         )
     if labels.shape != student_hidden.shape[:1]:
-        raise ValueError(f"{tuple(labels.shape)} labels for {student_hidden.shape[0]} tokens")
+        raise ValueError(f"{list(labels.shape)} labels for {student_hidden.shape[0]} tokens")
     if mix.alpha == 0.0:
         return
     if teacher_hidden is None or teacher_head is None:

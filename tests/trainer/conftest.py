@@ -1,0 +1,119 @@
+"""A small real corpus, a tokenizer trained on it, and teachers in Hugging Face format."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from trainer import entrypoint
+
+from pipelines import embedded
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("session")
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    return [text for _, text in sorted(topics.items())][:48]
+
+
+@pytest.fixture(scope="session")
+def corpus(root: Path, texts: list[str]) -> Path:
+    """``train.jsonl`` and ``validation.jsonl`` of CPython's language reference."""
+    directory = root / "corpus"
+    directory.mkdir()
+    for name, part in (("train", texts[:-4]), ("validation", texts[-4:])):
+        lines = (json.dumps({"text": text}) for text in part)
+        (directory / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(root: Path, corpus: Path) -> Path:
+    return embedded.build_tokenizer(corpus, root / "tokenizer", vocab_size=512)
+
+
+def save_teacher(directory: Path, tokenizer_dir: Path, *, vocab: int, positions: int) -> Path:
+    """A GPT-2 with random weights, large enough that its distribution is far from uniform."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(5)
+    config = GPT2Config(
+        vocab_size=vocab,
+        n_positions=positions,
+        n_embd=48,
+        n_layer=2,
+        n_head=4,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    GPT2LMHeadModel(config).save_pretrained(str(directory))
+    AutoTokenizer.from_pretrained(str(tokenizer_dir)).save_pretrained(str(directory))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def teacher_dir(root: Path, tokenizer_dir: Path) -> Path:
+    """512 tokens, 64 positions, a vocabulary padded to 520 rows."""
+    return save_teacher(root / "teacher", tokenizer_dir, vocab=520, positions=64)
+
+
+@pytest.fixture
+def settings(teacher_dir: Path, corpus: Path, root: Path, tmp_path: Path) -> dict[str, object]:
+    """A run of seconds on the CPU, as settings of the command line."""
+    return {
+        "teacher_name": str(teacher_dir),
+        "dataset_name": str(corpus),
+        "cache_dir": str(root / "cache"),
+        "local_workdir": str(tmp_path / "work"),
+        "block_size": 32,
+        "d_model": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "train_steps": 6,
+        "warmup_steps": 2,
+        "lr_peak": 1e-3,
+        "micro_batch": 4,
+        "global_batch": 4,
+        "eval_every": 3,
+        "save_every": 3,
+        "log_interval": 2,
+        "eval_max_tokens": 1000,
+    }
+
+
+@pytest.fixture(scope="session")
+def trained_teacher(root: Path) -> tuple[Path, Path]:
+    """The embedded corpus at a smaller size and a teacher trained on it; returns both."""
+    from trainer.log import quiet_libraries
+
+    quiet_libraries()
+    corpus = embedded.build_corpus(root / "embedded-corpus", limit=1_500_000)
+    work = root / "teacher-run"
+    tokenizer = embedded.build_tokenizer(corpus, work / "tokenizer", vocab_size=1024)
+    flags = embedded.TEACHER_FLAGS | {
+        "teacher_name": str(tokenizer),
+        "dataset_name": str(corpus),
+        "local_workdir": str(work / "run"),
+        "cache_dir": str(root / "cache"),
+        "d_model": 128,
+        "n_layers": 3,
+        "n_heads": 4,
+        "train_steps": 250,
+        "eval_every": 250,
+    }
+    entrypoint.main([f"--{name}={value}" for name, value in flags.items()])
+    from trainer import export_hf
+
+    target = root / "trained-teacher"
+    export_hf.run(str(work / "run" / "best.pt"), str(target), tokenizer=str(tokenizer))
+    return corpus, target
