@@ -10,7 +10,6 @@ chunk, and gives up if part of it had arrived.
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
 import secrets
@@ -440,7 +439,7 @@ class BucketLocation:
         try:
             return self._retrying("reading", self.child(name), reload)
         except exceptions.NotFound as error:
-            if "bucket" in error.message.lower():
+            if "specified bucket" in _server_message(error):
                 raise self._no_bucket() from None
             raise StorageMissingError(f"{self.child(name)} does not exist") from None
 
@@ -626,25 +625,26 @@ def _one_line(error: BaseException) -> str:
 
 def _server_message(error: exceptions.GoogleAPICallError) -> str:
     """What the server said; the client puts the request's method and URL before it."""
-    text = " ".join(str(error.message).split())
-    _, found, rest = text.partition(": {")
-    if found:
-        try:
-            return str(json.JSONDecoder().raw_decode("{" + rest)[0]["error"]["message"])
-        except (ValueError, KeyError, TypeError):
-            return text
-    return text
+    try:
+        return str(error.response.json()["error"]["message"])
+    except (AttributeError, ValueError, KeyError, TypeError, RuntimeError):
+        text = " ".join(str(error.message).split())
+        return re.sub(r"^[A-Z]+ \S+: |: \('Request failed with .*", "", text)
 
 
 def _explained(action: str, uri: str, error: Exception) -> LiquidError:
     """A lasting failure as one line with the way out."""
     line = _one_line(error)
-    if isinstance(error, auth_exceptions.DefaultCredentialsError):
+    no_credentials = auth_exceptions.DefaultCredentialsError
+    refused = (auth_exceptions.GoogleAuthError, exceptions.Unauthorized)
+    if isinstance(error, no_credentials) and not isinstance(
+        error, auth_exceptions.InvalidOperation
+    ):
         return StorageError(
             f"{action} {uri} failed: there are no Google credentials; run `gcloud auth"
             " application-default login` or set GOOGLE_APPLICATION_CREDENTIALS"
         )
-    if isinstance(error, (auth_exceptions.GoogleAuthError, exceptions.Unauthorized)):
+    if isinstance(error, refused):
         return StorageError(
             f"{action} {uri} failed: the Google credentials are not accepted ({line}); renew them"
             " with `gcloud auth application-default login`"

@@ -7,8 +7,7 @@
 
 One thread works through a queue, in order, one group of files at a time. Files are opened when they
 are submitted, so that a later rename over their path, or its removal, changes nothing for an upload
-that waits or runs. Their content must not be changed in place; if it is, the CRC32C tells and the
-upload fails.
+that waits or runs. Their content must not be changed in place; if it is, the upload fails.
 
 The last file of a group vouches for the others: the sidecar of a checkpoint. When a group replaces
 an older one, the old sidecar is removed first, then the weights are replaced, then the new sidecar
@@ -47,6 +46,8 @@ class _Group:
     key: str | None = None
     files: list[BinaryIO] = field(default_factory=list)
     """open files, one a name; none for a removal"""
+    states: list[tuple[int, int]] = field(default_factory=list)
+    """size and time of change of each file when it was submitted"""
     release: ExitStack = field(default_factory=ExitStack)
 
 
@@ -85,6 +86,7 @@ class Uploader:
         group = _Group([check_name(name) for _, name in files], key)
         with ExitStack() as stack:
             group.files = [stack.enter_context(opened(path)) for path, _ in files]
+            group.states = [_state(file) for file in group.files]
             group.release = stack.pop_all()
         try:
             return self._enqueue(group)
@@ -225,12 +227,27 @@ class Uploader:
         if len(group.names) > 1:
             self._location.delete(group.names[-1])
         size = 0
-        for file, name in zip(group.files, group.names, strict=True):
+        for file, name, state in zip(group.files, group.names, group.states, strict=True):
+            _check_unchanged(file, name, state)
             size += self._location.put(file, name).size
+            _check_unchanged(file, name, state)
         seconds = time.monotonic() - began
         log.info(
             "uploaded %s: %.1f MB in %.1f s",
             self._location.child(group.names[0]),
             size / 1e6,
             seconds,
+        )
+
+
+def _state(file: BinaryIO) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def _check_unchanged(file: BinaryIO, name: str, state: tuple[int, int]) -> None:
+    if _state(file) != state:
+        raise StorageError(
+            f"the local file of {name} was changed in place before its upload had ended; write a"
+            " new file and rename it"
         )
