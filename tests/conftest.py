@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from faults.proxy import FaultProxy
-from faults.server import ObjectServer
+
+# Before pytest's own entries: tests/trainer must not be taken for the package `trainer`
+_root = Path(__file__).parents[1]
+sys.path.insert(0, str(_root))
+sys.path.insert(0, str(_root / "trainer_image"))
+
+from tests.faults.proxy import FaultProxy
+from tests.faults.server import ObjectServer
 
 _numbers = itertools.count(1)
 

@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults.proxy import KINDS, FaultProxy, Faults
-from faults.server import ObjectServer
 from trainer.storage import (
     Location,
     StorageMissingError,
@@ -25,6 +23,9 @@ from trainer.storage import (
     open_location,
 )
 from trainer.uploads import Uploader
+
+from tests.faults.proxy import KINDS, FaultProxy, Faults
+from tests.faults.server import ObjectServer
 
 KIB = 1024
 FAST = TransferPolicy(

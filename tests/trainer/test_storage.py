@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from faults.proxy import FaultProxy
 from trainer.errors import StorageError, UsageError
 from trainer.storage import (
     Entry,
@@ -36,6 +35,8 @@ from trainer.storage import (
     remove_abandoned,
     split_uri,
 )
+
+from tests.faults.proxy import FaultProxy
 
 KIB = 1024
 POLICY = TransferPolicy(
