@@ -8,6 +8,7 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
+from samples import save_teacher
 from trainer import entrypoint
 
 from pipelines import embedded
@@ -39,26 +40,6 @@ def corpus(root: Path, texts: list[str]) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer_dir(root: Path, corpus: Path) -> Path:
     return embedded.build_tokenizer(corpus, root / "tokenizer", vocab_size=512)
-
-
-def save_teacher(directory: Path, tokenizer_dir: Path, *, vocab: int, positions: int) -> Path:
-    """A GPT-2 with random weights, large enough that its distribution is far from uniform."""
-    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(5)
-    config = GPT2Config(
-        vocab_size=vocab,
-        n_positions=positions,
-        n_embd=48,
-        n_layer=2,
-        n_head=4,
-        initializer_range=0.2,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    GPT2LMHeadModel(config).save_pretrained(str(directory))
-    AutoTokenizer.from_pretrained(str(tokenizer_dir)).save_pretrained(str(directory))
-    return directory
 
 
 @pytest.fixture(scope="session")

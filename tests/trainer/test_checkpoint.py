@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from samples import base_package_payload
 from trainer import checkpoint as ckpt
 from trainer.checkpoint import Sidecar, Snapshot, read_checkpoint, verify_file
 from trainer.errors import CheckpointError
@@ -93,26 +94,6 @@ def test_a_file_that_its_sidecar_does_not_describe_is_noticed(tmp_path: Path) ->
 
 
 # ── the base package's layout
-
-
-def base_package_payload(*, trained: int, rows: int, step: int = 68150) -> dict[str, Any]:
-    """A checkpoint as the base package writes it: one AdamW group, no metadata, a long table."""
-    config = StudentConfig(vocab_size=64, d_model=16, n_layers=2, n_heads=4, positions=rows)
-    student = Student(config).initialize(1)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-4, weight_decay=0.1)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    for _ in range(2):
-        ids = torch.randint(0, 64, (4, trained))
-        student.logits(ids).square().mean().backward()
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-    return {
-        "model": student.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
-        "step": step,
-    }
 
 
 def test_base_package_checkpoints_are_understood(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -233,7 +233,7 @@ def test_a_setting_survives_its_metadata_form() -> None:
             assert parsed == getattr(config, name), name
 
 
-MOMENT = datetime(2025, 3, 4, 5, 6, 7, tzinfo=timezone.utc)
+MOMENT = datetime(2025, 3, 4, 5, 6, 7, tzinfo=UTC)
 
 
 def test_dates_are_expanded_without_a_shell() -> None:

@@ -81,6 +81,8 @@ def gpt2_model(weights: Mapping[str, Tensor], config: StudentConfig, positions: 
         embd_pdrop=config.dropout,
         attn_pdrop=config.dropout,
         tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
     )
     with torch.device("meta"):
         model = GPT2LMHeadModel(gpt2)

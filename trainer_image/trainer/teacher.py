@@ -66,6 +66,8 @@ class Teacher:
         ids = torch.arange(1, 9, device=self.head.device)[None] % self.spec.vocab_size
         expected = self.model(input_ids=ids, use_cache=False).logits.float()
         found = torch.nn.functional.linear(self.hidden(ids), self.head, self.bias).float()
+        if not bool(torch.isfinite(expected).all()):
+            raise ModelError(f"teacher {self.spec.name!r} computes logits that are not finite")
         tolerance = 1e-4 if self.head.dtype == torch.float32 else 5e-2
         if found.shape != expected.shape or not torch.allclose(
             found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
@@ -143,7 +145,8 @@ def load_teacher(
     """The teacher on ``device`` in ``dtype``.
 
     Raises:
-        ModelError: the weights cannot be loaded, are not finite, or are not a causal LM's.
+        ModelError: the weights cannot be loaded, or are not those of a causal LM that computes
+            finite logits.
     """
     from transformers import AutoModelForCausalLM
 
@@ -157,8 +160,6 @@ def load_teacher(
             f"teacher {spec.name!r} lacks {len(absent)} of its weights, {absent[0]} for one"
         )
     teacher = Teacher(model.to(device), spec)
-    if not bool(torch.isfinite(teacher.head).all()):
-        raise ModelError(f"teacher {spec.name!r} has weights that are not finite")
     parameters = sum(p.numel() for p in model.parameters())
     log.info("teacher %s: %.1f M parameters in %s", spec.name, parameters / 1e6, dtype)
     return teacher

@@ -1,0 +1,49 @@
+"""Teachers and checkpoints that tests are made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from trainer.student import Student, StudentConfig
+
+
+def save_teacher(directory: Path, tokenizer_dir: Path, *, vocab: int, positions: int) -> Path:
+    """A GPT-2 with random weights, large enough that its distribution is far from uniform."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(5)
+    config = GPT2Config(
+        vocab_size=vocab,
+        n_positions=positions,
+        n_embd=48,
+        n_layer=2,
+        n_head=4,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    GPT2LMHeadModel(config).save_pretrained(str(directory))
+    AutoTokenizer.from_pretrained(str(tokenizer_dir)).save_pretrained(str(directory))
+    return directory
+
+
+def base_package_payload(*, trained: int, rows: int, step: int = 68150) -> dict[str, Any]:
+    """A checkpoint as the base package writes it: one AdamW group, no metadata, a long table."""
+    config = StudentConfig(vocab_size=64, d_model=16, n_layers=2, n_heads=4, positions=rows)
+    student = Student(config).initialize(1)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-4, weight_decay=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    for _ in range(2):
+        ids = torch.randint(0, 64, (4, trained))
+        student.logits(ids).square().mean().backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return {
+        "model": student.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "step": step,
+    }

@@ -1,0 +1,365 @@
+"""The command line as a user meets it: smoke commands, phases, errors and exit statuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from samples import base_package_payload, save_teacher
+from trainer import entrypoint
+from trainer.checkpoint import read_checkpoint
+from trainer.positions import resize_positions
+
+Settings = dict[str, Any]
+
+
+def flags(settings: Settings, **changes: Any) -> list[str]:
+    merged = settings | changes
+    return [f"--{name}={value}" for name, value in merged.items() if value is not None]
+
+
+def command(*argv: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "trainer.entrypoint", *argv],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"},
+        timeout=120,
+    )
+
+
+def messages(stderr: str) -> list[str]:
+    return [json.loads(line)["message"] for line in stderr.splitlines()]
+
+
+# ── the smoke commands of the user's document
+
+
+@pytest.fixture(scope="module")
+def checkpoint(root: Path, tokenizer_dir: Path, corpus: Path) -> tuple[Path, Settings]:
+    """A small run's checkpoint at context 512, and the settings that made it."""
+    teacher = save_teacher(root / "teacher-1024", tokenizer_dir, vocab=512, positions=1024)
+    settings = {
+        "teacher_name": str(teacher),
+        "dataset_name": str(corpus),
+        "cache_dir": str(root / "cache"),
+        "block_size": 512,
+        "d_model": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "micro_batch": 1,
+        "global_batch": 2,
+        "eval_max_tokens": 2000,
+    }
+    made = settings | {"local_workdir": str(root / "smoke-source"), "train_steps": 2}
+    entrypoint.run(made)
+    return root / "smoke-source" / "best.pt", settings
+
+
+def test_smoke_resume_without_training(checkpoint: tuple[Path, Settings], tmp_path: Path) -> None:
+    path, settings = checkpoint
+    argv = (
+        "--alpha=0.6 --T=1.1 --alpha_schedule=0:0.6,1:0.5 --temp_schedule=0:1.1,1:1.0"
+        " --train_steps=0 --eval_every=1 --save_every=1 --log_interval=1"
+        " --output_gcs_uri=gs://dummy"
+    ).split()
+    places = {"resume_gcs_uri": str(path), "local_workdir": str(tmp_path / "w")}
+    done = command(*flags(settings, **places), *argv)
+    assert done.returncode == 0, done.stderr
+    lines = messages(done.stderr)
+    for expected in (
+        "alpha = 0.6 (command line)",
+        "T = 1.1 (command line)",
+        "alpha_schedule = '0:0.6,1:0.5' (command line)",
+        "train_steps = 0 (command line)",
+        "warmup_steps = 2000 (checkpoint)",
+        "dropout = 0.0 (checkpoint)",
+        "weight_decay = 0.1 (default)",
+    ):
+        assert expected in lines
+    assert not list((tmp_path / "w").glob("*.pt"))
+
+
+def test_smoke_one_step_without_an_output_location(
+    checkpoint: tuple[Path, Settings], tmp_path: Path
+) -> None:
+    _, settings = checkpoint
+    work = {"local_workdir": str(tmp_path / "w")}
+    done = command(*flags(settings, **work), "--train_steps=1", "--eval_ctx_lens=512,1024")
+    assert done.returncode == 0, done.stderr
+    meta = json.loads((tmp_path / "w" / "best.pt.meta.json").read_text())
+    assert {"val_loss_student@512", "val_loss_student@1024"} <= set(meta["metrics"])
+    assert meta["step"] == 1
+    assert list((tmp_path / "w" / "tensorboard").glob("events.*"))
+    step = next(line for line in done.stderr.splitlines() if '"step 1/1' in line)
+    record = json.loads(step)
+    assert record["severity"] == "INFO"
+    assert record["tokens_per_second"] > 0
+    assert record["memory_gib"] > 0
+
+
+# ── checkpoints of the base package
+
+
+@pytest.fixture
+def base_checkpoint(tmp_path: Path) -> Path:
+    """Step 68150, no metadata, no sidecar, a long table of which 32 rows were trained."""
+    payload = base_package_payload(trained=32, rows=128)
+    for name in ("embed.weight", "lm_head.weight"):
+        payload["model"][name] = torch.cat([payload["model"][name]] * 8)
+    names = list(payload["model"])
+    for name in ("embed.weight", "lm_head.weight"):
+        state = payload["optimizer"]["state"][names.index(name)]
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key] = torch.cat([state[key]] * 8)
+    path = tmp_path / "base.pt"
+    torch.save(payload, path)
+    return path
+
+
+def base_settings(settings: Settings, base_checkpoint: Path) -> Settings:
+    drop = ("d_model", "n_layers")
+    kept = {name: value for name, value in settings.items() if name not in drop}
+    return kept | {"resume_gcs_uri": str(base_checkpoint), "n_heads": 4}
+
+
+def test_run_a_from_a_base_package_checkpoint_starts_at_step_zero(
+    settings: Settings, base_checkpoint: Path, tmp_path: Path
+) -> None:
+    result = entrypoint.run(
+        base_settings(settings, base_checkpoint)
+        | {
+            "train_steps": 12,
+            "warmup_steps": 2,
+            "lr_peak": 2.7e-4,
+            "alpha_schedule": "0:0.7,4:0.5,8:0.3",
+            "temp_schedule": "0:1.2,8:1.0",
+            "eval_ctx_lens": (32, 64),
+        }
+    )
+    assert result is not None
+    assert result.step == 12
+    saved = read_checkpoint(tmp_path / "work" / "final.pt")
+    assert saved.weights["pos.weight"].shape == (128, 16), "the table keeps its length"
+    assert saved.meta["pos_embedding"]["trained_positions"] == 32
+    assert saved.meta["origin"]["step"] == 68150
+    assert (saved.meta["kd_alpha"], saved.meta["kd_temperature"]) == (0.3, 1.0)
+    counts = {float(m["step"]) for m in saved.optimizer_by_name().values()}
+    assert counts == {14.0}, "moments are kept: 2 updates of the base run and 12 of ours"
+
+
+def test_doubled_context_with_reset(
+    settings: Settings, base_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interpolated table, fresh optimizer, step 0: seen at the start, before any update."""
+    starts: list[Any] = []
+    original = entrypoint.new_phase
+
+    def spy(*args: Any) -> Any:
+        starts.append(original(*args))
+        table = starts[-1].student.pos.weight.detach().clone()
+        starts[-1].origin["table"] = table
+        return starts[-1]
+
+    monkeypatch.setattr(entrypoint, "new_phase", spy)
+    entrypoint.run(
+        base_settings(settings, base_checkpoint)
+        | {"block_size": 64, "reset_optim_on_ctx_change": True, "train_steps": 0}
+    )
+    start = starts[0]
+    source = torch.load(base_checkpoint, weights_only=True)["model"]["pos.weight"]
+    assert torch.equal(start.origin["table"], resize_positions(source, 32, 64))
+    assert (start.step, start.optimizer_state, start.trained_positions) == (0, {}, 64)
+
+
+def test_doubled_context_without_reset_keeps_moments(
+    settings: Settings, base_checkpoint: Path, tmp_path: Path
+) -> None:
+    changes = {"block_size": 64, "train_steps": 2, "micro_batch": 2, "global_batch": 2}
+    entrypoint.run(base_settings(settings, base_checkpoint) | changes)
+    saved = read_checkpoint(tmp_path / "work" / "final.pt")
+    assert saved.weights["pos.weight"].shape == (64, 16)
+    assert {float(m["step"]) for m in saved.optimizer_by_name().values()} == {4.0}
+
+
+def test_a_bare_state_dict_starts_a_run(
+    settings: Settings, base_checkpoint: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare.pt"
+    torch.save(torch.load(base_checkpoint, weights_only=True)["model"], bare)
+    result = entrypoint.run(base_settings(settings, bare) | {"train_steps": 1})
+    assert result is not None
+    assert result.step == 1
+
+
+def test_a_step_below_train_steps_is_kept(settings: Settings, tmp_path: Path) -> None:
+    entrypoint.run(settings | {"train_steps": 4, "save_every": 2})
+    cut = str(tmp_path / "work" / "ckpt_step_2.pt")
+    more = settings | {"local_workdir": str(tmp_path / "more"), "resume_gcs_uri": cut}
+    entrypoint.run(more | {"train_steps": 3, "save_every": 1})
+    assert (tmp_path / "more" / "ckpt_step_3.pt").exists()
+    assert not (tmp_path / "more" / "ckpt_step_1.pt").exists()
+
+
+def test_rotary_students_train_and_continue_with_scaled_positions(
+    settings: Settings, tmp_path: Path
+) -> None:
+    entrypoint.run(settings | {"pos_embedding": "rotary", "eval_ctx_lens": (32, 64)})
+    source = str(tmp_path / "work" / "best.pt")
+    more = {"block_size": 64, "rope_scale": 2.0, "reset_optim_on_ctx_change": True}
+    result = entrypoint.run(
+        settings | more | {"resume_gcs_uri": source, "local_workdir": str(tmp_path / "long")}
+    )
+    assert result is not None
+    meta = read_checkpoint(tmp_path / "long" / "final.pt").meta
+    assert meta["pos_embedding"]["type"] == "rotary"
+    assert meta["rope_scale"] == 2.0
+    assert result.step == 6
+
+
+# ── own snapshots
+
+
+def test_another_runs_location_is_refused_naming_what_differs(settings: Settings) -> None:
+    entrypoint.run(settings | {"train_steps": 2})
+    with pytest.raises(entrypoint.UsageError) as caught:
+        entrypoint.run(settings | {"train_steps": 2, "lr_peak": 5e-3, "seed": 1})
+    message = str(caught.value)
+    assert "holds another run" in message
+    assert "lr_peak 0.001 -> 0.005" in message
+    assert "seed 42 -> 1" in message
+
+
+def test_own_progress_is_preferred_over_the_resume_uri(settings: Settings, tmp_path: Path) -> None:
+    entrypoint.run(settings | {"local_workdir": str(tmp_path / "source"), "train_steps": 3})
+    source = str(tmp_path / "source" / "final.pt")
+    phase = settings | {"resume_gcs_uri": source, "train_steps": 2, "save_every": 1}
+    entrypoint.run(phase)
+    (tmp_path / "work" / "final.pt.meta.json").unlink()
+    (tmp_path / "work" / "ckpt_step_2.pt.meta.json").unlink()
+    for path in (tmp_path / "work").glob("*best*"):
+        path.unlink()
+    shutil.rmtree(tmp_path / "source")
+    result = entrypoint.run(phase)
+    assert result is not None
+    assert result.step == 2
+
+
+def test_a_damaged_newest_snapshot_is_passed_over(settings: Settings, tmp_path: Path) -> None:
+    entrypoint.run(settings | {"save_every": 2})
+    whole = read_checkpoint(tmp_path / "work" / "final.pt")
+    for name in ("final.pt", "best.pt", "ckpt_step_6.pt"):
+        path = tmp_path / "work" / name
+        path.write_bytes(path.read_bytes()[:-50])
+    for path in (tmp_path / "work").glob("ckpt_best*"):
+        path.unlink()
+    entrypoint.run(settings | {"save_every": 2})
+    again = read_checkpoint(tmp_path / "work" / "final.pt")
+    assert all(torch.equal(whole.weights[n], again.weights[n]) for n in whole.weights)
+
+
+# ── errors
+
+
+def test_usage_errors_are_one_line_and_status_2(settings: Settings) -> None:
+    done = command("--alpha_schedule=0:0.7,4x0:0.5", "--block_size=512")
+    assert done.returncode == 2
+    assert messages(done.stderr) == [
+        "--alpha_schedule='0:0.7,4x0:0.5': entry 2 ('4x0:0.5'), 'x' at character 8: a step is a"
+        " whole number; updates count from 0"
+    ]
+    assert done.stdout == ""
+
+
+def test_failures_are_one_line_and_status_1(settings: Settings, tmp_path: Path) -> None:
+    done = command(*flags(settings, resume_gcs_uri=str(tmp_path / "absent.pt")))
+    assert done.returncode == 1
+    assert "absent.pt" in messages(done.stderr)[-1]
+    assert "Traceback" not in done.stderr
+
+
+def fails(settings: Settings, status: int, *parts: str, **changes: Any) -> None:
+    from trainer.errors import LiquidError
+
+    with pytest.raises(LiquidError) as caught:
+        entrypoint.run({k: v for k, v in (settings | changes).items() if v is not None})
+    message = str(caught.value)
+    assert caught.value.exit_status == status, message
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+
+
+def test_settings_that_do_not_fit_the_models(
+    settings: Settings, tmp_path: Path, tokenizer_dir: Path, base_checkpoint: Path
+) -> None:
+    fails(settings, 2, "--block_size=128 is over the 64 positions of teacher", block_size=128)
+    fails(settings, 2, "missing: --teacher_name", teacher_name=None)
+    fails(settings, 2, "did you mean val_loss_student@32?", save_best_on="val_loss_studnt@32")
+    small = save_teacher(tmp_path / "small", tokenizer_dir, vocab=512, positions=64)
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"vocab_size": 500}))
+    fails(
+        settings,
+        1,
+        "vocabulary of 500 is smaller than the student's of 512",
+        teacher_name=str(small),
+    )
+    resumed = base_settings(settings, base_checkpoint)
+    fails(resumed, 2, "--d_model=64", "has 16; leave it out", d_model=64)
+    fails(resumed, 2, "--pos_embedding=rotary", pos_embedding="rotary")
+    fails(resumed, 2, "--trained_positions=500", trained_positions=500)
+    fails(resumed, 1, "which 3 heads do not divide", n_heads=3, d_model=None)
+
+
+def test_a_student_of_another_vocabulary(settings: Settings, tmp_path: Path) -> None:
+    torch.save(base_package_payload(trained=32, rows=64)["model"], tmp_path / "small.pt")
+    resumed = base_settings(settings, tmp_path / "small.pt")
+    fails(resumed, 1, "has a vocabulary of 64, the tokenizer one of 512")
+
+
+def test_a_teacher_that_cannot_be_loaded_ends_the_run_before_training(
+    settings: Settings, teacher_dir: Path, tmp_path: Path
+) -> None:
+    fails(
+        settings, 1, "teacher '/no/such/teacher' cannot be loaded", teacher_name="/no/such/teacher"
+    )
+    broken = tmp_path / "broken"
+    shutil.copytree(teacher_dir, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    fails(settings, 1, f"teacher '{broken}' cannot be loaded", teacher_name=str(broken))
+    weights.unlink()
+    fails(settings, 1, f"teacher '{broken}' cannot be loaded", teacher_name=str(broken))
+    assert not list((tmp_path / "work").glob("*.pt")), "nothing was trained"
+
+
+def test_an_output_that_cannot_be_written(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    fails(settings, 1, str(tmp_path / "file"), output_gcs_uri=str(tmp_path / "file" / "out"))
+
+
+def test_config_file_errors_name_the_nearest_setting(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("alpha_shedule: '0:0.5'\n")
+    done = command(f"--config={path}")
+    assert done.returncode == 2
+    assert "unknown setting 'alpha_shedule'; did you mean 'alpha_schedule'?" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_config_file_and_flags_together(settings: Settings, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    lines = {**settings, "train_steps": 1, "output_gcs_uri": str(tmp_path / "out-$(date +%Y)")}
+    path.write_text("\n".join(f"{name}: {json.dumps(value)}" for name, value in lines.items()))
+    entrypoint.main([f"--config={path}", "--train_steps=2"])
+    (output,) = tmp_path.glob("out-2*")
+    assert read_checkpoint(output / "final.pt").step == 2
