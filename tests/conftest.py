@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 # Before pytest's own entries: tests/trainer must not be taken for the package `trainer`
-_root = Path(__file__).parents[1]
-sys.path.insert(0, str(_root))
-sys.path.insert(0, str(_root / "trainer_image"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "trainer_image"))
 
 from tests.faults.proxy import FaultProxy
 from tests.faults.server import ObjectServer

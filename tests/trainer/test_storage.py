@@ -361,6 +361,26 @@ def test_an_object_replaced_while_it_is_read_is_read_anew(
     assert (tmp_path / "copy").read_bytes() == b"newer" * 1000
 
 
+def test_an_object_replaced_just_before_its_removal_stays(
+    gcs_bucket: str, gcs_proxy: FaultProxy
+) -> None:
+    place = at(gcs_bucket)
+    place.put_bytes(b"mine", "w.pt")
+    look = gcs_proxy.generation
+
+    def generation(bucket: str, name: str) -> str:
+        # Asked by the proxy when the removal has arrived, before it takes place
+        gcs_proxy.generation = look  # type: ignore[method-assign]
+        path = f"/upload/storage/v1/b/{bucket}/o?uploadType=media&name={name}"
+        assert gcs_proxy.ask("POST", path, b"theirs", {})[0] == 200
+        return look(bucket, name)
+
+    gcs_proxy.generation = generation  # type: ignore[method-assign]
+    with pytest.raises(StorageConflictError, match="a program that left no name"):
+        place.delete("w.pt")
+    assert at(gcs_bucket).read_bytes("w.pt", limit=10) == b"theirs"
+
+
 def test_bytes_damaged_on_the_way_are_noticed(
     gcs_bucket: str, gcs_proxy: FaultProxy, tmp_path: Path
 ) -> None:
