@@ -44,7 +44,10 @@ KINDS = {
 
 
 class Faults:
-    """Which request meets which fault: seeded, at most `limit` in all, each `rate` likely."""
+    """Which request meets which fault: seeded, `rate` likely, drawn `limit` times at most.
+
+    Of the requests only those that do something in `only` are considered.
+    """
 
     def __init__(
         self,
@@ -52,20 +55,25 @@ class Faults:
         rate: float,
         *,
         kinds: tuple[str, ...] = tuple(KINDS),
+        only: tuple[str, ...] = (UPLOAD, DOWNLOAD, LISTING, ANY),
         limit: int | None = None,
     ) -> None:
         self.counts: Counter[str] = Counter()
         self._random = random.Random(seed)
         self._rate, self._kinds, self._limit = rate, kinds, limit
+        self._only, self._drawn = only, 0
         self._lock = threading.Lock()
 
     def draw(self, happening: str) -> str | None:
         """The fault for a request, if one is due."""
         with self._lock:
             fitting = [kind for kind in self._kinds if happening in KINDS[kind]]
-            spent = self._limit is not None and self.counts.total() >= self._limit
+            if happening not in self._only:
+                return None
+            spent = self._limit is not None and self._drawn >= self._limit
             if not fitting or spent or self._random.random() >= self._rate:
                 return None
+            self._drawn += 1
             return self._random.choice(fitting)
 
     def count(self, kind: str) -> None:
@@ -114,6 +122,8 @@ class FaultProxy:
         self.requests: list[tuple[str, str]] = []
         # (first byte, end) of every part of a resumable upload that the server has kept
         self.kept: list[tuple[int, int]] = []
+        # Bytes of resumable uploads that came although the server had them
+        self.repeated = 0
         self.uploads: dict[str, _Upload] = {}
         self.listings: dict[str, list[bytes]] = {}
         # Condition and change are one step, as in Cloud Storage
@@ -312,6 +322,7 @@ class _Handler(BaseHTTPRequestHandler):
             return 404, {}, b""
         with upload.lock:
             if upload.answer is not None:
+                self.proxy.repeated += len(body)
                 return upload.answer
             match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", self.headers["Content-Range"])
             if match is None:
@@ -319,6 +330,7 @@ class _Handler(BaseHTTPRequestHandler):
             first, total = int(match[1]), int(match[3])
             if first > upload.held:
                 return 503, {}, b""
+            self.proxy.repeated += min(len(body), upload.held - first)
             return self._keep(upload, body[upload.held - first :], total)
 
     def _keep(self, upload: _Upload, data: bytes, total: int) -> tuple[int, dict[str, str], bytes]:

@@ -12,9 +12,11 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from trainer.errors import StorageError
 from trainer.storage import (
     Location,
     StorageMissingError,
@@ -24,7 +26,7 @@ from trainer.storage import (
 )
 from trainer.uploads import Uploader
 
-from tests.faults.proxy import KINDS, FaultProxy, Faults
+from tests.faults.proxy import KINDS, UPLOAD, FaultProxy, Faults
 from tests.faults.server import ObjectServer
 
 KIB = 1024
@@ -170,6 +172,7 @@ def test_a_resumed_upload_sends_only_what_is_missing(
     kept = gcs_proxy.kept
     assert [end for _, end in kept[:-1]] == [first for first, _ in kept[1:]]
     assert (kept[0][0], kept[-1][1]) == (0, entry.size)
+    assert gcs_proxy.repeated == 0
 
 
 @pytest.mark.parametrize("size", [1_000, 700_000])
@@ -190,6 +193,44 @@ def test_a_write_whose_answer_is_lost_counts_as_done(
         lost += faults.counts.total()
     assert lost >= 6
     assert open_location(gcs_bucket, FAST).stat("best.pt").generation == entry.generation
+
+
+def test_a_write_that_arrived_is_not_sent_again(gcs_proxy: FaultProxy, gcs_bucket: str) -> None:
+    location = open_location(gcs_bucket, FAST)
+    lose = Faults(seed=0, rate=1.0, kinds=("answer lost",), only=(UPLOAD,), limit=1)
+    with gcs_proxy.injecting(lose) as faults:
+        entry = location.put_bytes(b"content", "sidecar.json")
+    assert faults.counts.total() == 1
+    # The first, which arrived; the second, refused because it had
+    assert [method for method, _ in gcs_proxy.requests].count("POST") == 2
+    assert location.stat("sidecar.json").generation == entry.generation
+
+
+def test_an_own_write_that_was_given_up_is_no_foreign_one(
+    gcs_proxy: FaultProxy, gcs_bucket: str
+) -> None:
+    location = open_location(gcs_bucket, replace(FAST, deadline=0.05, first_deadline=0.05))
+    with (
+        gcs_proxy.injecting(Faults(seed=0, rate=1.0, kinds=("answer lost",))),
+        pytest.raises(StorageError, match="given up"),
+    ):
+        location.put_bytes(b"arrived, but who knows", "best.pt")
+    location.put_bytes(b"next", "best.pt")
+    assert open_location(gcs_bucket, FAST).read_bytes("best.pt", limit=10) == b"next"
+
+
+def test_a_shortened_answer_is_continued_where_it_ended(
+    gcs_proxy: FaultProxy, gcs_bucket: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = tmp_path / "weights.pt"
+    source.write_bytes(os.urandom(2 * 1024 * KIB))
+    open_location(gcs_bucket, FAST).put(source, "weights.pt")
+    with gcs_proxy.injecting(Faults(seed=1, rate=0.6, kinds=("short download",))) as faults:
+        open_location(gcs_bucket, FAST).get("weights.pt", tmp_path / "copy.pt")
+    assert faults.counts.total() >= 4
+    assert (tmp_path / "copy.pt").read_bytes() == source.read_bytes()
+    assert "bytes early; trying again" in caplog.text
+    assert "arrived damaged" not in caplog.text
 
 
 def test_an_upload_that_the_server_forgot_starts_anew(

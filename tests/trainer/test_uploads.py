@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -323,28 +324,39 @@ KILLED = """
     """
 
 
-def test_whenever_it_is_killed_every_sidecar_is_true(uri: str, tmp_path: Path) -> None:
-    """One job that is killed six times, each time going on over its own earlier files."""
+def killed(uri: str, tmp_path: Path, times: int) -> int:
+    """One job, killed again and again, each time going on over its own files; sidecars checked."""
     work = tmp_path / "work"
     work.mkdir()
+    moments = random.Random(times)
     checked = 0
-    for attempt in range(6):
+    for _ in range(times):
         command = [sys.executable, "-c", textwrap.dedent(KILLED), uri, str(work)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as job:
             assert job.stdout is not None
             assert job.stdout.readline(), "it must have got somewhere before it is killed"
-            threading.Event().wait(0.03 * attempt)
+            threading.Event().wait(moments.uniform(0, 0.3))
             job.send_signal(signal.SIGKILL)
         assert job.returncode == -signal.SIGKILL
         reader = open_location(uri, POLICY)
         found = {entry.name for entry in reader.list()}
         sidecars = [name for name in found if name.endswith(SIDECAR)]
-        assert sidecars
+        # best.pt may just be without one; the numbered ones it was copied from are not
+        assert [name for name in sidecars if name.startswith("ckpt_best")]
         for name in sidecars:
             said = json.loads(reader.read_bytes(name, limit=1000))
-            weights = name.removesuffix(SIDECAR)
-            got = reader.get(weights, tmp_path / "copy")
+            got = reader.get(name.removesuffix(SIDECAR), tmp_path / "copy")
             assert got.difference(said["size"], said["crc32c"]) is None
             assert crc32c_of(tmp_path / "copy") == said["crc32c"]
             checked += 1
-    assert checked >= 6
+    return checked
+
+
+def test_whenever_it_is_killed_every_sidecar_is_true(uri: str, tmp_path: Path) -> None:
+    assert killed(uri, tmp_path, 4) >= 4
+
+
+@pytest.mark.soak
+def test_fifty_kills(uri: str, tmp_path: Path) -> None:
+    checked = killed(uri, tmp_path, 50)
+    print(f"\n50 kills; {checked} sidecars, each beside the weights it describes")

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -218,15 +219,14 @@ class BucketLocation:
             self._sightings.look(entry)
             if entry.generation != self._sightings.expected(name):
                 self._refuse_foreign(name, blob)
-            blob = self._blob(name)
+            remove = partial(
+                self._blob(name).delete,
+                if_generation_match=entry.generation,
+                retry=None,
+                timeout=self._timeout,
+            )
             try:
-                self._retrying(
-                    "removing",
-                    self.child(name),
-                    lambda blob=blob, entry=entry: blob.delete(  # type: ignore[misc]
-                        if_generation_match=entry.generation, retry=None, timeout=self._timeout
-                    ),
-                )
+                self._retrying("removing", self.child(name), remove)
             except (exceptions.NotFound, exceptions.PreconditionFailed):
                 continue  # an answer was lost or somebody was faster; the next look tells
             self._sightings.wrote(name, 0)
@@ -241,11 +241,8 @@ class BucketLocation:
         except exceptions.NotFound:
             raise self._no_bucket() from None
         # An upload that is not given up is forgotten by the server after a week
-        self._retrying(
-            "writing to",
-            self._uri,
-            lambda: requests.delete(url, timeout=self._timeout),
-        )
+        give_up = partial(requests.delete, url, timeout=self._timeout)
+        self._retrying("writing to", self._uri, give_up)
 
     # Writing
 
@@ -306,18 +303,16 @@ class BucketLocation:
 
     def _begin(self, blob: storage.Blob, size: int, expected: int) -> str:
         """The URL of a new resumable upload; the URL alone entitles to send its chunks."""
-        return self._retrying(
-            "uploading",
-            f"gs://{self._bucket_name}/{blob.name}",
-            lambda: blob.create_resumable_upload_session(
-                content_type="application/octet-stream",
-                size=size,
-                if_generation_match=expected,
-                checksum=None,
-                retry=None,
-                timeout=self._timeout,
-            ),
+        begin = partial(
+            blob.create_resumable_upload_session,
+            content_type="application/octet-stream",
+            size=size,
+            if_generation_match=expected,
+            checksum=None,
+            retry=None,
+            timeout=self._timeout,
         )
+        return self._retrying("uploading", f"gs://{self._bucket_name}/{blob.name}", begin)
 
     def _arrived(self, name: str, write_id: str, crc32c: str) -> Entry | None:
         """After a refusal: the object, if it is this very write; None to try again."""
@@ -377,9 +372,11 @@ class BucketLocation:
             _Range(write_at, start, min(start + step, entry.size))
             for start in range(0, entry.size, step)
         ]
-        fetch = lambda part: self._retrying(  # noqa: E731
-            "downloading", self.child(entry.name), lambda: self._fetch(entry, part)
-        )
+        uri = self.child(entry.name)
+
+        def fetch(part: _Range) -> None:
+            self._retrying("downloading", uri, partial(self._fetch, entry, part))
+
         if len(ranges) <= 1:
             for part in ranges:
                 fetch(part)
@@ -394,6 +391,8 @@ class BucketLocation:
 
     def _fetch(self, entry: Entry, part: _Range) -> None:
         """Fetch what a range still lacks, from the generation that was looked at."""
+        if part.position == part.end:
+            return  # the fault before this try came after the last byte
         blob = self._bucket().blob(self._prefix + entry.name, generation=entry.generation)
         blob.download_to_file(
             part,

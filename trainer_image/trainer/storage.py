@@ -506,7 +506,7 @@ class LocalLocation:
             return  # nothing that could be overwritten
         if there.generation != self._sightings.expected(path.name):
             writer = writers.get(path.name, "a writer that left no name")
-            raise conflict(str(path), writer, there.updated)
+            raise conflict(str(path), str(writer), there.updated)
 
     @contextmanager
     def _writers(self) -> Iterator[dict[str, str]]:
@@ -530,8 +530,10 @@ class LocalLocation:
 def conflict(uri: str, writer: str, updated: float) -> StorageConflictError:
     """The error for a name that somebody else wrote."""
     when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(updated))
+    # Whoever may write there may put anything into the name
+    shown = "".join(letter for letter in writer if letter.isprintable())[:200]
     return StorageConflictError(
-        f"{uri} was written by another job ({writer}, {when}) since this one"
+        f"{uri} was written by another job ({shown}, {when}) since this one"
         f" ({describe_writer()}) looked; it is left as it is: give each job its own output"
     )
 
