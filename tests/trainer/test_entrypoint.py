@@ -209,6 +209,32 @@ def test_a_step_below_train_steps_is_kept(settings: Settings, tmp_path: Path) ->
     assert not (tmp_path / "more" / "ckpt_step_1.pt").exists()
 
 
+def test_a_schedule_ends_with_the_phase_that_counted_its_steps(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """Kept where the step is kept; else alpha and T go on from the values they had reached."""
+    annealed = {"alpha_schedule": "0:0.7,2:0.4,4:0.2", "temp_schedule": "0:2.0,3:1.5"}
+    entrypoint.run(settings | annealed)
+    source = tmp_path / "work"
+
+    def next_phase(name: str, checkpoint: str, **changes: Any) -> dict[str, Any]:
+        place = {"local_workdir": str(tmp_path / name), "resume_gcs_uri": str(source / checkpoint)}
+        entrypoint.run(settings | place | changes)
+        return read_checkpoint(tmp_path / name / "final.pt").meta
+
+    kept = next_phase("kept", "ckpt_step_3.pt")
+    assert (kept["alpha_schedule"], kept["kd_alpha"], kept["kd_temperature"]) == (
+        "0:0.7,2:0.4,4:0.2",
+        0.2,
+        1.5,
+    )
+    restarted = next_phase("restarted", "final.pt", train_steps=2)
+    assert (restarted["alpha_schedule"], restarted["kd_alpha"]) == ("", 0.2)
+    assert (restarted["temp_schedule"], restarted["kd_temperature"]) == ("", 1.5)
+    given = next_phase("given", "final.pt", train_steps=2, alpha_schedule="0:0.9")
+    assert (given["kd_alpha"], given["kd_temperature"]) == (0.9, 1.5)
+
+
 def test_rotary_students_train_and_continue_with_scaled_positions(
     settings: Settings, tmp_path: Path
 ) -> None:

@@ -42,6 +42,7 @@ from trainer.start import (
     from_own_snapshot,
     from_scratch,
     new_phase,
+    restarts,
 )
 from trainer.teacher import TeacherSpec, load_teacher, load_tokenizer, read_teacher_spec
 from trainer.tokens import streams_for
@@ -158,7 +159,20 @@ def _resolve_foreign(
     if not config.resume_gcs_uri:
         return asked, None
     foreign = read_from(config.resume_gcs_uri, Path(config.local_workdir))
-    return resolve(command_line, config_file, ckpt.settings_from_meta(foreign.meta)), foreign
+    settings = ckpt.settings_from_meta(foreign.meta)
+    resolved = resolve(command_line, config_file, settings)
+    spent = [name for name in ("alpha_schedule", "temp_schedule") if name in settings]
+    if spent and restarts(resolved, foreign):
+        # Its steps were counted by the phase behind; what it had reached goes on
+        log.info(
+            "%s of the checkpoint's phase end with it: alpha goes on from %g, T from %g",
+            " and ".join(spent),
+            resolved.config.alpha,
+            resolved.config.T,
+        )
+        kept = {name: value for name, value in settings.items() if name not in spent}
+        resolved = resolve(command_line, config_file, kept)
+    return resolved, foreign
 
 
 def _with_accumulation(resolved: Resolved) -> Resolved:

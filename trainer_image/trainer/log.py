@@ -94,6 +94,7 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    # transformers' loading bars come through tqdm's own switch in some releases
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 

@@ -75,9 +75,8 @@ def new_phase(resolved: Resolved, checkpoint: Checkpoint) -> Start:
     config = resolved.config
     student_config = _student_config(resolved, checkpoint)
     trained = _trained_positions(resolved, checkpoint)
-    old_context = checkpoint.meta.get("block_size") or trained
-    changed = old_context is not None and old_context != config.block_size
-    reset = config.reset_optim_on_ctx_change and changed
+    old_context = _old_context(checkpoint)
+    reset = _resets(resolved, checkpoint)
     optimizer_state = {} if reset else checkpoint.optimizer_by_name()
     step = checkpoint.step
     if reset:
@@ -117,6 +116,23 @@ def new_phase(resolved: Resolved, checkpoint: Checkpoint) -> Start:
             "metrics": checkpoint.meta.get("metrics") or {},
         },
     )
+
+
+def _old_context(checkpoint: Checkpoint) -> int | None:
+    """The context a checkpoint was trained at, in tokens; None where nothing tells."""
+    return checkpoint.meta.get("block_size") or checkpoint.trained_positions()
+
+
+def _resets(resolved: Resolved, checkpoint: Checkpoint) -> bool:
+    """Whether ``--reset_optim_on_ctx_change`` applies."""
+    old = _old_context(checkpoint)
+    changed = old is not None and old != resolved.config.block_size
+    return resolved.config.reset_optim_on_ctx_change and changed
+
+
+def restarts(resolved: Resolved, checkpoint: Checkpoint) -> bool:
+    """Whether a new phase counts its steps from 0 instead of from the checkpoint's."""
+    return _resets(resolved, checkpoint) or checkpoint.step >= resolved.config.train_steps
 
 
 def stretched_student(
