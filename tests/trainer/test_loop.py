@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from trainer import entrypoint
+from trainer import entrypoint, step
 from trainer.checkpoint import Checkpoint, read_checkpoint
 from trainer.config import resolve
 from trainer.errors import TrainingError
@@ -17,6 +17,7 @@ from trainer.evaluate import Evaluator
 from trainer.loop import RunResult, TrainingLoop
 from trainer.precision import choose_precision
 from trainer.start import from_scratch
+from trainer.step import TrainStep
 from trainer.student import Student
 from trainer.teacher import load_teacher, read_teacher_spec
 from trainer.tokens import streams_for
@@ -104,22 +105,22 @@ def test_schedules_and_learning_rate_reach_every_update(
 ) -> None:
     """Run A's and run B's shapes, a hundredth of their length, seen by the loss and by AdamW."""
     seen: list[tuple[float, float, float]] = []
-    original = TrainingLoop._apply_gradients
-    from trainer import loop
-
-    real_loss = loop.distill_loss
+    original, real_loss = TrainStep.update, step.distill_loss
     mixes: list[Any] = []
 
     def spy_loss(*args: Any, **kwargs: Any) -> Any:
         mixes.append(args[5])
         return real_loss(*args, **kwargs)
 
-    def spy(self: TrainingLoop) -> None:
-        seen.append((mixes[-1].alpha, mixes[-1].temperature, self.optimizer.param_groups[0]["lr"]))
-        original(self)
+    def spy(self: TrainStep, learning_rate: float) -> torch.Tensor:
+        norm = original(self, learning_rate)
+        used = {group["lr"] for group in self.optimizer.param_groups}
+        seen.append((mixes[-1].alpha, mixes[-1].temperature, used.pop()))
+        assert not used
+        return norm
 
-    monkeypatch.setattr(loop, "distill_loss", spy_loss)
-    monkeypatch.setattr(TrainingLoop, "_apply_gradients", spy)
+    monkeypatch.setattr(step, "distill_loss", spy_loss)
+    monkeypatch.setattr(TrainStep, "update", spy)
     train(
         settings,
         train_steps=12,
@@ -236,16 +237,14 @@ def test_contexts_past_the_teacher_are_evaluated_for_the_student_only(
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: range) -> None:
     """Make the loss of some updates not finite, inside the real loop."""
-    from trainer import loop
-
-    real, calls = loop.distill_loss, iter(range(10_000))
+    real, calls = step.distill_loss, iter(range(10_000))
 
     def poisoned(*args: Any, **kwargs: Any) -> Any:
         output = real(*args, **kwargs)
         bad = next(calls) in steps
         return output._replace(loss=output.loss * float("nan")) if bad else output
 
-    monkeypatch.setattr(loop, "distill_loss", poisoned)
+    monkeypatch.setattr(step, "distill_loss", poisoned)
 
 
 def test_a_bad_update_is_skipped_and_counted(

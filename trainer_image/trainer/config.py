@@ -16,6 +16,7 @@ import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -198,6 +199,26 @@ class TrainConfig:
         "auto",
         "precision of the teacher; auto is the student's compute precision",
         choices=("auto", "fp32", "bf16", "fp16"),
+    )
+
+    # Speed
+    compile: str = setting(
+        "auto",
+        "torch.compile for student and teacher; auto is on for a GPU",
+        choices=("auto", "on", "off"),
+        defines_run=False,
+    )
+    parallel: str = setting(
+        "ddp",
+        "several GPUs: ddp replicates the student, fsdp shards it (FSDP2)",
+        choices=("ddp", "fsdp"),
+        defines_run=False,
+    )
+    shard_teacher: bool = setting(
+        False, "shard the teacher's weights over the GPUs (FSDP2)", defines_run=False
+    )
+    activation_checkpointing: bool = setting(
+        False, "recompute the student's activations in the backward pass", defines_run=False
     )
 
     # Evaluation, logging and checkpoints
@@ -490,8 +511,12 @@ def resolve(
     command_line: Mapping[str, Any],
     config_file: Mapping[str, Any],
     checkpoint: Mapping[str, Any] | None = None,
+    *,
+    now: float | None = None,
 ) -> Resolved:
     """Merge the layers: command line over YAML over checkpoint metadata over default.
+
+    ``now`` is the time that ``$(date …)`` stands for, in seconds since 1970; default this moment.
 
     Raises:
         UsageError: the merged values do not work.
@@ -512,7 +537,8 @@ def resolve(
                 sources[name] = DEFAULT
     for name in ("output_gcs_uri", "local_workdir"):
         if values.get(name):
-            values[name] = expand_dates(values[name], flag=name)
+            moment = None if now is None else datetime.fromtimestamp(now, UTC)
+            values[name] = expand_dates(values[name], flag=name, now=moment)
     return Resolved(TrainConfig(**values), sources)
 
 

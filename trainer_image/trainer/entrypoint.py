@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,8 @@ from trainer.errors import UsageError
 from trainer.hf_token import find_hf_token
 from trainer.log import log, quiet_libraries, set_up_logging
 from trainer.loop import RunResult, TrainingLoop
-from trainer.precision import choose_precision
+from trainer.parallel import Processes, joined_processes, launch_if_needed
+from trainer.precision import choose_device, choose_precision
 from trainer.snapshots import Snapshots, read_from
 from trainer.start import (
     Start,
@@ -49,33 +51,38 @@ from trainer.tokens import streams_for
 
 
 def run(
-    command_line: Mapping[str, Any], config_file: Mapping[str, Any] | None = None
+    command_line: Mapping[str, Any],
+    config_file: Mapping[str, Any] | None = None,
+    processes: Processes | None = None,
 ) -> RunResult | None:
     """Train with settings as from the command line; None when there is nothing to train.
 
     Args:
         command_line: setting names and values, as `settings_from_args` gives them.
         config_file: settings of a lower precedence.
+        processes: this process among those of the run; alone by default.
 
     Raises:
         LiquidError: anything that a user can act on.
     """
     config_file = config_file or {}
-    asked = resolve(command_line, config_file)
+    processes = processes or Processes(device=choose_device())
+    # The start time may be part of a location: one for all processes
+    now = processes.broadcast(time.time())
+    asked = resolve(command_line, config_file, now=now)
     asked.config.require(*REQUIRED)
-    accumulation(asked, world_size=1)
-    # The start time may be part of the location: fix it once
+    accumulation(asked, processes.world_size)
     command_line = {**command_line, "local_workdir": asked.config.local_workdir}
     if asked.config.output_gcs_uri:
         command_line["output_gcs_uri"] = asked.config.output_gcs_uri
     snapshots = Snapshots(asked.config.uri, asked.config.local_workdir)
     dry = asked.config.train_steps == 0 and asked.given("train_steps")
-    own = None if dry else snapshots.newest()
+    own = None if dry else _own_snapshot(snapshots, processes)
     if own is not None:
-        resolved = _resolve_own(own, asked, command_line, config_file)
+        resolved = _resolve_own(own, asked, command_line, config_file, processes.world_size)
     else:
         resolved, foreign = _resolve_foreign(asked, command_line, config_file)
-    resolved = _with_accumulation(resolved)
+    resolved = _with_accumulation(resolved, processes.world_size)
     config = resolved.config
     for line in resolved.lines():
         log.info(line)
@@ -98,7 +105,7 @@ def run(
     if config.train_steps == 0:
         log.info("--train_steps=0: settings resolved and checkpoint read, nothing trained")
         return None
-    return _train(config, start, spec, snapshots, token)
+    return _train(config, start, spec, snapshots, token, processes)
 
 
 def _train(
@@ -107,9 +114,14 @@ def _train(
     spec: TeacherSpec | None,
     snapshots: Snapshots,
     token: str | None,
+    processes: Processes,
 ) -> RunResult:
-    snapshots.check_writable()
-    precision = choose_precision(config)
+    if processes.main:
+        snapshots.check_writable()
+    precision = choose_precision(config, processes.device)
+    if processes.local_rank == 0:
+        streams_for(config, token)
+    processes.barrier()
     streams = streams_for(config, token)
     check_vocabularies(
         start.student.config.vocab_size,
@@ -120,9 +132,13 @@ def _train(
     teacher = None
     if spec is not None:
         teacher = load_teacher(spec, dtype=precision.teacher, device=precision.device, token=token)
+        teacher.prepare(
+            compiled=precision.compiles(config),
+            sharded=config.shard_teacher and processes.world_size > 1,
+        )
     else:
         log.info("alpha is 0 throughout: the teacher is not loaded")
-    return TrainingLoop(config, start, teacher, streams, precision, snapshots).run()
+    return TrainingLoop(config, start, teacher, streams, precision, snapshots, processes).run()
 
 
 def _resolve_own(
@@ -130,6 +146,7 @@ def _resolve_own(
     asked: Resolved,
     command_line: Mapping[str, Any],
     config_file: Mapping[str, Any],
+    world_size: int,
 ) -> Resolved:
     """Settings of a run that goes on: its own, and the user's where they do not define it.
 
@@ -138,7 +155,7 @@ def _resolve_own(
     """
     kept = ckpt.run_settings_of(own.meta)
     resolved = resolve(command_line, config_file, kept)
-    accumulated = _with_accumulation(resolved).config
+    accumulated = _with_accumulation(resolved, world_size).config
     changed = []
     for name, now in accumulated.run_settings().items():
         before = own.meta["settings"].get(name)
@@ -175,9 +192,17 @@ def _resolve_foreign(
     return resolved, foreign
 
 
-def _with_accumulation(resolved: Resolved) -> Resolved:
+def _own_snapshot(snapshots: Snapshots, processes: Processes) -> Checkpoint | None:
+    """The newest snapshot of the run itself; the main process chooses, all read the same one."""
+    own = snapshots.newest() if processes.main else None
+    source = processes.broadcast(own.source if own is not None else None)
+    if source is not None and own is None:
+        own = read_from(source, snapshots.workdir)
+    return own
+
+
+def _with_accumulation(resolved: Resolved, world_size: int) -> Resolved:
     """``grad_accum`` and ``global_batch`` as they follow from each other, in the configuration."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     steps = accumulation(resolved, world_size)
     config = replace(
         resolved.config,
@@ -232,11 +257,15 @@ def main(argv: list[str]) -> None:
         "python -m trainer.entrypoint", "Train a student from a teacher by distillation."
     )
     args = parser.parse_args(argv)
-    set_up_logging()
-    quiet_libraries()
+    set_up_logging(rank=int(os.environ.get("RANK", "0")))
     command_line = settings_from_args(args)
     config_file = settings_from_yaml(args.config) if "config" in args else {}
-    run(command_line, config_file)
+    resolve(command_line, config_file).config.require(*REQUIRED)
+    if launch_if_needed("trainer.entrypoint", argv):
+        return
+    quiet_libraries()
+    with joined_processes() as processes:
+        run(command_line, config_file, processes)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from trainer.config import (
 from trainer.errors import UsageError
 from trainer.hf_token import find_hf_token
 from trainer.log import log, log_values, quiet_libraries, set_up_logging
+from trainer.parallel import Processes, full_tensor
 from trainer.positions import resize_positions
 from trainer.precision import Precision, choose_precision
 from trainer.snapshots import read_from
@@ -64,23 +65,25 @@ def cross_entropy_sum(hidden: Tensor, head: Tensor, bias: Tensor | None, labels:
     return total
 
 
+@torch.no_grad()
 def mean_loss(
     hidden: Callable[[Tensor], Tensor],
     head: Tensor,
     bias: Tensor | None,
     batches: Iterable[tuple[Tensor, Tensor]],
-    device: torch.device,
+    processes: Processes,
 ) -> float:
-    """Token-weighted mean cross entropy in nats over batches of inputs and labels ``[B, T]``."""
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    tokens = 0
+    """Token-weighted mean cross entropy in nats over the batches ``[B, T]`` of all processes."""
+    device = processes.device
+    total = torch.zeros(2, dtype=torch.float64, device=device)
     for inputs, labels in batches:
-        tokens += int((labels != IGNORED).sum())
+        total[1] += int((labels != IGNORED).sum())
         states = hidden(inputs.to(device, non_blocking=True))
-        total += cross_entropy_sum(
+        total[0] += cross_entropy_sum(
             states.flatten(0, 1), head, bias, labels.flatten().to(device, non_blocking=True)
         )
-    return float(total) / tokens
+    loss, tokens = processes.sum(total).tolist()
+    return loss / tokens
 
 
 def perplexity(loss: float) -> float:
@@ -100,7 +103,9 @@ class Evaluator:
         streams: TokenStreams,
         teacher: Teacher | None,
         precision: Precision,
+        processes: Processes | None = None,
     ) -> None:
+        self.processes = processes or Processes(device=precision.device)
         self.config = config
         self.streams = streams
         self.teacher = teacher
@@ -136,18 +141,21 @@ class Evaluator:
         table = None
         if student.pos is not None and context > trained_positions and not raw:
             table = resize_positions(
-                student.pos.weight.detach(), trained_positions, context, self.config.pos_resize
+                full_tensor(student.pos.weight.detach()),
+                trained_positions,
+                context,
+                self.config.pos_resize,
             )
         was_training = student.training
         student.eval()
         try:
-            with torch.inference_mode(), self.precision.autocast():
+            with torch.no_grad(), self.precision.autocast():
                 return mean_loss(
                     lambda ids: student(ids, table),
                     student.lm_head.weight,
                     None,
                     self._batches(context),
-                    self.precision.device,
+                    self.processes,
                 )
         finally:
             student.train(was_training)
@@ -166,14 +174,13 @@ class Evaluator:
                 self._teacher_losses[context] = math.nan
             else:
                 bias = None if teacher.bias is None else teacher.bias[:vocab_size]
-                with torch.inference_mode():
-                    self._teacher_losses[context] = mean_loss(
-                        teacher.hidden,
-                        teacher.head[:vocab_size],
-                        bias,
-                        self._batches(context),
-                        self.precision.device,
-                    )
+                self._teacher_losses[context] = mean_loss(
+                    teacher.hidden,
+                    teacher.head[:vocab_size],
+                    bias,
+                    self._batches(context),
+                    self.processes,
+                )
         loss = self._teacher_losses[context]
         return None if math.isnan(loss) else loss
 
@@ -184,6 +191,8 @@ class Evaluator:
             context=context,
             batch=max(1, tokens_per_batch // context),
             max_tokens=self.config.eval_max_tokens,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import resource
 import signal
@@ -18,16 +19,18 @@ from tqdm import tqdm
 
 from trainer import checkpoint as ckpt
 from trainer.config import TrainConfig
-from trainer.distill import DistillLoss, Mix, distill_loss
+from trainer.distill import DistillLoss, Mix
 from trainer.errors import Preempted, TrainingError
 from trainer.evaluate import Evaluator
 from trainer.log import log, log_values, on_terminal
-from trainer.optimizer import build_optimizer, load_state_by_name, parameter_names, to_cpu
+from trainer.optimizer import parameter_names, to_cpu
+from trainer.parallel import Processes
 from trainer.precision import Precision
 from trainer.scalars import ScalarLog
 from trainer.schedules import learning_rate
 from trainer.snapshots import Snapshots
 from trainer.start import Start
+from trainer.step import TrainStep
 from trainer.teacher import Teacher
 from trainer.tokens import BatchSampler, TokenStreams
 
@@ -76,15 +79,36 @@ class _LogWindow:
         self.sums = torch.zeros(4, device=self.device)
         self.micro_steps = 0
         self.updates = 0
-        self.seconds = 0.0
+        self.began = time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what is not training: evaluation and the copying of snapshots."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.began += time.perf_counter() - started
+
+    def seconds(self) -> float:
+        """Time spent training since the last log line."""
+        return time.perf_counter() - self.began
 
     def add(self, output: DistillLoss) -> None:
+        """Count a micro-batch."""
         self.sums[:3] += torch.stack((output.loss.detach(), output.ce, output.kd)).float()
         self.micro_steps += 1
 
-    def means(self) -> dict[str, float]:
+    def add_norm(self, norm: Tensor) -> None:
+        """Count an update by its gradient norm; that of a skipped one is left out."""
+        self.sums[3] += torch.nan_to_num(norm, nan=0.0, posinf=0.0, neginf=0.0)
+        self.updates += 1
+
+    def means(self, processes: Processes) -> dict[str, float]:
         """Loss, CE and KD per token in nats, gradient norm; what was not computed is left out."""
-        loss, ce, kd, norm = self.sums.tolist()
+        loss, ce, kd, norm = (processes.sum(self.sums) / processes.world_size).tolist()
         means = {
             name: value / self.micro_steps
             for name, value in (("loss", loss), ("ce", ce), ("kd", kd))
@@ -102,7 +126,8 @@ class TrainingLoop:
         teacher: None where no update has alpha above 0.
         streams: training and validation tokens.
         precision: device and compute types.
-        snapshots: where checkpoints go.
+        snapshots: where checkpoints go; only the main process writes.
+        processes: this process among those of the run; alone by default.
     """
 
     def __init__(
@@ -113,11 +138,12 @@ class TrainingLoop:
         streams: TokenStreams,
         precision: Precision,
         snapshots: Snapshots,
+        processes: Processes | None = None,
     ) -> None:
         assert config.grad_accum is not None, "accumulation() was not called"
         self.config = config
         self.accumulation = config.grad_accum
-        self.teacher = teacher
+        self.processes = processes or Processes(device=precision.device)
         self.precision = precision
         self.snapshots = snapshots
         self.streams = streams
@@ -126,23 +152,26 @@ class TrainingLoop:
         self.step = start.step
         self.continued = bool(start.trainer_state)
         self.progress = Progress.load(start.trainer_state)
-        self.student = start.student.to(precision.device).train()
-        self.optimizer = build_optimizer(self.student, config)
-        if start.optimizer_state:
-            load_state_by_name(self.optimizer, self.student, start.optimizer_state)
-        self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.loss_scaling)
+        self.device_step = TrainStep(
+            config, start.student, teacher, precision, self.processes, start.optimizer_state
+        )
+        self.student = self.device_step.student
         if precision.loss_scaling and "loss_scale" in start.trainer_state:
-            self.scaler.load_state_dict(start.trainer_state["loss_scale"])
-        self.evaluator = Evaluator(config, streams, teacher, precision)
+            self.device_step.scaler.load_state_dict(start.trainer_state["loss_scale"])
+        self.evaluator = Evaluator(config, streams, teacher, precision, self.processes)
         self.sampler = BatchSampler(
             streams.train,
             block_size=config.context,
             global_batch=config.global_batch,
             micro_batch=config.micro_batch,
             seed=config.seed,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
         )
         self.alpha, self.temperature = config.schedule_alpha, config.schedule_T
         self.window = _LogWindow(precision.device)
+        self._noted = start.step
+        """Updates known to have been made or skipped."""
         self.stop_signal: int | None = None
         self._next_time_snapshot = time.monotonic() + ckpt.TIME_EVERY_SECONDS
 
@@ -157,13 +186,13 @@ class TrainingLoop:
         """
         self._announce()
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
-        scalars = ScalarLog(self.config.local_workdir)
+        scalars = ScalarLog(self.config.local_workdir, enabled=self.processes.main)
         bar = tqdm(
             total=self.config.train_steps,
             initial=self.step,
             desc="training",
             unit="step",
-            disable=not on_terminal(),
+            disable=not (on_terminal() and self.processes.main),
             leave=False,
         )
         batches = self._batches()
@@ -207,69 +236,53 @@ class TrainingLoop:
 
     def _update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         """Schedules first, then the micro-batches, then clipping and AdamW."""
-        started = time.perf_counter()
         mix = Mix(self.alpha.at(self.step), self.temperature.at(self.step), self.config.kd_scheme)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
         for micro_step in range(self.accumulation):
             inputs, labels = next(batches)
-            output = self._loss(inputs, labels, mix, micro_step)
-            self.scaler.scale(output.loss / self.accumulation).backward()
-            self.window.add(output)
-            if self.stop_signal is not None:
-                self._stop()
-        self._apply_gradients()
-        self.step += 1
-        self.window.updates += 1
-        self.window.seconds += time.perf_counter() - started
-
-    def _loss(self, inputs: Tensor, labels: Tensor, mix: Mix, micro_step: int) -> DistillLoss:
-        if self.config.dropout > 0.0:
-            # The masks depend on the place in the run alone, so a resumed run draws the same
-            torch.manual_seed(hash((self.config.seed, self.step, micro_step)) & 0x7FFF_FFFF_FFFF)
-        with self.precision.autocast():
-            hidden = self.student(inputs).flatten(0, 1)
-        teacher_hidden = None
-        if mix.alpha > 0.0 and self.teacher is not None:
-            teacher_hidden = self.teacher.hidden(inputs).flatten(0, 1)
-        return distill_loss(
-            hidden.to(self.precision.compute),
-            self.student.lm_head.weight,
-            teacher_hidden,
-            None if self.teacher is None else self.teacher.head,
-            labels.flatten(),
-            mix,
-            teacher_bias=None if self.teacher is None else self.teacher.bias,
-        )
-
-    def _apply_gradients(self) -> None:
-        """Clip and update; an update with a non-finite gradient is skipped and counted."""
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.grad_clip)
-        if bool(torch.isfinite(norm)):
-            self.scaler.step(self.optimizer)
-            self.window.sums[3] += norm
-            self.progress.skipped_in_row = 0
-        else:
-            self._skip()
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def _skip(self) -> None:
-        self.progress.skipped += 1
-        self.progress.skipped_in_row += 1
-        in_row, limit = self.progress.skipped_in_row, self.config.max_nonfinite
-        log.warning("step %d skipped: the gradient is not finite (%d in a row)", self.step, in_row)
-        if in_row >= limit:
-            raise TrainingError(
-                f"{in_row} updates in a row had a non-finite gradient, the last at step {self.step}"
-                f" with learning rate {self._learning_rate():.3g}; the last good checkpoint is"
-                f" kept at {self.config.uri}. Lower --lr_peak or lengthen --warmup_steps"
+            self._seed_dropout(micro_step)
+            last = micro_step == self.accumulation - 1
+            output = self.device_step.micro_step(
+                inputs, labels, mix, accumulation=self.accumulation, last=last
             )
+            self.window.add(output)
+            if self.stop_signal is not None and self.processes.world_size == 1:
+                self._stop()
+        self.window.add_norm(self.device_step.update(self._learning_rate(self.step)))
+        self.step += 1
+        self._count_skipped(wait=False)
 
-    def _learning_rate(self) -> float:
+    def _seed_dropout(self, micro_step: int) -> None:
+        """The masks depend on the place in the run alone, so a resumed run draws the same."""
+        if self.config.dropout > 0.0:
+            place = (self.config.seed, self.step, micro_step, self.processes.rank)
+            torch.manual_seed(hash(place) & 0x7FFF_FFFF_FFFF)
+
+    def _count_skipped(self, *, wait: bool) -> None:
+        """Take note of updates that a non-finite gradient skipped.
+
+        Raises:
+            TrainingError: ``max_nonfinite`` of them came in a row.
+        """
+        for finite in self.device_step.outcomes(wait=wait):
+            self._noted += 1
+            if finite:
+                self.progress.skipped_in_row = 0
+                continue
+            self.progress.skipped += 1
+            self.progress.skipped_in_row += 1
+            in_row, step = self.progress.skipped_in_row, self._noted - 1
+            log.warning("step %d skipped: its gradient is not finite (%d in a row)", step, in_row)
+            if in_row >= self.config.max_nonfinite:
+                self.snapshots.finish()
+                raise TrainingError(
+                    f"{in_row} updates in a row had a non-finite gradient, the last at step {step}"
+                    f" with learning rate {self._learning_rate(step):.3g}; the last good checkpoint"
+                    f" is kept at {self.config.uri}. Lower --lr_peak or lengthen --warmup_steps"
+                )
+
+    def _learning_rate(self, step: int) -> float:
         return learning_rate(
-            self.step,
+            step,
             peak=self.config.peak_lr,
             warmup_steps=self.config.warmup_steps,
             train_steps=self.config.train_steps,
@@ -302,7 +315,7 @@ class TrainingLoop:
 
     def _after_update(self, scalars: ScalarLog) -> None:
         config, last = self.config, self.step == self.config.train_steps
-        if self.stop_signal is not None:
+        if self.processes.any(self.stop_signal is not None):
             self._stop()
         if self.step % config.log_interval == 0 or last:
             self._log(scalars)
@@ -316,8 +329,18 @@ class TrainingLoop:
             names.append(ckpt.time_name(time.time()))
         if last:
             names.append(ckpt.FINAL)
-        if names:
-            self.snapshots.save(self.snapshot(), names)
+        self._save(names)
+
+    def _save(self, names: list[str]) -> None:
+        """Copy the state and queue it under these names; sharded, every process takes part."""
+        if not names:
+            return
+        self._count_skipped(wait=True)
+        with self.window.paused():
+            if self.processes.main or self.device_step.sharded:
+                snapshot = self.snapshot()
+            if self.processes.main:
+                self.snapshots.save(snapshot, names)
 
     def _catch_up(self, scalars: ScalarLog) -> None:
         """What a kill or a signal may have cut off at the very step of the run's own snapshot."""
@@ -331,8 +354,7 @@ class TrainingLoop:
             names = [ckpt.BEST]
         if self.step == self.config.train_steps:
             names.append(ckpt.FINAL)
-        if names:
-            self.snapshots.save(self.snapshot(), names)
+        self._save(names)
 
     def _log(self, scalars: ScalarLog) -> None:
         if self.precision.device.type == "cuda":
@@ -343,11 +365,11 @@ class TrainingLoop:
         last = self.step - 1
         tokens = self.window.updates * self.config.global_batch * self.config.context
         values: dict[str, float] = {
-            **self.window.means(),
-            "lr": self.optimizer.param_groups[0]["lr"],
+            **self.window.means(self.processes),
+            "lr": self.device_step.optimizer.param_groups[0]["lr"],
             "alpha": self.alpha.at(last),
             "T": self.temperature.at(last),
-            "tokens_per_second": tokens / max(self.window.seconds, 1e-9),
+            "tokens_per_second": tokens / max(self.window.seconds(), 1e-9),
             "memory_gib": memory,
         }
         if self.progress.skipped:
@@ -359,7 +381,8 @@ class TrainingLoop:
 
     def _evaluate(self, scalars: ScalarLog) -> list[str]:
         """Metrics at every context; returns the names of best checkpoints to write."""
-        metrics = self.evaluator.metrics(self.student, self.trained_positions)
+        with self.window.paused():
+            metrics = self.evaluator.metrics(self.student, self.trained_positions)
         self.progress.metrics, self.progress.metrics_step = metrics, self.step
         shown = ", ".join(
             f"{name} {value:.4f}"
@@ -372,7 +395,7 @@ class TrainingLoop:
         value = metrics[self.config.save_best_on]
         if not (math.isfinite(value) and value < self.progress.best_value):
             return []
-        if not all(bool(torch.isfinite(p).all()) for p in self.student.parameters()):
+        if self.processes.any(not self.device_step.weights_are_finite()):
             log.warning("step %d: weights are not finite, so this is not called best", self.step)
             return []
         self.progress.best_value, self.progress.best_step = value, self.step
@@ -380,11 +403,11 @@ class TrainingLoop:
 
     def snapshot(self) -> ckpt.Snapshot:
         """The whole state after the last complete update, copied to the CPU."""
-        optimizer = to_cpu(self.optimizer.state_dict())
+        optimizer = to_cpu(self.device_step.optimizer.state_dict())
         state = {
             **asdict(self.progress),
-            "optimizer_names": parameter_names(self.optimizer, self.student),
-            "loss_scale": self.scaler.state_dict(),
+            "optimizer_names": parameter_names(self.device_step.optimizer, self.student),
+            "loss_scale": self.device_step.scaler.state_dict(),
         }
         config = self.config
         return ckpt.Snapshot(
@@ -429,6 +452,6 @@ class TrainingLoop:
         """Save the last complete update and leave; started again, the run goes on from there."""
         name = signal.Signals(self.stop_signal or signal.SIGTERM).name
         log.warning("%s: saving step %d and stopping", name, self.step)
-        self.snapshots.save(self.snapshot(), [ckpt.step_name(self.step)])
+        self._save([ckpt.step_name(self.step)])
         self.snapshots.finish()
         raise Preempted(f"stopped by {name} at step {self.step}; start it again to go on", name)

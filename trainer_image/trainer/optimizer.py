@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from trainer.config import TrainConfig
 from trainer.errors import CheckpointError
+from trainer.parallel import full_tensor, like_parameter
 
 
 def build_optimizer(student: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -24,7 +26,8 @@ def build_optimizer(student: nn.Module, config: TrainConfig) -> torch.optim.Adam
         lr=config.peak_lr,
         betas=config.betas,
         eps=config.eps,
-        fused=parameters[0].device.type == "cuda",
+        # Fused AdamW takes no flag to skip an update where parameters are sharded
+        fused=parameters[0].device.type == "cuda" and not isinstance(parameters[0], DTensor),
     )
 
 
@@ -50,7 +53,8 @@ def load_state_by_name(
         raise CheckpointError(
             f"the optimizer state lacks {len(missing)} parameters: {missing[0]} …"
         )
-    shapes = {name: parameter.shape for name, parameter in student.named_parameters()}
+    parameters = dict(student.named_parameters())
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
     for name in names:
         for key in ("exp_avg", "exp_avg_sq"):
             moment = state[name].get(key)
@@ -65,8 +69,8 @@ def load_state_by_name(
     entries = {
         index: {
             "step": torch.as_tensor(state[name].get("step", 0), dtype=torch.float32),
-            "exp_avg": state[name]["exp_avg"],
-            "exp_avg_sq": state[name]["exp_avg_sq"],
+            "exp_avg": like_parameter(state[name]["exp_avg"], parameters[name]),
+            "exp_avg_sq": like_parameter(state[name]["exp_avg_sq"], parameters[name]),
         }
         for index, name in enumerate(names)
     }
@@ -74,9 +78,12 @@ def load_state_by_name(
 
 
 def to_cpu(value: Any) -> Any:
-    """A copy on the CPU of nested dicts, lists and tensors, independent of later updates."""
+    """A copy on the CPU of nested dicts, lists and tensors, independent of later updates.
+
+    Sharded tensors are put together, for which every process has to call this.
+    """
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        return full_tensor(value.detach()).to("cpu", copy=True)
     if isinstance(value, dict):
         return {key: to_cpu(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -26,11 +26,22 @@ class Precision:
         """Whether gradients would underflow without scaling (fp16, Micikevicius et al., 2018)."""
         return self.compute == torch.float16
 
+    def compiles(self, config: TrainConfig) -> bool:
+        """Whether bodies are compiled: asked for, or on a GPU where nothing was asked."""
+        if config.compile == "auto":
+            return self.device.type == "cuda"
+        return config.compile == "on"
+
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Runs matrix products in the compute type."""
         if self.compute == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute)
+
+
+def choose_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def choose_precision(config: TrainConfig, device: torch.device | None = None) -> Precision:
@@ -39,8 +50,7 @@ def choose_precision(config: TrainConfig, device: torch.device | None = None) ->
     Raises:
         UsageError: the device does not have what was asked for.
     """
-    if device is None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or choose_device()
     gpu = device.type == "cuda"
     if config.fp16 and not gpu:
         raise UsageError("--fp16 needs a GPU; leave it out to compute in fp32 on the CPU")

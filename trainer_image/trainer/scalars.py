@@ -15,9 +15,17 @@ from trainer.storage import is_remote, open_location
 
 
 class ScalarLog:
-    """Writes scalars locally; copies the event file to a ``gs://`` directory at `flush`."""
+    """Writes scalars locally; copies the event file to a ``gs://`` directory at `flush`.
 
-    def __init__(self, workdir: str) -> None:
+    Args:
+        workdir: its ``tensorboard`` directory is the place where the environment names none.
+        enabled: False for processes that only take part.
+    """
+
+    def __init__(self, workdir: str, *, enabled: bool = True) -> None:
+        self._writer: SummaryWriter | None = None
+        if not enabled:
+            return
         self.target = os.environ.get("AIP_TENSORBOARD_LOG_DIR") or str(
             Path(workdir) / "tensorboard"
         )
@@ -28,11 +36,15 @@ class ScalarLog:
 
     def add(self, values: Mapping[str, float], step: int) -> None:
         """Record scalars under their names after ``step`` updates."""
+        if self._writer is None:
+            return
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def flush(self) -> None:
         """Make everything recorded so far visible; a failure to copy does not end the run."""
+        if self._writer is None:
+            return
         self._writer.flush()
         if self._remote is None:
             return
@@ -44,6 +56,8 @@ class ScalarLog:
 
     def close(self) -> None:
         """Flush, then release the files."""
+        if self._writer is None:
+            return
         self.flush()
         self._writer.close()
         if self._scratch:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from trainer.errors import CheckpointError
 
@@ -97,6 +98,8 @@ class Student(nn.Module):
     def __init__(self, config: StudentConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False
+        """Recompute each block in the backward pass (Chen et al., 2016, arXiv:1604.06174)."""
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         if config.pos_embedding == "absolute":
             self.pos: nn.Embedding | None = nn.Embedding(config.positions, config.d_model)
@@ -140,7 +143,10 @@ class Student(nn.Module):
             x = x + table[:length].to(x.dtype)
         x = self.drop(x)
         for block in self.blocks:
-            x = block(x, rotation)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotation, use_reentrant=False)
+            else:
+                x = block(x, rotation)
         return self.ln_f(x)
 
     def logits(self, ids: Tensor) -> Tensor:

@@ -47,8 +47,22 @@ class Teacher:
             output.weight.detach() * scale if scale != 1.0 else output.weight.detach()
         )
         self.bias: Tensor | None = None if output.bias is None else output.bias.detach() * scale
-        self.body = model.base_model
+        self.body: Any = model.base_model
         self._check_decomposition()
+
+    def prepare(self, *, compiled: bool, sharded: bool) -> None:
+        """Make the body fast, or spread it over the processes of the run (FSDP2)."""
+        if sharded:
+            from torch.distributed.fsdp import fully_shard
+
+            self.head = self.head.clone()
+            for layers in self.model.modules():
+                if isinstance(layers, nn.ModuleList):
+                    for layer in layers:
+                        fully_shard(layer)
+            fully_shard(self.model.base_model)
+        elif compiled:
+            self.body = torch.compile(self.body, dynamic=False)
 
     @property
     def device(self) -> torch.device:

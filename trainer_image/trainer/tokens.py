@@ -447,18 +447,26 @@ class BatchSampler:
 
 
 def evaluation_batches(
-    stream: np.ndarray, *, context: int, batch: int, max_tokens: int = 0
+    stream: np.ndarray,
+    *,
+    context: int,
+    batch: int,
+    max_tokens: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs and labels ``[batch, context]`` over a split in order, every token predicted once.
 
     So that every context sees the same tokens, the last window is filled up instead of dropped;
-    the labels of what fills it, and of windows that fill the last batch, are `IGNORED`.
+    the labels of what fills it, and of windows that fill the last batch, are `IGNORED`. Processes
+    take batches in turn, each as many as the others.
     """
     predicted = len(stream) - 1
     if max_tokens:
         predicted = min(predicted, max_tokens)
     windows = math.ceil(predicted / context)
-    for first in range(0, windows, batch):
+    for turn in range(0, windows, batch * world_size):
+        first = turn + rank * batch
         inputs = torch.zeros((batch, context), dtype=torch.int64)
         labels = torch.full((batch, context), IGNORED, dtype=torch.int64)
         for row, window in enumerate(range(first, min(first + batch, windows))):

@@ -1,0 +1,221 @@
+"""Several processes, one per GPU, by torch's own means: torchrun, DDP and FSDP2."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from trainer.errors import LiquidError, UsageError
+from trainer.log import log
+
+MASTER_PORT = 29_500
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    device: torch.device = _CPU
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes checkpoints, logs and scalars."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process."""
+        if self.world_size == 1:
+            return flag
+        # On the CPU, through gloo: the GPU's queue is not waited for
+        seen = torch.tensor(float(flag))
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        return bool(seen)
+
+    def broadcast(self, value: Any) -> Any:
+        """The main process's object, on every process."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+
+@contextlib.contextmanager
+def joined_processes(environ: Mapping[str, str] = os.environ) -> Iterator[Processes]:
+    """Join the process group that torchrun describes; alone where it describes none.
+
+    Tensors on GPUs travel through NCCL, those on the CPU through gloo.
+
+    Raises:
+        UsageError: torchrun's variables are incomplete.
+    """
+    gpu = torch.cuda.is_available()
+    if "LOCAL_RANK" not in environ:
+        yield Processes(device=torch.device("cuda" if gpu else "cpu"))
+        return
+    try:
+        rank, world_size, local = (
+            int(environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        )
+    except (KeyError, ValueError) as error:
+        raise UsageError(f"the environment of torchrun is incomplete: {error}") from None
+    device = torch.device("cuda", local) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    try:
+        yield Processes(rank, world_size, local, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The machines of a job."""
+
+    count: int = 1
+    index: int = 0
+    master: str = "127.0.0.1"
+    port: int = MASTER_PORT
+
+
+def find_nodes(environ: Mapping[str, str] = os.environ) -> Nodes:
+    """The machines of a Vertex AI custom job from ``CLUSTER_SPEC``, else this one alone.
+
+    See https://cloud.google.com/vertex-ai/docs/training/distributed-training: worker pool 0 holds
+    the chief, the pools after it the workers.
+
+    Raises:
+        UsageError: ``CLUSTER_SPEC`` cannot be read.
+    """
+    text = environ.get("CLUSTER_SPEC")
+    if not text:
+        return Nodes()
+    try:
+        spec = json.loads(text)
+        pools: dict[str, list[str]] = spec["cluster"]
+        order = [(pool, i) for pool in sorted(pools) for i in range(len(pools[pool]))]
+        index = order.index((spec["task"]["type"], int(spec["task"]["index"])))
+        host, _, port = pools[order[0][0]][0].partition(":")
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise UsageError(f"CLUSTER_SPEC cannot be understood ({error}): {text}") from None
+    return Nodes(len(order), index, host, int(port or MASTER_PORT))
+
+
+def launch_if_needed(module: str, argv: list[str], environ: Mapping[str, str] = os.environ) -> bool:
+    """Start torchrun for every GPU of this machine, if there are several or several machines.
+
+    Does nothing inside a process that torchrun started already.
+
+    Returns:
+        True when it has run to a good end, so that nothing is left to do.
+
+    Raises:
+        LiquidError: the processes failed; theirs is the message that says why.
+    """
+    if "LOCAL_RANK" in environ:
+        return False
+    nodes = find_nodes(environ)
+    gpus = torch.cuda.device_count()
+    if nodes.count * max(1, gpus) == 1:
+        return False
+    from torch.distributed.run import parse_args, run
+
+    command = [
+        f"--nnodes={nodes.count}",
+        f"--node-rank={nodes.index}",
+        f"--nproc-per-node={max(1, gpus)}",
+        *("--master-addr", nodes.master),
+        f"--master-port={nodes.port}",
+        *("-m", module, *argv),
+    ]
+    log.info("starting torchrun: %d machines with %d processes each", nodes.count, max(1, gpus))
+    try:
+        run(parse_args(command))
+    except ChildFailedError as error:
+        rank, first = error.get_first_failure()
+        raise LaunchError(
+            f"process {rank} ended with status {first.exitcode}; its message is above",
+            first.exitcode,
+        ) from None
+    return True
+
+
+class LaunchError(LiquidError):
+    """The processes of a run failed; carries their exit status."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.exit_status = status if status > 0 else 128 - status
+
+
+def full_tensor(value: Tensor) -> Tensor:
+    """A sharded tensor put together on every process; any other as it is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def local_tensor(value: Tensor) -> Tensor:
+    """This process's part of a sharded tensor; any other as it is."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def like_parameter(value: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor on the parameter's device, sharded as the parameter is."""
+    value = value.to(parameter.device, parameter.dtype)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value
+
+
+def wrap(module: nn.Module, processes: Processes, scheme: str) -> nn.Module:
+    """The module with its gradients averaged over processes.
+
+    Args:
+        module: on this process's device, in fp32.
+        processes: this process among the others.
+        scheme: ``ddp`` (Li et al., 2020, arXiv:2006.15704) keeps a replica on each; ``fsdp``
+            shards parameters, gradients and moments (FSDP2).
+    """
+    if scheme == "fsdp" and processes.world_size > 1:
+        from torch.distributed.fsdp import fully_shard
+
+        student = module.get_submodule("student")
+        for block in student.get_submodule("blocks").children():
+            fully_shard(block)
+        fully_shard(student)
+        return module
+    if processes.world_size == 1:
+        return module
+    return nn.parallel.DistributedDataParallel(
+        module,
+        device_ids=[processes.device] if processes.device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
