@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from trainer.checkpoint import Checkpoint, settings_from_meta
 from trainer.config import (
@@ -152,13 +153,15 @@ class Evaluator:
             with torch.no_grad(), self.precision.autocast():
                 return mean_loss(
                     lambda ids: student(ids, table),
-                    student.lm_head.weight,
+                    full_tensor(student.lm_head.weight.detach()),
                     None,
                     self._batches(context),
                     self.processes,
                 )
         finally:
             student.train(was_training)
+            if isinstance(student, FSDPModule):
+                student.reshard()
 
     def teacher_loss(self, context: int, vocab_size: int) -> float | None:
         """Mean loss in nats at a context, None where there is no teacher or it is too long."""

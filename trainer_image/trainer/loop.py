@@ -23,7 +23,7 @@ from trainer.distill import DistillLoss, Mix
 from trainer.errors import Preempted, TrainingError
 from trainer.evaluate import Evaluator
 from trainer.log import log, log_values, on_terminal
-from trainer.optimizer import parameter_names, to_cpu
+from trainer.optimizer import to_cpu
 from trainer.parallel import Processes
 from trainer.precision import Precision
 from trainer.scalars import ScalarLog
@@ -406,7 +406,7 @@ class TrainingLoop:
         optimizer = to_cpu(self.device_step.optimizer.state_dict())
         state = {
             **asdict(self.progress),
-            "optimizer_names": parameter_names(self.device_step.optimizer, self.student),
+            "optimizer_names": self.device_step.parameter_names,
             "loss_scale": self.device_step.scaler.state_dict(),
         }
         config = self.config

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from trainer.config import TrainConfig
 from trainer.distill import DistillLoss, Mix, distill_loss
-from trainer.optimizer import build_optimizer, load_state_by_name
+from trainer.optimizer import build_optimizer, load_state_by_name, parameter_names
 from trainer.parallel import Processes, full_tensor, local_tensor, wrap
 from trainer.precision import Precision
 from trainer.student import Student
@@ -93,6 +93,8 @@ class TrainStep:
         self.optimizer = build_optimizer(self.student, config)
         if moments:
             load_state_by_name(self.optimizer, self.student, moments)
+        self.parameter_names = parameter_names(self.optimizer, self.student)
+        """In the order in which AdamW's state counts them."""
         self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.loss_scaling)
         self._norms: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 

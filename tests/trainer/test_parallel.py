@@ -1,0 +1,140 @@
+"""Several processes: on the CPU with gloo here; the same code runs over NCCL on GPUs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trainer import entrypoint
+from trainer.checkpoint import Checkpoint, read_checkpoint
+from trainer.errors import UsageError
+from trainer.parallel import Nodes, find_nodes, joined_processes
+
+Settings = dict[str, Any]
+
+
+def torchrun(settings: Settings, processes: int = 2) -> list[str]:
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"),
+        *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--log-dir=/dev/null"),
+        *("-m", "trainer.entrypoint", *flags),
+    ]
+
+
+def run(settings: Settings, processes: int = 2) -> str:
+    done = subprocess.run(
+        torchrun(settings, processes),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
+
+
+def close(first: Checkpoint, second: Checkpoint) -> None:
+    assert first.step == second.step
+    for name, tensor in first.weights.items():
+        assert torch.allclose(tensor, second.weights[name], rtol=1e-4, atol=5e-6), name
+    ours, theirs = first.optimizer_by_name(), second.optimizer_by_name()
+    for name, moments in ours.items():
+        assert torch.allclose(moments["exp_avg"], theirs[name]["exp_avg"], rtol=1e-3, atol=1e-6)
+    for key, value in first.meta["metrics"].items():
+        assert value == pytest.approx(second.meta["metrics"][key], rel=1e-5), key
+
+
+@pytest.fixture
+def batched(settings: Settings) -> Settings:
+    del settings["global_batch"]
+    return settings | {"micro_batch": 2, "train_steps": 4, "save_every": 2, "eval_every": 2}
+
+
+@pytest.mark.parametrize("scheme", ["ddp", "fsdp"])
+def test_two_processes_equal_one_with_twice_the_accumulation(
+    batched: Settings, tmp_path: Path, scheme: str
+) -> None:
+    """Same windows, same update within rounding; and any world size resumes any other's file."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = batched | {"grad_accum": 4, "local_workdir": str(one)}
+    entrypoint.run(alone)
+    stderr = run(
+        batched
+        | {"grad_accum": 2, "local_workdir": str(two), "parallel": scheme, "shard_teacher": True}
+        | ({"shard_teacher": False} if scheme == "ddp" else {})
+    )
+    steps = [line for line in stderr.splitlines() if '"step 4/4' in line]
+    assert len(steps) == 1, "rank 0 alone logs"
+    close(read_checkpoint(one / "final.pt"), read_checkpoint(two / "final.pt"))
+    if scheme == "fsdp":
+        cut = str(two / "ckpt_step_2.pt")
+        entrypoint.run(alone | {"local_workdir": str(tmp_path / "resumed"), "resume_gcs_uri": cut})
+        close(read_checkpoint(one / "final.pt"), read_checkpoint(tmp_path / "resumed" / "final.pt"))
+
+
+def test_a_signal_stops_all_processes_at_one_step_and_the_run_goes_on(
+    batched: Settings, tmp_path: Path
+) -> None:
+    long = batched | {"grad_accum": 1, "train_steps": 400, "eval_every": 1000, "log_interval": 5}
+    flags = long | {"local_workdir": str(tmp_path / "work"), "save_every": 1000}
+    process = subprocess.Popen(
+        torchrun(flags),
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if '"step 10/400' in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    sent = time.monotonic()
+    rest = process.stderr.read()
+    assert process.wait(timeout=60) != 0
+    assert time.monotonic() - sent < 60
+    assert "saving step" in rest
+    (snapshot,) = (tmp_path / "work").glob("ckpt_step_*.pt")
+    step = read_checkpoint(snapshot).step
+    assert 10 <= step < 400
+    again = run(flags)
+    assert f"at step {step}" in again
+
+
+VERTEX = {
+    "cluster": {
+        "workerpool0": ["cmle-training-workerpool0-ab-0:2222"],
+        "workerpool1": [
+            "cmle-training-workerpool1-ab-0:2222",
+            "cmle-training-workerpool1-ab-1:2222",
+        ],
+    },
+    "environment": "cloud",
+    "task": {"type": "workerpool1", "index": 1},
+}
+
+
+def test_the_cluster_environment_of_vertex() -> None:
+    assert find_nodes({"CLUSTER_SPEC": json.dumps(VERTEX)}) == Nodes(
+        count=3, index=2, master="cmle-training-workerpool0-ab-0", port=2222
+    )
+    assert find_nodes({}) == Nodes()
+    for broken in ("{", "[]", '{"cluster": {}}', '{"cluster": {"a": []}, "task": {"type": "b"}}'):
+        with pytest.raises(UsageError, match="CLUSTER_SPEC cannot be understood"):
+            find_nodes({"CLUSTER_SPEC": broken})
+
+
+def test_an_incomplete_environment_of_torchrun_is_named() -> None:
+    with (
+        pytest.raises(UsageError, match="environment of torchrun is incomplete: 'RANK'"),
+        joined_processes({"LOCAL_RANK": "0"}),
+    ):
+        pass
