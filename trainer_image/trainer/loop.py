@@ -203,6 +203,9 @@ class TrainingLoop:
                 bar.update()
                 self._after_update(scalars)
             self._finish(scalars)
+        except TrainingError:
+            self.snapshots.finish()
+            raise
         finally:
             bar.close()
             batches.close()
@@ -273,7 +276,6 @@ class TrainingLoop:
             in_row, step = self.progress.skipped_in_row, self._noted - 1
             log.warning("step %d skipped: its gradient is not finite (%d in a row)", step, in_row)
             if in_row >= self.config.max_nonfinite:
-                self.snapshots.finish()
                 raise TrainingError(
                     f"{in_row} updates in a row had a non-finite gradient, the last at step {step}"
                     f" with learning rate {self._learning_rate(step):.3g}; the last good checkpoint"

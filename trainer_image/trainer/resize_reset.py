@@ -103,6 +103,7 @@ def _write(snapshot: Snapshot, output: str, workdir: str) -> None:
         path = scratch / name
         snapshot.write(path)
         location = open_location(parent)
+        location.list()  # what is there now may be replaced
         location.put(path, name)
         location.put(path.with_name(sidecar_name(name)), sidecar_name(name))
     finally:

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import socket
 import tempfile
-import threading
-from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from trainer import checkpoint as ckpt
 from trainer.checkpoint import Checkpoint, Sidecar, Snapshot
-from trainer.errors import CheckpointError, LiquidError, StorageError
+from trainer.errors import CheckpointError, StorageError
 from trainer.log import log
-from trainer.storage import Location, fetch, is_remote, open_location
+from trainer.storage import (
+    Location,
+    StorageMissingError,
+    fetch,
+    is_remote,
+    open_location,
+    remove_abandoned,
+    split_uri,
+)
+from trainer.uploads import Uploader
 
-_WAITING = 1
-"""Snapshots that may wait behind the one in flight before training waits too."""
+_STAGING = ".staging-"
+_IN_FLIGHT = 8
+"""Files and removals that may be queued when a new snapshot comes, about those of one before it."""
 
 
 def read_sidecars(location: Location) -> list[Sidecar]:
@@ -59,12 +72,12 @@ def read_from(uri: str, workdir: Path) -> Checkpoint:
     Raises:
         CheckpointError, StorageError: it is missing, damaged or refused.
     """
-    parent, _, name = uri.rpartition("/")
-    location = open_location(parent or ("/" if uri.startswith("/") else "."))
+    parent, name = split_uri(uri)
+    location = open_location(parent)
     workdir.mkdir(parents=True, exist_ok=True)
     try:
         data = location.read_bytes(ckpt.sidecar_name(name), limit=ckpt.SIDECAR_LIMIT)
-    except StorageError:
+    except StorageMissingError:
         data = None
     if data is not None:
         return read_verified(location, Sidecar.parse(data, name), workdir)
@@ -72,34 +85,58 @@ def read_from(uri: str, workdir: Path) -> Checkpoint:
         return ckpt.read_checkpoint(fetch(uri, Path(scratch)), uri)
 
 
-@dataclass
-class _Job:
-    snapshot: Snapshot
-    names: list[str]
+class _Staged:
+    """A snapshot's file, written once when its first name's turn comes, removed after the last."""
+
+    def __init__(self, snapshot: Snapshot, directory: Path) -> None:
+        self._snapshot: Snapshot | None = snapshot
+        self._parent = directory
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._sidecar: Sidecar | None = None
+
+    def files(self, name: str) -> list[tuple[Path, str]]:
+        """Local paths of weights and sidecar under a name."""
+        if self._directory is None or self._sidecar is None:
+            assert self._snapshot is not None
+            self._parent.mkdir(parents=True, exist_ok=True)
+            prefix = f"{_STAGING}{socket.gethostname()}-{os.getpid()}-"
+            self._directory = tempfile.TemporaryDirectory(prefix=prefix, dir=self._parent)
+            self._sidecar = self._snapshot.write(Path(self._directory.name) / "snapshot.pt")
+            self._snapshot = None
+        scratch = Path(self._directory.name)
+        described = scratch / ckpt.sidecar_name(name)
+        described.write_bytes(replace(self._sidecar, name=name).dump())
+        return [(scratch / "snapshot.pt", name), (described, described.name)]
+
+
+def _remove_abandoned_staging(directory: Path) -> None:
+    """What a killed process of this machine has left behind."""
+    pattern = re.compile(re.escape(f"{_STAGING}{socket.gethostname()}-") + r"(\d+)-.*")
+    for path in directory.glob(f"{_STAGING}*"):
+        match = pattern.fullmatch(path.name)
+        if match and int(match[1]) != os.getpid() and not Path(f"/proc/{match[1]}").exists():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class Snapshots:
     """Checkpoints of one run at its output location.
 
-    `save` returns at once: a thread writes the file, uploads it and its sidecar under each name,
-    and applies retention. One snapshot is in flight and one may wait; of two that wait to become
-    ``best.pt`` the newer wins. A failure is raised by the next `save` or by `finish`.
+    `save` returns at once: the file is written and uploaded by `trainer.uploads.Uploader`, under
+    each of its names with a sidecar, and retention follows behind. A failure is raised by the next
+    `save` or by `finish`.
 
-    Under the rolling name the old sidecar goes before the new file comes, so that at no time does
-    a sidecar stand beside weights it does not describe. The file of the same snapshot under its
-    own name (``ckpt_best_step…``) is written before, so a whole best exists throughout.
+    A snapshot's own name (``ckpt_best_step…``) comes before the rolling ``best.pt``, so a whole
+    best exists at every instant; ``final.pt`` comes last and says that all the others are there.
     """
 
     def __init__(self, uri: str, workdir: str) -> None:
         self.uri = uri
         self.location = open_location(uri)
         self.workdir = Path(workdir)
-        self._condition = threading.Condition()
-        self._waiting: deque[_Job] = deque()
-        self._busy = False
-        self._failure: LiquidError | None = None
-        self._thread: threading.Thread | None = None
-        self._closed = False
+        # On the file system of a local output, so that the disk that fills up is that one
+        self._staging = self.workdir if is_remote(uri) else Path(uri).expanduser()
+        self._uploads: Uploader | None = None
+        self._names: set[str] = set()
 
     def newest(self) -> Checkpoint | None:
         """The newest whole checkpoint of this location; damaged ones are logged and passed over."""
@@ -109,40 +146,43 @@ class Snapshots:
         for sidecar in candidates:
             try:
                 return read_verified(self.location, sidecar, self.workdir)
-            except CheckpointError as error:
+            except (CheckpointError, StorageMissingError) as error:
                 log.warning("%s; the next newest is tried", error)
         return None
 
     def check_writable(self) -> None:
-        """Fail now rather than at the first checkpoint.
+        """Fail now rather than at the first checkpoint; clear what a killed process left.
 
         Raises:
             StorageError: the location does not exist or may not be written.
         """
         self.location.check_writable()
+        self._staging.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned_staging(self._staging)
+        if not is_remote(self.uri):
+            remove_abandoned(self._staging)
 
     def save(self, snapshot: Snapshot, names: Iterable[str]) -> None:
-        """Queue a snapshot under its names.
+        """Queue a snapshot under its names; waits only while another one is still queued.
 
         Raises:
             LiquidError: an earlier snapshot could not be written.
         """
-        # Its own names first, then the rolling one; final.pt says that all the others are there
+        if self._uploads is None:
+            self._names = {entry.name for entry in self.location.list()}
+            self._uploads = Uploader(self.location)
+        self._uploads.wait_for_room(_IN_FLIGHT)
+        staged = _Staged(snapshot, self._staging)
         order = {ckpt.BEST: 1, ckpt.FINAL: 2}
-        job = _Job(snapshot, sorted(dict.fromkeys(names), key=lambda name: order.get(name, 0)))
-        with self._condition:
-            self._raise_failure()
-            if ckpt.BEST in job.names:
-                for older in self._waiting:
-                    older.names = [name for name in older.names if name != ckpt.BEST]
-            while len(self._waiting) >= _WAITING and self._failure is None:
-                self._condition.wait()
-            self._raise_failure()
-            self._waiting.append(job)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="snapshots", daemon=True)
-                self._thread.start()
-            self._condition.notify_all()
+        for name in sorted(dict.fromkeys(names), key=lambda name: order.get(name, 0)):
+            pair = [name, ckpt.sidecar_name(name)]
+            key = ckpt.BEST if name == ckpt.BEST else None
+            self._uploads.submit_made(pair, partial(staged.files, name), key=key)
+            self._names.add(name)
+        for old in ckpt.outdated(self._names):
+            self._names.remove(old)
+            self._uploads.submit_delete(ckpt.sidecar_name(old))
+            self._uploads.submit_delete(old)
 
     def finish(self) -> None:
         """Wait until everything queued is at the location.
@@ -150,54 +190,7 @@ class Snapshots:
         Raises:
             LiquidError: a snapshot could not be written.
         """
-        with self._condition:
-            while (self._waiting or self._busy) and self._failure is None:
-                self._condition.wait()
-            self._raise_failure()
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-
-    def _work(self) -> None:
-        while True:
-            with self._condition:
-                while not self._waiting:
-                    self._condition.wait()
-                job = self._waiting.popleft()
-                self._busy = True
-                self._condition.notify_all()
-            failure: LiquidError | None = None
-            try:
-                self._write(job)
-            except LiquidError as error:
-                failure = error
-            except Exception as error:  # noqa: BLE001 - a thread has nobody to raise to
-                failure = StorageError(f"{', '.join(job.names)} could not be written: {error}")
-                failure.__cause__ = error
-            with self._condition:
-                self._busy = False
-                self._failure = self._failure or failure
-                self._condition.notify_all()
-
-    def _write(self, job: _Job) -> None:
-        if not job.names:
-            return
-        local = None if is_remote(self.uri) else Path(self.uri)
-        (local or self.workdir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".staging-", dir=local or self.workdir) as scratch:
-            path = Path(scratch) / "snapshot.pt"
-            sidecar = job.snapshot.write(path)
-            for name in job.names:
-                self._put(path, sidecar, name)
-        log.info("step %d saved as %s", job.snapshot.step, ", ".join(job.names))
-        for name in ckpt.outdated(entry.name for entry in self.location.list()):
-            self.location.delete(ckpt.sidecar_name(name))
-            self.location.delete(name)
-
-    def _put(self, path: Path, sidecar: Sidecar, name: str) -> None:
-        if name == ckpt.BEST:
-            self.location.delete(ckpt.sidecar_name(name))
-        self.location.put(path, name)
-        named = Sidecar(name, sidecar.size, sidecar.crc32c, sidecar.meta)
-        self.location.put_bytes(named.dump(), ckpt.sidecar_name(name))
+        if self._uploads is not None:
+            self._uploads.drain()
+            self._uploads.close()
+            self._uploads = None

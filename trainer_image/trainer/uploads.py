@@ -25,7 +25,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -44,8 +44,10 @@ class _Group:
 
     names: list[str]
     key: str | None = None
+    make: Callable[[], Sequence[tuple[PathLike, str]]] | None = None
+    """writes the files when their turn comes"""
     files: list[BinaryIO] = field(default_factory=list)
-    """open files, one a name; none for a removal"""
+    """open files, one a name; none for a removal, or before they are made"""
     states: list[tuple[int, int]] = field(default_factory=list)
     """size and time of change of each file when it was submitted"""
     release: ExitStack = field(default_factory=ExitStack)
@@ -94,6 +96,29 @@ class Uploader:
             group.release.close()
             raise
 
+    def submit_made(
+        self,
+        names: Sequence[str],
+        make: Callable[[], Sequence[tuple[PathLike, str]]],
+        *,
+        key: str | None = None,
+    ) -> list[str]:
+        """Queue files that do not exist yet, so that writing them is off the caller's time too.
+
+        Args:
+            names: what they will be called; the one that vouches for the others comes last.
+            make: called in the uploads' thread when their turn comes; writes the files and gives
+                the local path of each name, in that order.
+            key: as for `submit`.
+
+        Returns:
+            The names of the group that was dropped; empty if none was.
+
+        Raises:
+            LiquidError: an earlier upload failed, or the uploader is closed.
+        """
+        return self._enqueue(_Group([check_name(name) for name in names], key, make))
+
     def submit_delete(self, name: str) -> None:
         """Queue the removal of a name, behind the uploads that were submitted before.
 
@@ -107,6 +132,21 @@ class Uploader:
         """Groups not finished: those that wait and the one in flight."""
         with self._changed:
             return len(self._queue) + (self._running is not None)
+
+    def wait_for_room(self, groups: int) -> None:
+        """Wait until at most so many groups are not finished.
+
+        Raises:
+            LiquidError: an earlier upload failed.
+        """
+        with self._changed:
+            self._changed.wait_for(
+                lambda: (
+                    self._failure is not None
+                    or len(self._queue) + (self._running is not None) <= groups
+                )
+            )
+        self.check()
 
     def check(self) -> None:
         """Raise the failure of an earlier upload, if there was one.
@@ -220,6 +260,9 @@ class Uploader:
                 self._carry_out(group)
 
     def _carry_out(self, group: _Group) -> None:
+        if group.make is not None:
+            group.files = [group.release.enter_context(opened(path)) for path, _ in group.make()]
+            group.states = [_state(file) for file in group.files]
         if not group.files:
             self._location.delete(group.names[0])
             return
