@@ -1,20 +1,22 @@
-"""What the tests share: a real object server and buckets in it."""
+"""What the tests share: a real object server, a small real corpus, tokenizer and teachers."""
 
 from __future__ import annotations
 
 import itertools
-import sys
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
+import torch
+from trainer import entrypoint, export_hf
+from trainer.log import quiet_libraries
 
-# Before pytest's own entries: tests/trainer must not be taken for the package `trainer`
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "trainer_image"))
-
+from pipelines import embedded
 from tests.faults.proxy import FaultProxy
 from tests.faults.server import ObjectServer
+from tests.trainer.samples import save_teacher
 
 _numbers = itertools.count(1)
 
@@ -54,3 +56,86 @@ def gcs_bucket(gcs_proxy: FaultProxy, object_server: ObjectServer) -> str:
     name = f"bucket-{next(_numbers)}"
     object_server.make_bucket(name)
     return f"gs://{name}"
+
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("session")
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    return [text for _, text in sorted(topics.items())][:48]
+
+
+@pytest.fixture(scope="session")
+def corpus(root: Path, texts: list[str]) -> Path:
+    """``train.jsonl`` and ``validation.jsonl`` of CPython's language reference."""
+    directory = root / "corpus"
+    directory.mkdir()
+    for name, part in (("train", texts[:-4]), ("validation", texts[-4:])):
+        lines = (json.dumps({"text": text}) for text in part)
+        (directory / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(root: Path, corpus: Path) -> Path:
+    return embedded.build_tokenizer(corpus, root / "tokenizer", vocab_size=512)
+
+
+@pytest.fixture(scope="session")
+def teacher_dir(root: Path, tokenizer_dir: Path) -> Path:
+    """512 tokens, 64 positions, a vocabulary padded to 520 rows."""
+    return save_teacher(root / "teacher", tokenizer_dir, vocab=520, positions=64)
+
+
+@pytest.fixture
+def settings(teacher_dir: Path, corpus: Path, root: Path, tmp_path: Path) -> dict[str, object]:
+    """A run of seconds on the CPU, as settings of the command line."""
+    return {
+        "teacher_name": str(teacher_dir),
+        "dataset_name": str(corpus),
+        "cache_dir": str(root / "cache"),
+        "local_workdir": str(tmp_path / "work"),
+        "block_size": 32,
+        "d_model": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "train_steps": 6,
+        "warmup_steps": 2,
+        "lr_peak": 1e-3,
+        "micro_batch": 4,
+        "global_batch": 4,
+        "eval_every": 3,
+        "save_every": 3,
+        "log_interval": 2,
+        "eval_max_tokens": 1000,
+    }
+
+
+@pytest.fixture(scope="session")
+def trained_teacher(root: Path) -> tuple[Path, Path]:
+    """The embedded corpus at a smaller size and a teacher trained on it; returns both."""
+    quiet_libraries()
+    corpus = embedded.build_corpus(root / "embedded-corpus", limit=1_500_000)
+    work = root / "teacher-run"
+    tokenizer = embedded.build_tokenizer(corpus, work / "tokenizer", vocab_size=1024)
+    flags = embedded.TEACHER_FLAGS | {
+        "teacher_name": str(tokenizer),
+        "dataset_name": str(corpus),
+        "local_workdir": str(work / "run"),
+        "cache_dir": str(root / "cache"),
+        "d_model": 128,
+        "n_layers": 3,
+        "n_heads": 4,
+        "train_steps": 250,
+        "eval_every": 250,
+    }
+    entrypoint.main([f"--{name}={value}" for name, value in flags.items()])
+    target = root / "trained-teacher"
+    export_hf.run(str(work / "run" / "best.pt"), str(target), tokenizer=str(tokenizer))
+    return corpus, target

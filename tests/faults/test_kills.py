@@ -1,0 +1,170 @@
+"""A job killed at random instants goes on where it was, and nothing under a final name is broken.
+
+The short form runs with every test; ``make soak`` runs the long one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trainer import checkpoint as ckpt
+from trainer import pick_best
+from trainer.snapshots import read_from, read_sidecars, read_verified
+from trainer.storage import open_location
+
+from tests.faults.proxy import FaultProxy
+
+Settings = dict[str, Any]
+
+
+@pytest.fixture
+def job(settings: Settings) -> Settings:
+    """Half of its time goes into checkpoints, so that kills land in their writing."""
+    return settings | {
+        "d_model": 64,
+        "train_steps": 60,
+        "save_every": 2,
+        "eval_every": 4,
+        "eval_max_tokens": 128,
+        "log_interval": 20,
+        "alpha_schedule": "0:0.7,15:0.5,45:0.2",
+    }
+
+
+def start(job: Settings) -> subprocess.Popen[str]:
+    flags = [f"--{name}={value}" for name, value in job.items()]
+    return subprocess.Popen(
+        [sys.executable, "-m", "trainer.entrypoint", *flags],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def wait_for(process: subprocess.Popen[str], text: str) -> bool:
+    """Read the log up to a line; False if the process ended before."""
+    assert process.stderr is not None
+    return any(text in line for line in process.stderr)
+
+
+def finish(job: Settings) -> str:
+    process = start(job)
+    _, stderr = process.communicate(timeout=240)
+    assert process.returncode == 0, stderr[-3000:]
+    return stderr
+
+
+def check_whole(uri: str, workdir: Path) -> int:
+    """Every file with a final name is whole, and so is the one picked; returns how many."""
+    location = open_location(uri)
+    names = {entry.name for entry in location.list()}
+    sidecars = read_sidecars(location)
+    parsed = {sidecar.name for sidecar in sidecars}
+    described = {name for name in names if ckpt.sidecar_name(name) in names}
+    assert described == parsed, "every sidecar can be read"
+    for sidecar in sidecars:
+        checkpoint = read_verified(location, sidecar, workdir)
+        assert checkpoint.meta["step"] == sidecar.step
+    # Weights whose sidecar was not reached are whole too: they came by rename, or in one request
+    for name in names - described:
+        if ckpt.is_checkpoint_name(name):
+            read_from(location.child(name), workdir)
+    if any(sidecar.metrics for sidecar in sidecars):
+        picked = pick_best.run([uri], "val_loss_student")
+        assert read_from(picked.uri, workdir).step == picked.step
+    return len(sidecars)
+
+
+def assert_equal_ends(first: str, second: str, workdir: Path) -> None:
+    ours, theirs = (read_from(f"{uri}/final.pt", workdir) for uri in (first, second))
+    assert ours.step == theirs.step
+    for name, tensor in ours.weights.items():
+        assert torch.equal(tensor, theirs.weights[name]), name
+    moments, expected = ours.optimizer_by_name(), theirs.optimizer_by_name()
+    for name, state in moments.items():
+        assert torch.equal(state["exp_avg_sq"], expected[name]["exp_avg_sq"]), name
+    assert ours.meta["metrics"] == theirs.meta["metrics"]
+    best = [read_from(f"{uri}/best.pt", workdir) for uri in (first, second)]
+    assert best[0].step == best[1].step
+
+
+def kill_often(job: Settings, uri: str, kills: int, tmp_path: Path, seed: int) -> dict[str, int]:
+    """Kill the job again and again, each time after a random while of training."""
+    draw = random.Random(seed)
+    (tmp_path / "scratch").mkdir(exist_ok=True)
+    counts = {"kills": 0, "checked": 0, "runs": 0}
+    unbroken = job | {"local_workdir": str(tmp_path / "unbroken")}
+    finish(unbroken)
+    while counts["kills"] < kills:
+        output = f"{uri}/run-{counts['runs']}"
+        killed = job | {"output_gcs_uri": output, "local_workdir": str(tmp_path / "work")}
+        while counts["kills"] < kills:
+            process = start(killed)
+            if not wait_for(process, "training from step"):
+                break
+            time.sleep(draw.uniform(0.0, 1.5))
+            process.kill()
+            process.communicate()
+            counts["kills"] += 1
+            counts["checked"] += check_whole(output, tmp_path / "scratch")
+        finish(killed)
+        check_whole(output, tmp_path / "scratch")
+        assert_equal_ends(output, str(tmp_path / "unbroken"), tmp_path / "scratch")
+        counts["runs"] += 1
+    return counts
+
+
+@pytest.mark.parametrize("place", ["local", "gs"])
+def test_kills(
+    place: str, job: Settings, tmp_path: Path, gcs_bucket: str, gcs_proxy: FaultProxy
+) -> None:
+    uri = gcs_bucket if place == "gs" else str(tmp_path / "out")
+    counts = kill_often(job, uri, 2, tmp_path, seed=1)
+    assert counts["kills"] == 2
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("place", ["local", "gs"])
+def test_many_kills(
+    place: str, job: Settings, tmp_path: Path, gcs_bucket: str, gcs_proxy: FaultProxy
+) -> None:
+    uri = gcs_bucket if place == "gs" else str(tmp_path / "out")
+    counts = kill_often(job, uri, 25, tmp_path, seed=7)
+    print(f"\n{place}: {counts}")
+    assert counts["kills"] == 25
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(
+    job: Settings, tmp_path: Path, gcs_bucket: str
+) -> None:
+    stopped = job | {"output_gcs_uri": f"{gcs_bucket}/run", "save_every": 1000, "eval_every": 1000}
+    unbroken = stopped | {"output_gcs_uri": str(tmp_path / "plain")}
+    finish(unbroken | {"local_workdir": str(tmp_path / "w2")})
+    process = start(stopped)
+    assert wait_for(process, "step 20/60")
+    sent = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=20)
+    took = time.monotonic() - sent
+    assert process.returncode == 143, stderr[-2000:]
+    last = json.loads(stderr.splitlines()[-1])
+    assert last["severity"] == "ERROR"
+    assert "stopped by SIGTERM at step" in last["message"]
+    assert took < 20
+    (saved,) = read_sidecars(open_location(f"{gcs_bucket}/run"))
+    assert 20 <= saved.step < 60
+    stderr = finish(stopped)
+    assert f"at step {saved.step}" in stderr
+    (tmp_path / "scratch").mkdir()
+    assert_equal_ends(f"{gcs_bucket}/run", str(tmp_path / "plain"), tmp_path / "scratch")
