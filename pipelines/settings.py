@@ -1,0 +1,209 @@
+"""Where the pipeline runs: project, places, image and machines, under one set of names.
+
+A setting comes from the environment (``make NAME=value`` puts it there), else from the YAML file
+that ``SETTINGS`` names (default ``pipeline.yaml``, if it exists), else from its default. Names of
+a stage's machine start with the stage: ``ANNEAL_ACCELERATOR_COUNT``, ``PREPARE_MEMORY``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.errors import UsageError
+
+DEFAULT_FILE = "pipeline.yaml"
+STAGES = ("prepare", "anneal", "pick", "resize", "continue", "evaluate")
+LOCAL_IMAGE = "liquid-annealing/trainer:local"
+
+
+def described(default: Any, help: str) -> Any:
+    """A dataclass field with the sentence that messages and the documentation show."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one stage runs on."""
+
+    cpu: str = described("4", "CPU cores")
+    memory: str = described("16Gi", "memory, with its unit")
+    disk_gib: int = described(100, "boot disk in GiB (custom jobs)")
+    machine_type: str = described("", "machine type of a custom job, e.g. a3-highgpu-1g")
+    accelerator_type: str = described("", "e.g. NVIDIA_H100_80GB; empty is no GPU")
+    accelerator_count: int = described(0, "GPUs of each machine")
+    replicas: int = described(1, "machines")
+    spot: bool = described(False, "spot machines: cheaper, may be taken away")
+    retries: int = described(3, "times the platform starts the stage again")
+    backoff_seconds: int = described(60, "wait before the first retry; doubles each time")
+    timeout_hours: int = described(24, "hours after which a custom job is stopped")
+
+    @property
+    def gpu(self) -> bool:
+        """Whether the stage asks for GPUs."""
+        return bool(self.accelerator_type and self.accelerator_count)
+
+
+_GPU = Machine(
+    cpu="12",
+    memory="85Gi",
+    disk_gib=200,
+    machine_type="a2-highgpu-1g",
+    accelerator_type="NVIDIA_TESLA_A100",
+    accelerator_count=1,
+    timeout_hours=72,
+)
+_DEFAULT_MACHINES = {
+    "prepare": Machine(cpu="8", memory="32Gi"),
+    "anneal": _GPU,
+    "pick": Machine(cpu="1", memory="4Gi"),
+    "resize": Machine(cpu="2", memory="16Gi"),
+    "continue": _GPU,
+    "evaluate": _GPU,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything the commands around the pipeline need to know.
+
+    Raises:
+        UsageError: a machine that makes no sense.
+    """
+
+    project: str = described("", "Google Cloud project")
+    region: str = described("us-central1", "region of Vertex AI")
+    pipeline_root: str = described("", "gs:// prefix for the pipeline's artifacts")
+    trainer_image: str = described("", "trainer image, best by digest: REPOSITORY@sha256:…")
+    service_account: str = described("", "service account that the stages run as")
+    network: str = described("", "VPC network: projects/NUMBER/global/networks/NAME")
+    cmek_key: str = described("", "Cloud KMS key: projects/P/locations/L/keyRings/R/cryptoKeys/K")
+    labels: Mapping[str, str] = described({}, "labels of the run, NAME=VALUE,NAME=VALUE")
+    api_endpoint: str = described("", "another endpoint of the Vertex AI interface, HOST[:PORT]")
+    api_transport: str = described("", "grpc or rest; empty is the client's choice")
+    experiment: str = described("", "Vertex AI experiment to record the run in")
+    machines: Mapping[str, Machine] = field(default_factory=lambda: dict(_DEFAULT_MACHINES))
+
+    def __post_init__(self) -> None:
+        for stage, machine in self.machines.items():
+            name = stage.upper()
+            if machine.accelerator_count and not machine.accelerator_type:
+                raise UsageError(
+                    f"{name}_ACCELERATOR_COUNT={machine.accelerator_count} without"
+                    f" {name}_ACCELERATOR_TYPE; give for example NVIDIA_TESLA_A100"
+                )
+            if machine.replicas > 1 and stage not in ("anneal", "continue"):
+                raise UsageError(f"{name}_REPLICAS={machine.replicas}: only training takes several")
+            for low, key in (
+                (1, "replicas"),
+                (0, "retries"),
+                (1, "timeout_hours"),
+                (10, "disk_gib"),
+            ):
+                if getattr(machine, key) < low:
+                    value = getattr(machine, key)
+                    raise UsageError(f"{name}_{key.upper()}={value} must be at least {low}")
+        if self.pipeline_root and not self.pipeline_root.startswith("gs://"):
+            raise UsageError(f"PIPELINE_ROOT={self.pipeline_root!r} must start with gs://")
+        if self.api_transport not in ("", "grpc", "rest"):
+            raise UsageError(f"API_TRANSPORT={self.api_transport!r}: choose grpc or rest")
+
+    def require(self, *names: str) -> Settings:
+        """Itself, if every setting named has a value.
+
+        Raises:
+            UsageError: naming all that are missing, what they are, and how to set them.
+        """
+        missing = [name for name in names if not getattr(self, name)]
+        if missing:
+            helps = {spec.name: spec.metadata.get("help") for spec in fields(self)}
+            listed = "; ".join(f"{name.upper()} ({helps[name]})" for name in missing)
+            raise UsageError(
+                f"missing: {listed}. Set {'them' if len(missing) > 1 else 'it'} in the environment,"
+                f" as make {missing[0].upper()}=…, or in {DEFAULT_FILE}"
+            )
+        return self
+
+
+def known_names() -> dict[str, str]:
+    """Every setting's name and what it is, machines by stage."""
+    names = {spec.name.upper(): spec.metadata["help"] for spec in fields(Settings) if spec.metadata}
+    for stage in STAGES:
+        for spec in fields(Machine):
+            names[f"{stage}_{spec.name}".upper()] = f"{stage}: {spec.metadata['help']}"
+    return names
+
+
+def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
+    """The settings from environment, file and defaults.
+
+    Raises:
+        UsageError: the file cannot be read or has an unknown name, or a value is not of its type.
+    """
+    known = known_names()
+    given = _from_file(environ, known)
+    given |= {name: environ[name] for name in known if environ.get(name)}
+    values: dict[str, Any] = {}
+    machines: dict[str, dict[str, Any]] = {stage: {} for stage in STAGES}
+    for name, text in given.items():
+        stage, _, rest = name.lower().partition("_")
+        if stage in machines and rest in {spec.name for spec in fields(Machine)}:
+            machines[stage][rest] = _converted(name, text, type(getattr(Machine(), rest)))
+        else:
+            kind = dict if name == "LABELS" else str
+            values[name.lower()] = _converted(name, text, kind)
+    merged = {
+        stage: Machine(**{**vars(_DEFAULT_MACHINES[stage]), **changes})
+        for stage, changes in machines.items()
+    }
+    return Settings(machines=merged, **values)
+
+
+def _from_file(environ: Mapping[str, str], known: Iterable[str]) -> dict[str, Any]:
+    path = Path(environ.get("SETTINGS") or DEFAULT_FILE)
+    if not path.exists():
+        if environ.get("SETTINGS"):
+            raise UsageError(f"SETTINGS={str(path)!r} does not exist")
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} must hold 'NAME: value' lines")
+    names = {name: name for name in known}
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        name = str(key).upper()
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UsageError(f"{path}: unknown setting {key!r}{hint}")
+        if value is not None:
+            found[name] = value
+    return found
+
+
+def _converted(name: str, value: Any, kind: type) -> Any:
+    if kind is dict:
+        if isinstance(value, dict):
+            return {str(key): str(entry) for key, entry in value.items()}
+        pairs = [pair.partition("=") for pair in str(value).split(",") if pair.strip()]
+        if not all(key.strip() and sign for key, sign, _ in pairs):
+            raise UsageError(f"{name}={value!r}: write NAME=VALUE,NAME=VALUE")
+        return {key.strip(): entry.strip() for key, _, entry in pairs}
+    text = str(value)
+    if kind is bool:
+        if text.lower() not in ("1", "0", "true", "false"):
+            raise UsageError(f"{name}={text!r}: 1 or 0 is needed")
+        return text.lower() in ("1", "true")
+    try:
+        return kind(text)
+    except ValueError:
+        raise UsageError(f"{name}={text!r}: a whole number is needed") from None
