@@ -14,12 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipelines.embedded import build_corpus, build_teacher
 from trainer import evaluate, pick_best
 from trainer.config import resolve, run_command
 from trainer.errors import LiquidError
 from trainer.log import log, quiet_libraries, set_up_logging
-
-from pipelines.embedded import build_corpus, build_teacher
 
 SHORT, LONG = 64, 128
 """The two contexts, in tokens."""

@@ -10,13 +10,13 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from trainer import entrypoint, export_hf
-from trainer.log import quiet_libraries
 
 from pipelines import embedded
 from tests.faults.proxy import FaultProxy
 from tests.faults.server import ObjectServer
 from tests.trainer.samples import save_teacher
+from trainer import entrypoint, export_hf
+from trainer.log import quiet_libraries
 
 _numbers = itertools.count(1)
 

@@ -16,6 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from tests.faults.proxy import KINDS, UPLOAD, FaultProxy, Faults
+from tests.faults.server import ObjectServer
 from trainer.errors import StorageError
 from trainer.storage import (
     Location,
@@ -25,9 +28,6 @@ from trainer.storage import (
     open_location,
 )
 from trainer.uploads import Uploader
-
-from tests.faults.proxy import KINDS, UPLOAD, FaultProxy, Faults
-from tests.faults.server import ObjectServer
 
 KIB = 1024
 FAST = TransferPolicy(

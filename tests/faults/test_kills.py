@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 import torch
+
+from tests.faults.proxy import FaultProxy
 from trainer import checkpoint as ckpt
 from trainer import pick_best
 from trainer.snapshots import read_from, read_sidecars, read_verified
 from trainer.storage import open_location
-
-from tests.faults.proxy import FaultProxy
 
 Settings = dict[str, Any]
 

@@ -20,6 +20,7 @@ from google.cloud import secretmanager
 from google.cloud.secretmanager_v1.services.secret_manager_service.transports import (
     SecretManagerServiceRestTransport,
 )
+
 from trainer.config import TrainConfig
 from trainer.errors import LiquidError
 from trainer.hf_token import find_hf_token

@@ -13,6 +13,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+
 from trainer.storage import open_location
 
 JOB = """

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+
+from tests.trainer.samples import base_package_payload
 from trainer import checkpoint as ckpt
 from trainer.checkpoint import Sidecar, Snapshot, read_checkpoint, verify_file
 from trainer.errors import CheckpointError
 from trainer.snapshots import read_from
 from trainer.student import Student, StudentConfig
-
-from tests.trainer.samples import base_package_payload
 
 SMALL = StudentConfig(vocab_size=64, d_model=16, n_layers=2, n_heads=4, positions=32)
 

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+
 from trainer.config import (
     SETTINGS,
     TrainConfig,

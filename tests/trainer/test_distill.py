@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from trainer.distill import KD_SCHEMES, Mix, distill_loss
 
 

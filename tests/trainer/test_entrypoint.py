@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+
+from tests.trainer.samples import base_package_payload, save_teacher
 from trainer import entrypoint
 from trainer.checkpoint import read_checkpoint
 from trainer.positions import resize_positions
-
-from tests.trainer.samples import base_package_payload, save_teacher
 
 Settings = dict[str, Any]
 

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from trainer import entrypoint, export_hf
 from trainer.checkpoint import read_checkpoint
 from trainer.errors import LiquidError
 from trainer.student import Student, StudentConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def test_an_exported_student_is_a_stock_gpt2(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 import pytest
+
 from trainer import log as log_module
 from trainer.config import TrainConfig
 from trainer.errors import LiquidError, UsageError

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from trainer import entrypoint, step
 from trainer.checkpoint import Checkpoint, read_checkpoint
 from trainer.config import resolve
@@ -197,8 +198,9 @@ def test_metadata_says_what_the_run_was(settings: Settings, tmp_path: Path) -> N
 
 def test_evaluation_matches_stock_transformers(settings: Settings, tmp_path: Path) -> None:
     """Both losses at both contexts, recomputed with stock models on the same tokens in fp64."""
-    from trainer.export_hf import gpt2_model
     from transformers import AutoModelForCausalLM
+
+    from trainer.export_hf import gpt2_model
 
     train(settings, eval_ctx_lens=(16, 32))
     saved = final(tmp_path / "work")

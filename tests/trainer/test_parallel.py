@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from trainer import entrypoint
 from trainer.checkpoint import Checkpoint, read_checkpoint
 from trainer.errors import UsageError

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from trainer.errors import UsageError
 from trainer.positions import resize_positions
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from trainer.errors import UsageError
 from trainer.schedules import ALPHA_RANGE, TEMPERATURE_RANGE, StepSchedule, learning_rate
 

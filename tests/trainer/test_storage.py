@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from tests.faults.proxy import FaultProxy
 from trainer.errors import StorageError, UsageError
 from trainer.storage import (
     Entry,
@@ -35,8 +37,6 @@ from trainer.storage import (
     remove_abandoned,
     split_uri,
 )
-
-from tests.faults.proxy import FaultProxy
 
 KIB = 1024
 POLICY = TransferPolicy(

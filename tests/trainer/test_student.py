@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from trainer.errors import CheckpointError
 from trainer.export_hf import gpt2_model
 from trainer.student import (

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from trainer.errors import ModelError
-from trainer.teacher import load_teacher, load_tokenizer, read_teacher_spec
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -21,6 +19,9 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from trainer.errors import ModelError
+from trainer.teacher import load_teacher, load_tokenizer, read_teacher_spec
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,

@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+
 from trainer import prepare_tokens
 from trainer.config import TrainConfig
 from trainer.errors import DataError

@@ -13,6 +13,8 @@ import threading
 from pathlib import Path
 
 import pytest
+
+from tests.faults.proxy import FaultProxy
 from trainer.errors import StorageError
 from trainer.storage import (
     Entry,
@@ -25,8 +27,6 @@ from trainer.storage import (
     open_location,
 )
 from trainer.uploads import Uploader
-
-from tests.faults.proxy import FaultProxy
 
 POLICY = TransferPolicy(
     chunk_bytes=256 * 1024, first_delay=0.005, longest_delay=0.05, deadline=20, first_deadline=20
