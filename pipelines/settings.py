@@ -84,7 +84,9 @@ class Settings:
     service_account: str = described("", "service account that the stages run as")
     network: str = described("", "VPC network: projects/NUMBER/global/networks/NAME")
     cmek_key: str = described("", "Cloud KMS key: projects/P/locations/L/keyRings/R/cryptoKeys/K")
-    labels: Mapping[str, str] = described({}, "labels of the run, NAME=VALUE,NAME=VALUE")
+    labels: Mapping[str, str] = field(
+        default_factory=dict, metadata={"help": "labels of the run, NAME=VALUE,NAME=VALUE"}
+    )
     api_endpoint: str = described("", "another endpoint of the Vertex AI interface, HOST[:PORT]")
     api_transport: str = described("", "grpc or rest; empty is the client's choice")
     experiment: str = described("", "Vertex AI experiment to record the run in")
