@@ -505,6 +505,19 @@ def _check_weights(weights: Mapping[str, Tensor], source: str) -> None:
             raise CheckpointError(f"{source}: {name} has values that are not finite")
 
 
+def summary(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What a list of models shows of a checkpoint: flat, and in plain types."""
+    positions = meta.get("pos_embedding") or {}
+    shown = {
+        key: meta.get(key)
+        for key in ("step", "block_size", "kd_alpha", "kd_temperature", "teacher_name")
+    }
+    shown |= {f"metric {name}": value for name, value in (meta.get("metrics") or {}).items()}
+    shown["pos_embedding"] = positions.get("type")
+    shown["trained_positions"] = positions.get("trained_positions")
+    return {key: value for key, value in shown.items() if value is not None}
+
+
 def metric_of(meta: Mapping[str, Any], key: str) -> float:
     """A metric from metadata, infinity where it is absent or not a number."""
     value = (meta.get("metrics") or {}).get(key)

@@ -415,6 +415,8 @@ def parse_value(name: str, value: Any) -> Any:
         kind = options[0]
     if isinstance(value, dict) or (isinstance(value, list) and not spec.metadata["parse"]):
         raise UsageError(f"--{name}={value!r}: one value is needed, not a {type(value).__name__}")
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)  # JSON and YAML know one kind of number
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     parse = spec.metadata["parse"] or (_boolean if kind is bool else kind)
     try:
@@ -480,6 +482,19 @@ def settings_from_args(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def given(**values: Any) -> dict[str, Any]:
+    """Those settings that have a value, parsed; empty text and None leave one to its default.
+
+    Raises:
+        UsageError: a value is not one that its setting can take.
+    """
+    return {
+        name: parse_value(name, value)
+        for name, value in values.items()
+        if value is not None and value != ""
+    }
+
+
 def settings_from_yaml(path: str) -> dict[str, Any]:
     """The settings of a ``--config`` file; null leaves a setting to the next layer.
 
@@ -504,7 +519,7 @@ def settings_from_yaml(path: str) -> dict[str, Any]:
             near = difflib.get_close_matches(str(key), SETTINGS, 1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UsageError(f"--config={path!r}: unknown setting {key!r}{hint}")
-    return {name: parse_value(name, value) for name, value in content.items() if value is not None}
+    return given(**content)
 
 
 def resolve(

@@ -89,7 +89,7 @@ def run(
     _check_metric(config)
     if own is not None and own.source.endswith(f"/{ckpt.FINAL}"):
         log.info("nothing to do: %s is at step %d of %d", own.source, own.step, config.train_steps)
-        return _finished(own, config)
+        return _finished(own)
     token = find_hf_token(config)
     spec = _teacher_spec(config, token)
     if own is not None:
@@ -241,7 +241,7 @@ def _check_metric(config: TrainConfig) -> None:
         )
 
 
-def _finished(own: Checkpoint, config: TrainConfig) -> RunResult:
+def _finished(own: Checkpoint) -> RunResult:
     state = own.trainer_state
     return RunResult(
         own.step,
@@ -249,6 +249,27 @@ def _finished(own: Checkpoint, config: TrainConfig) -> RunResult:
         float(state.get("best_value", "inf")),
         int(state.get("best_step", -1)),
     )
+
+
+def run_on_all_gpus(settings: Mapping[str, Any]) -> RunResult:
+    """Train on every GPU of the job: in this process where it is one, else through torchrun.
+
+    Raises:
+        LiquidError: the run failed.
+    """
+    flags = [f"--{name}={_as_flag(value)}" for name, value in settings.items()]
+    if launch_if_needed("trainer.entrypoint", flags):
+        config = resolve(settings, {}).config
+        own = Snapshots(config.uri, config.local_workdir).newest()
+        assert own is not None, "the run has written its final checkpoint"
+        return _finished(own)
+    result = run(settings)
+    assert result is not None, "train_steps is 0"
+    return result
+
+
+def _as_flag(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def main(argv: list[str]) -> None:

@@ -98,6 +98,12 @@ def quiet_libraries() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
+def start() -> None:
+    """Set up what a stage wants that another program calls in process."""
+    set_up_logging()
+    quiet_libraries()
+
+
 def log_values(message: str, **values: Any) -> None:
     """Log a line whose numbers are also fields of the JSON payload."""
     log.info(message, extra={"values": values})

@@ -179,6 +179,15 @@ def is_remote(uri: str) -> bool:
     return uri.startswith("gs://")
 
 
+def place(uri: str, path: str) -> str:
+    """Where an artifact with a URI and a local path is best read and written.
+
+    Cloud Storage is, by its URI: checked, conditional and resumable, which a mount is not. What
+    other stores hold is on the local path.
+    """
+    return uri if is_remote(uri) else path
+
+
 def open_location(uri: str, policy: TransferPolicy | None = None) -> Location:
     """A `Location` for ``gs://bucket/prefix`` or a local directory; does no I/O.
 

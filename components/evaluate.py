@@ -1,0 +1,49 @@
+"""Evaluate the best checkpoints of both phases, and the teacher, at several contexts."""
+
+from typing import NamedTuple
+
+from kfp import dsl
+
+from components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def evaluate(
+    tokens: dsl.Input[dsl.Dataset],
+    before: dsl.Input[dsl.Model],
+    after: dsl.Input[dsl.Model],
+    teacher_name: str,
+    eval_ctx_lens: str,
+    metrics: dsl.Output[dsl.Metrics],
+    report: dsl.Output[dsl.Markdown],
+    micro_batch: int = 8,
+    hf_secret_name: str = "",
+    more_settings: dict = {},  # noqa: B006 - kfp records the value itself
+) -> NamedTuple("Evaluated", [("loss_before", float), ("loss_after", float)]):  # type: ignore[valid-type]
+    """One row per checkpoint and context; returns both losses at the longest context."""
+    import tempfile
+    from pathlib import Path
+
+    from trainer import config, evaluate, log, storage
+
+    log.start()
+    asked = {
+        "tokens_dir": storage.place(tokens.uri, tokens.path),
+        "teacher_name": teacher_name,
+        "eval_ctx_lens": eval_ctx_lens,
+        "micro_batch": micro_batch,
+        "hf_secret_name": hf_secret_name,
+    }
+    settings = config.given(**(asked | more_settings))
+    places = [storage.place(model.uri, model.path) for model in (before, after)]
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = evaluate.run(config.resolve(settings, {}).config, places, scratch)
+        Path(metrics.path).write_bytes(Path(scratch, "metrics.json").read_bytes())
+        Path(report.path).write_bytes(Path(scratch, "metrics.md").read_bytes())
+    for row in rows:
+        phase = "before" if row.checkpoint == places[0] else "after"
+        metrics.log_metric(f"{phase} val_loss_student@{row.context}", row.student_loss)
+        if row.teacher_loss is not None:
+            metrics.log_metric(f"val_loss_teacher@{row.context}", row.teacher_loss)
+    longest = [row.student_loss for row in rows if row.context == max(r.context for r in rows)]
+    return (longest[0], longest[1])

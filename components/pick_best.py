@@ -1,0 +1,25 @@
+"""Pick the best checkpoint of a run; reads sidecars, never weights."""
+
+from typing import NamedTuple
+
+from kfp import dsl
+
+from components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def pick_best(
+    checkpoints: dsl.Input[dsl.Model],
+    best: dsl.Output[dsl.Model],
+    metric: str = "val_loss_student",
+) -> NamedTuple("Picked", [("loss", float), ("step", int)]):  # type: ignore[valid-type]
+    """The checkpoint of the lowest metric, in its place; ties go to the earlier step."""
+    from trainer import log, pick_best, storage
+    from trainer.checkpoint import summary
+
+    log.start()
+    picked = pick_best.run([storage.place(checkpoints.uri, checkpoints.path)], metric)
+    name = picked.uri.rpartition("/")[2]
+    best.uri = f"{checkpoints.uri}/{name}"
+    best.metadata.update(summary(picked.meta) | {"metric": metric, "value": picked.value})
+    return (picked.value, picked.step)

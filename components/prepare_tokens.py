@@ -1,0 +1,36 @@
+"""Tokenize the data set once; every context trains on the same streams."""
+
+from kfp import dsl
+
+from components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def prepare_tokens(
+    teacher_name: str,
+    dataset_name: str,
+    tokens: dsl.Output[dsl.Dataset],
+    dataset_config: str = "",
+    dataset_revision: str = "",
+    text_column: str = "text",
+    hf_secret_name: str = "",
+) -> int:
+    """Token streams of a data set, with its tokenizer; returns the number of training tokens."""
+    from trainer import config, log, prepare_tokens, storage
+
+    log.start()
+    settings = config.given(
+        teacher_name=teacher_name,
+        dataset_name=dataset_name,
+        dataset_config=dataset_config,
+        dataset_revision=dataset_revision,
+        text_column=text_column,
+        hf_secret_name=hf_secret_name,
+    )
+    place = storage.place(tokens.uri, tokens.path)
+    info = prepare_tokens.run(config.resolve(settings, {}).config, place)
+    tokens.metadata["train_tokens"] = info.train_tokens
+    tokens.metadata["validation_tokens"] = info.validation_tokens
+    tokens.metadata["vocab_size"] = info.vocab_size
+    tokens.metadata["fingerprint"] = info.fingerprint
+    return info.train_tokens

@@ -1,0 +1,27 @@
+"""Make a checkpoint ready for a longer context: positions stretched, the rest reset."""
+
+from kfp import dsl
+
+from components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def resize_reset(
+    checkpoint: dsl.Input[dsl.Model],
+    block_size: int,
+    resized: dsl.Output[dsl.Model],
+    pos_resize: str = "linear",
+) -> int:
+    """Weights for ``block_size`` positions without optimizer, at step 0; returns the old step."""
+    from trainer import log, resize_reset, storage
+    from trainer.checkpoint import summary
+
+    log.start()
+    meta = resize_reset.run(
+        storage.place(checkpoint.uri, checkpoint.path),
+        storage.place(resized.uri, resized.path),
+        block_size,
+        method=pos_resize,
+    )
+    resized.metadata.update(summary(meta) | {"from_step": meta["origin"]["step"]})
+    return int(meta["origin"]["step"])

@@ -1,0 +1,75 @@
+"""Train at one context; used twice, for annealing and for the continuation."""
+
+from typing import NamedTuple
+
+from kfp import dsl
+
+from components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def train(
+    tokens: dsl.Input[dsl.Dataset],
+    teacher_name: str,
+    block_size: int,
+    train_steps: int,
+    warmup_steps: int,
+    lr_peak: float,
+    checkpoints: dsl.Output[dsl.Model],
+    metrics: dsl.Output[dsl.Metrics],
+    initial: dsl.Input[dsl.Model] = None,
+    resume_gcs_uri: str = "",
+    alpha: float = 0.5,
+    temperature: float = 1.0,
+    alpha_schedule: str = "",
+    temp_schedule: str = "",
+    eval_ctx_lens: str = "",
+    grad_accum: int = 0,
+    global_batch: int = 64,
+    micro_batch: int = 8,
+    eval_every: int = 500,
+    save_every: int = 1000,
+    log_interval: int = 50,
+    seed: int = 42,
+    hf_secret_name: str = "",
+    more_settings: dict = {},  # noqa: B006 - kfp records the value itself
+) -> NamedTuple("Trained", [("best_loss", float), ("best_step", int), ("steps", int)]):  # type: ignore[valid-type]
+    """Checkpoints of a run; started again on the same output, it goes on from its snapshots."""
+    import json
+    from pathlib import Path
+
+    from trainer import config, entrypoint, log, pick_best, storage
+    from trainer.checkpoint import summary
+
+    log.start()
+    output = storage.place(checkpoints.uri, checkpoints.path)
+    asked = dict(
+        tokens_dir=storage.place(tokens.uri, tokens.path),
+        output_gcs_uri=output,
+        resume_gcs_uri=storage.place(initial.uri, initial.path) if initial else resume_gcs_uri,
+        teacher_name=teacher_name,
+        block_size=block_size,
+        train_steps=train_steps,
+        warmup_steps=warmup_steps,
+        lr_peak=lr_peak,
+        alpha=alpha,
+        T=temperature,
+        alpha_schedule=alpha_schedule,
+        temp_schedule=temp_schedule,
+        eval_ctx_lens=eval_ctx_lens,
+        micro_batch=micro_batch,
+        eval_every=eval_every,
+        save_every=save_every,
+        log_interval=log_interval,
+        seed=seed,
+        hf_secret_name=hf_secret_name,
+        **({"grad_accum": grad_accum} if grad_accum else {"global_batch": global_batch}),
+    )
+    settings = config.given(**(asked | more_settings))
+    result = entrypoint.run_on_all_gpus(settings)
+    best = pick_best.run([output], "val_loss_student")
+    checkpoints.metadata.update(summary(best.meta))
+    for name, value in result.metrics.items():
+        metrics.log_metric(name, value)
+    Path(metrics.path).write_text(json.dumps(result.metrics, indent=2))
+    return (best.value, best.step, result.step)

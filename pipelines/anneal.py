@@ -1,0 +1,233 @@
+"""The pipeline: anneal at a short context, stretch the best checkpoint, continue at a longer one.
+
+    prepare → anneal → pick best → resize and reset → continue → pick best → evaluate
+
+Parameters are named by stage and default to the two runs that the pipeline was made for. No input
+holds a time or a job id, so a task whose inputs are as before is found in the cache.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from kfp import dsl
+
+from components.evaluate import evaluate
+from components.pick_best import pick_best
+from components.prepare_tokens import prepare_tokens
+from components.resize_reset import resize_reset
+from components.train import train
+from pipelines.settings import LOCAL_IMAGE, Machine, Settings
+
+NAME = "liquid-annealing"
+STAGE_NAMES = {
+    "prepare": "prepare",
+    "anneal": "anneal-512",
+    "pick": "pick-best-512",
+    "resize": "resize-and-reset",
+    "continue": "continue-1024",
+    "pick_again": "pick-best-1024",
+    "evaluate": "evaluate",
+}
+"""What each task is called in the pipeline's picture, in the order in which they run."""
+
+BACKENDS = ("vertex", "kfp", "local")
+
+
+def build_pipeline(settings: Settings, backend: str) -> Any:
+    """The pipeline for a backend, its image and machines put in.
+
+    Args:
+        settings: image and machines.
+        backend: ``vertex`` runs GPU stages as custom training jobs (machine type, disk, spot,
+            timeout, several machines); ``kfp`` as plain tasks that ask for GPUs; ``local`` asks
+            for nothing.
+    """
+    stage = _stages(settings, backend)
+
+    @dsl.pipeline(name=NAME, description="Distil a language model at a short, then a long context")
+    def anneal_and_continue(
+        teacher_name: str = "gpt2-xl",
+        dataset_name: str = "wikitext",
+        dataset_config: str = "wikitext-103-raw-v1",
+        dataset_revision: str = "",
+        text_column: str = "text",
+        hf_secret_name: str = "",
+        resume_gcs_uri: str = "",
+        eval_ctx_lens: str = "512,1024",
+        best_metric: str = "val_loss_student",
+        seed: int = 42,
+        anneal_block_size: int = 512,
+        anneal_train_steps: int = 1200,
+        anneal_warmup_steps: int = 200,
+        anneal_lr_peak: float = 2.7e-4,
+        anneal_alpha: float = 0.5,
+        anneal_temperature: float = 1.0,
+        anneal_alpha_schedule: str = "0:0.7,400:0.5,800:0.3",
+        anneal_temp_schedule: str = "0:1.2,800:1.0",
+        anneal_grad_accum: int = 0,
+        anneal_micro_batch: int = 8,
+        anneal_eval_every: int = 100,
+        anneal_save_every: int = 200,
+        anneal_log_interval: int = 50,
+        anneal_more_settings: dict = {},  # noqa: B006 - kfp records the value itself
+        resize_method: str = "linear",
+        continue_block_size: int = 1024,
+        continue_train_steps: int = 6000,
+        continue_warmup_steps: int = 400,
+        continue_lr_peak: float = 2.7e-4,
+        continue_alpha: float = 0.5,
+        continue_temperature: float = 1.0,
+        continue_alpha_schedule: str = "0:0.5,2000:0.4,4000:0.3",
+        continue_temp_schedule: str = "",
+        continue_grad_accum: int = 2,
+        continue_micro_batch: int = 8,
+        continue_eval_every: int = 500,
+        continue_save_every: int = 500,
+        continue_log_interval: int = 50,
+        continue_more_settings: dict = {},  # noqa: B006
+        evaluate_micro_batch: int = 8,
+        evaluate_more_settings: dict = {},  # noqa: B006
+    ) -> None:
+        streams = stage("prepare", prepare_tokens)(
+            teacher_name=teacher_name,
+            dataset_name=dataset_name,
+            dataset_config=dataset_config,
+            dataset_revision=dataset_revision,
+            text_column=text_column,
+            hf_secret_name=hf_secret_name,
+        ).outputs["tokens"]
+        short = stage("anneal", train)(
+            tokens=streams,
+            teacher_name=teacher_name,
+            resume_gcs_uri=resume_gcs_uri,
+            block_size=anneal_block_size,
+            train_steps=anneal_train_steps,
+            warmup_steps=anneal_warmup_steps,
+            lr_peak=anneal_lr_peak,
+            alpha=anneal_alpha,
+            temperature=anneal_temperature,
+            alpha_schedule=anneal_alpha_schedule,
+            temp_schedule=anneal_temp_schedule,
+            eval_ctx_lens=eval_ctx_lens,
+            grad_accum=anneal_grad_accum,
+            micro_batch=anneal_micro_batch,
+            eval_every=anneal_eval_every,
+            save_every=anneal_save_every,
+            log_interval=anneal_log_interval,
+            seed=seed,
+            hf_secret_name=hf_secret_name,
+            more_settings=anneal_more_settings,
+        )
+        best_short = stage("pick", pick_best)(
+            checkpoints=short.outputs["checkpoints"], metric=best_metric
+        )
+        resized = stage("resize", resize_reset)(
+            checkpoint=best_short.outputs["best"],
+            block_size=continue_block_size,
+            pos_resize=resize_method,
+        )
+        long = stage("continue", train)(
+            tokens=streams,
+            teacher_name=teacher_name,
+            initial=resized.outputs["resized"],
+            block_size=continue_block_size,
+            train_steps=continue_train_steps,
+            warmup_steps=continue_warmup_steps,
+            lr_peak=continue_lr_peak,
+            alpha=continue_alpha,
+            temperature=continue_temperature,
+            alpha_schedule=continue_alpha_schedule,
+            temp_schedule=continue_temp_schedule,
+            eval_ctx_lens=eval_ctx_lens,
+            grad_accum=continue_grad_accum,
+            micro_batch=continue_micro_batch,
+            eval_every=continue_eval_every,
+            save_every=continue_save_every,
+            log_interval=continue_log_interval,
+            seed=seed,
+            hf_secret_name=hf_secret_name,
+            more_settings=continue_more_settings,
+        )
+        best_long = stage("pick_again", pick_best)(
+            checkpoints=long.outputs["checkpoints"], metric=best_metric
+        )
+        stage("evaluate", evaluate)(
+            tokens=streams,
+            before=best_short.outputs["best"],
+            after=best_long.outputs["best"],
+            teacher_name=teacher_name,
+            eval_ctx_lens=eval_ctx_lens,
+            micro_batch=evaluate_micro_batch,
+            hf_secret_name=hf_secret_name,
+            more_settings=evaluate_more_settings,
+        )
+
+    return anneal_and_continue
+
+
+def _stages(settings: Settings, backend: str) -> Callable[[str, Any], Callable[..., Any]]:
+    """What makes a task of a stage: its component on its machine, named as in the picture."""
+    image = settings.trainer_image or LOCAL_IMAGE
+
+    def stage(name: str, component: Any) -> Callable[..., Any]:
+        machine = settings.machines["pick" if name == "pick_again" else name]
+
+        def task(**inputs: Any) -> Any:
+            runnable = _with_image(component, image)
+            if backend == "vertex" and machine.gpu:
+                made = _custom_job(runnable, machine, settings, STAGE_NAMES[name])(**inputs)
+            else:
+                made = runnable(**inputs)
+                if backend != "local":
+                    _ask_for(made, machine)
+            made.set_display_name(STAGE_NAMES[name])
+            if backend != "local":
+                made.set_retry(
+                    num_retries=machine.retries,
+                    backoff_duration=f"{machine.backoff_seconds}s",
+                    backoff_factor=2.0,
+                    backoff_max_duration="3600s",
+                )
+            return made
+
+        return task
+
+    return stage
+
+
+def _with_image(component: Any, image: str) -> Any:
+    copied = copy.deepcopy(component)
+    copied.component_spec.implementation.container.image = image
+    return copied
+
+
+def _ask_for(task: Any, machine: Machine) -> None:
+    task.set_cpu_limit(machine.cpu).set_memory_limit(machine.memory)
+    if machine.gpu:
+        task.set_accelerator_type(machine.accelerator_type)
+        task.set_accelerator_limit(machine.accelerator_count)
+
+
+def _custom_job(component: Any, machine: Machine, settings: Settings, display_name: str) -> Any:
+    """The component as a Vertex custom training job on as many machines as asked for."""
+    from google_cloud_pipeline_components.v1.custom_job import (
+        create_custom_training_job_from_component,
+    )
+
+    return create_custom_training_job_from_component(
+        component,
+        display_name=display_name,
+        replica_count=machine.replicas,
+        machine_type=machine.machine_type,
+        accelerator_type=machine.accelerator_type,
+        accelerator_count=machine.accelerator_count,
+        boot_disk_size_gb=machine.disk_gib,
+        timeout=f"{machine.timeout_hours * 3600}s",
+        restart_job_on_worker_restart=True,
+        service_account=settings.service_account,
+        network=settings.network,
+        encryption_spec_key_name=settings.cmek_key,
+        labels=dict(settings.labels),
+        strategy="SPOT" if machine.spot else "STANDARD",
+    )
