@@ -21,8 +21,8 @@ $(STAMP): pyproject.toml constraints.txt
 setup: $(STAMP) ## create the virtual environment with everything the commands need
 
 .PHONY: run-local
-run-local: $(STAMP) ## both phases at a small scale on embedded text: no cloud, hub or GPU
-	@$(BIN)/python -m pipelines.phases
+run-local: $(STAMP) ## the whole pipeline at a small scale on embedded text: no cloud, hub or GPU
+	@$(BIN)/python -m pipelines.local
 
 .PHONY: lint
 lint: $(STAMP) ## ruff and mypy

@@ -8,7 +8,7 @@ holds a time or a job id, so a task whose inputs are as before is found in the c
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from kfp import dsl
 
@@ -30,6 +30,15 @@ STAGE_NAMES = {
     "evaluate": "evaluate",
 }
 """What each task is called in the pipeline's picture, in the order in which they run."""
+
+
+class Outputs(NamedTuple):
+    """What the pipeline gives: the evaluation's table, and both phases' best checkpoints."""
+
+    report: dsl.Markdown
+    before: dsl.Model
+    after: dsl.Model
+
 
 BACKENDS = ("vertex", "kfp", "local")
 
@@ -88,7 +97,7 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
         continue_more_settings: dict = {},  # noqa: B006
         evaluate_micro_batch: int = 8,
         evaluate_more_settings: dict = {},  # noqa: B006
-    ) -> None:
+    ) -> Outputs:
         streams = stage("prepare", prepare_tokens)(
             teacher_name=teacher_name,
             dataset_name=dataset_name,
@@ -152,7 +161,7 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
         best_long = stage("pick_again", pick_best)(
             checkpoints=long.outputs["checkpoints"], metric=best_metric
         )
-        stage("evaluate", evaluate)(
+        table = stage("evaluate", evaluate)(
             tokens=streams,
             before=best_short.outputs["best"],
             after=best_long.outputs["best"],
@@ -161,6 +170,11 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
             micro_batch=evaluate_micro_batch,
             hf_secret_name=hf_secret_name,
             more_settings=evaluate_more_settings,
+        )
+        return Outputs(
+            report=table.outputs["report"],
+            before=best_short.outputs["best"],
+            after=best_long.outputs["best"],
         )
 
     return anneal_and_continue

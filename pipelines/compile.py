@@ -5,12 +5,10 @@ python -m pipelines.compile [OUT.yaml] [vertex|kfp|local]
 
 from __future__ import annotations
 
-import inspect
 import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 from kfp import compiler
 
@@ -33,12 +31,6 @@ def compile_to(path: Path, settings: Settings, backend: str = "vertex") -> Path:
         warnings.simplefilter("ignore")
         compiler.Compiler().compile(build_pipeline(settings, backend), package_path=str(path))
     return path
-
-
-def parameter_defaults() -> dict[str, Any]:
-    """The pipeline's parameters, named by stage, with their defaults."""
-    signature = inspect.signature(build_pipeline(Settings(), "local").pipeline_func)
-    return {name: parameter.default for name, parameter in signature.parameters.items()}
 
 
 def main(argv: list[str]) -> None:

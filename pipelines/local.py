@@ -1,0 +1,195 @@
+"""Run the whole pipeline on this machine, on embedded text: no cloud, hub, Docker or GPU.
+
+    python -m pipelines.local                       # or: make run-local
+    PARAMS="continue_train_steps=160" python -m pipelines.local
+
+Tasks run one after another in the kfp local runner. A task whose inputs are as in an earlier run is
+taken from the cache, so a changed parameter of one stage reruns that stage and what follows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from kfp import local
+
+from pipelines.anneal import build_pipeline
+from pipelines.embedded import build_corpus, build_teacher
+from pipelines.parameters import parse_parameters
+from pipelines.settings import Settings
+from trainer.config import run_command
+from trainer.errors import LiquidError
+from trainer.log import quiet_libraries, set_up_logging
+
+STUDENT = {"d_model": 96, "n_layers": 3, "n_heads": 4, "eval_max_tokens": 16_384}
+DEMO: dict[str, Any] = {
+    "dataset_config": "",
+    "eval_ctx_lens": "64,128",
+    "anneal_block_size": 64,
+    "anneal_train_steps": 240,
+    "anneal_warmup_steps": 24,
+    "anneal_lr_peak": 3e-3,
+    "anneal_alpha_schedule": "0:0.7,80:0.5,160:0.3",
+    "anneal_temp_schedule": "0:1.2,160:1.0",
+    "anneal_grad_accum": 2,
+    "anneal_eval_every": 80,
+    "anneal_save_every": 120,
+    "anneal_log_interval": 40,
+    "anneal_more_settings": STUDENT,
+    "continue_block_size": 128,
+    "continue_train_steps": 120,
+    "continue_warmup_steps": 12,
+    "continue_lr_peak": 1.5e-3,
+    "continue_alpha_schedule": "0:0.5,40:0.4,80:0.3",
+    "continue_grad_accum": 1,
+    "continue_eval_every": 40,
+    "continue_save_every": 60,
+    "continue_log_interval": 20,
+    "continue_more_settings": {"eval_max_tokens": 16_384},
+}
+"""The default runs at a fifth of their length or less, an eighth of their context."""
+
+TASKS = {
+    "prepare-tokens": "prepare",
+    "train": "anneal",
+    "pick-best": "pick-best",
+    "resize-reset": "resize-and-reset",
+    "train-2": "continue",
+    "pick-best-2": "pick-best (continue)",
+    "evaluate": "evaluate",
+}
+"""The local runner's names of the tasks, and ours."""
+
+_FINISHED = re.compile(r"Task '(?P<task>[\w-]+)' finished with status (?P<status>\w+)")
+_COLOR = re.compile(r"\x1b\[\d+m")
+_QUIET = re.compile(r" = .*\((default|command line|checkpoint|--config)\)$")
+
+
+@dataclass
+class LocalRun:
+    """What became of a run of the pipeline."""
+
+    ran: list[str] = field(default_factory=list)
+    """Tasks that ran, by the local runner's names; the others came from the cache."""
+    outputs: dict[str, Any] = field(default_factory=dict)
+    """The pipeline's output artifacts: ``report``, ``before``, ``after``."""
+
+    @property
+    def cached(self) -> list[str]:
+        """Tasks taken from an earlier run."""
+        return [task for task in TASKS if task not in self.ran]
+
+
+class _Readable(io.TextIOBase):
+    """Turns the runner's output into progress lines; all of it goes to a log file as it is."""
+
+    def __init__(self, shown: TextIO, raw: TextIO, run: LocalRun) -> None:
+        self.shown, self.raw, self.run = shown, raw, run
+        self._rest = ""
+        self.last_error = ""
+
+    def write(self, text: str) -> int:
+        self.raw.write(text)
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            self._line(_COLOR.sub("", line).strip())
+        return len(text)
+
+    def flush(self) -> None:
+        self.raw.flush()
+        self.shown.flush()
+
+    def _line(self, line: str) -> None:
+        if match := _FINISHED.search(line):
+            task, status = match["task"], match["status"].lower()
+            self.run.ran.append(task)
+            print(f"── {TASKS.get(task, task)}: {status}", file=self.shown, flush=True)
+        elif line.startswith('{"severity"'):
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                if record["severity"] == "ERROR":
+                    self.last_error = record["message"].splitlines()[-1]
+                if not _QUIET.search(record["message"]):
+                    print(f"   {record['message']}", file=self.shown, flush=True)
+        elif "trainer.errors." in line:
+            self.last_error = line.partition(": ")[2]
+
+
+@contextlib.contextmanager
+def _readable_output(log_file: Path, run: LocalRun) -> Iterator[_Readable]:
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with log_file.open("w", encoding="utf-8") as raw:
+        stream = _Readable(sys.stdout, raw, run)
+        with contextlib.redirect_stdout(stream), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield stream
+
+
+def run_pipeline(work: Path, parameters: dict[str, Any]) -> LocalRun:
+    """Run the pipeline in the kfp local runner with its cache.
+
+    Args:
+        work: artifacts go to its ``artifacts``, the cache to ``cache``, the full log to
+            ``pipeline.log``.
+        parameters: of the pipeline, over its defaults.
+
+    Raises:
+        LiquidError: a task failed; names it and its message.
+    """
+    run = LocalRun()
+    local.init(
+        local.SubprocessRunner(use_venv=False),
+        pipeline_root=str(work / "artifacts"),
+        enable_caching=True,
+        cache_root=str(work / "cache"),
+    )
+    log_file = work / "pipeline.log"
+    with _readable_output(log_file, run) as stream:
+        try:
+            task = build_pipeline(Settings(), "local")(**parameters)
+        except RuntimeError as error:
+            failed = TASKS.get(run.ran[-1], run.ran[-1]) if run.ran else "the pipeline"
+            reason = stream.last_error or _COLOR.sub("", str(error))
+            raise LiquidError(f"{failed} failed: {reason} (all output: {log_file})") from None
+    run.outputs = dict(task.outputs)
+    return run
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    set_up_logging()
+    quiet_libraries()
+    work = Path(argv[0] if argv else "work").resolve()
+    parameters = parse_parameters(os.environ.get("PARAMS", ""))
+    started = time.monotonic()
+    corpus = build_corpus(work / "corpus")
+    teacher = build_teacher(work / "teacher", corpus, workdir=work / "teacher-run")
+    places = {"teacher_name": str(teacher), "dataset_name": str(corpus)}
+    run = run_pipeline(work, DEMO | places | parameters)
+    rows = json.loads(Path(run.outputs["report"].path).with_name("metrics").read_text())
+    print(f"\n{'phase':24} {'context':>7} {'student':>9} {'teacher':>9}   nats per token")
+    for row in rows:
+        phase = f"context {row['trained_at']}, step {row['step']}"
+        theirs = "–" if row["teacher_loss"] is None else f"{row['teacher_loss']:.4f}"
+        print(f"{phase:24} {row['context']:>7} {row['student_loss']:>9.4f} {theirs:>9}")
+    names = [TASKS[task] for task in run.cached]
+    print(f"\nfrom the cache   {', '.join(names) or 'nothing'}")
+    print(f"annealed         {run.outputs['before'].path}")
+    print(f"continued        {run.outputs['after'].path}")
+    print(f"report           {run.outputs['report'].path}")
+    print(f"took             {time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))
