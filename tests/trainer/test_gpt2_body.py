@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
 from trainer.errors import ModelError
 from trainer.gpt2_body import MAX_GRAPHS, GPT2Body, supports
-from transformers import GPT2Config, GPT2LMHeadModel
 
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="CUDA graphs and kernels need a CUDA device"

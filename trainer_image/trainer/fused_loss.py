@@ -14,6 +14,11 @@ Two more products turn that gradient into those of hidden state and head, the la
 in fp32 over the chunks. Nothing is read back to the host, and alpha and T are plain arguments of
 the kernel, so schedules do not recompile it.
 
+Operands in bf16 are multiplied as fp16, which is as fast and as small. What bf16 can hold and fp16
+cannot, beyond 65,504 or below 6e-8, does not occur in a normalized hidden state or matters in a
+head; but logits and their gradient keep 11 significant bits instead of 8. GPT-2's logits lie near
+-60, where the step of bf16 is a quarter of a nat and that of fp16 a thirty-second.
+
 The vocabulary is padded inside to a multiple of 64, because rows that do not start at a multiple
 of 16 bytes (50,257 is odd) cost both the products and the kernel their wide memory accesses.
 """
@@ -75,7 +80,6 @@ def distill_loss(
     *,
     teacher_bias: Tensor | None = None,
     chunk_tokens: int | None = None,
-    wide_logits: bool = False,
 ) -> DistillLoss:
     """Loss over ``N`` predicted tokens; see `trainer.distill.distill_loss` for the definition.
 
@@ -90,10 +94,9 @@ def distill_loss(
         teacher_bias: ``[V_t]``, the bias of the teacher's head where it has one.
         chunk_tokens: tokens taken at a time; by default as many as `WORKSPACE_BYTES` hold, in
             chunks of equal size.
-        wide_logits: keep logits in fp32 instead of the type of the operands.
 
-    Products are computed in the dtype of the hidden states, and the logits are rounded to it; all
-    else is fp32. Heads of another dtype are cast once.
+    Products take fp32 operands where the hidden state is fp32, else fp16, and accumulate in fp32;
+    logits are kept in the type of the operands, and all else is fp32.
 
     Raises:
         ValueError: shapes that do not agree, or no teacher although ``alpha`` > 0.
@@ -110,7 +113,6 @@ def distill_loss(
         labels,
         mix,
         chunk_tokens,
-        wide_logits,
     )
     return DistillLoss(loss, ce, kd)
 
@@ -129,7 +131,6 @@ class _FusedLoss(torch.autograd.Function):
         labels: Tensor,
         mix: Mix,
         chunk_tokens: int | None,
-        wide_logits: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         tokens, vocabulary = student_hidden.shape[0], student_head.shape[0]
         with torch.autocast(student_hidden.device.type, enabled=False):
@@ -144,11 +145,11 @@ class _FusedLoss(torch.autograd.Function):
                 mix,
                 vocabulary,
                 chunk_tokens or _chunk_tokens(student, teacher),
-                wide_logits,
                 needs=(ctx.needs_input_grad[0], ctx.needs_input_grad[1]),
             )
         ctx.save_for_backward(grad_hidden, grad_head)
-        ctx.tokens, ctx.head_dtype = tokens, student_head.dtype
+        ctx.divisor = tokens * _gradient_scale(student, mix)
+        ctx.dtypes = student_hidden.dtype, student_head.dtype
         ce_mean, kd_mean = ce.sum() / tokens, kd.sum() / tokens
         loss = torch.zeros_like(ce_mean)
         if mix.alpha < 1.0:
@@ -161,12 +162,12 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
-        # The mean's 1 / N comes last, so that fp16 gradients keep the scale of the loss scaler
-        scale = grads[0] / ctx.tokens
+        # Scaled in fp32, then rounded once: fp16 gradients need the loss scaler's factor first
+        scale = grads[0] / ctx.divisor
         return (
-            None if grad_hidden is None else grad_hidden * scale,
-            None if grad_head is None else (grad_head * scale).to(ctx.head_dtype),
-            *(None,) * 7,
+            None if grad_hidden is None else (grad_hidden * scale).to(ctx.dtypes[0]),
+            None if grad_head is None else (grad_head * scale).to(ctx.dtypes[1]),
+            *(None,) * 6,
         )
 
 
@@ -177,42 +178,55 @@ def _has_triton() -> bool:
 
 @dataclass(frozen=True)
 class _Head:
-    """Hidden states and the head that belongs to them, its vocabulary padded."""
+    """Hidden states and the head that belongs to them, made ready for the products."""
 
     hidden: Tensor
-    """``[N, D]``."""
+    """``[N, D]``, as given."""
     weight: Tensor
-    """``[V_p, D]`` in the dtype of ``hidden``; rows from ``V`` on are 0."""
+    """``[V_p, D]`` in the type that is multiplied; rows from ``V`` on are 0."""
     bias: Tensor | None
     """``[V_p]`` in fp32."""
 
     @classmethod
     def padded(cls, hidden: Tensor, head: Tensor, bias: Tensor | None, vocabulary: int) -> _Head:
         rows = -(-vocabulary // _ALIGNMENT) * _ALIGNMENT
-        if head.shape[0] == vocabulary == rows and head.dtype == hidden.dtype:
-            weight = head
-        else:
-            weight = torch.empty((rows, head.shape[1]), dtype=hidden.dtype, device=hidden.device)
-            weight[:vocabulary].copy_(head[:vocabulary])
-            weight[vocabulary:].zero_()
+        kind = torch.float32 if hidden.dtype == torch.float32 else torch.float16
+        weight = torch.empty((rows, head.shape[1]), dtype=kind, device=hidden.device)
+        weight[:vocabulary].copy_(head[:vocabulary])
+        weight[vocabulary:].zero_()
         wide_bias = None
         if bias is not None:
             wide_bias = torch.zeros(rows, dtype=torch.float32, device=hidden.device)
             wide_bias[:vocabulary].copy_(bias[:vocabulary])
         return cls(hidden, weight, wide_bias)
 
-    def logits(self, part: slice, out: Tensor) -> None:
-        """Logits of some tokens, without the bias, into ``out`` ``[n, V_p]``."""
-        _product(out, self.hidden[part], self.weight.T)
+    def chunk(self, tokens: slice) -> Tensor:
+        """Hidden states of some tokens in the type that is multiplied."""
+        return self.hidden[tokens].to(self.weight.dtype)
+
+    def buffer(self, tokens: int) -> Tensor:
+        """Room for the logits of so many tokens."""
+        return self.weight.new_empty((tokens, self.weight.shape[0]))
 
 
 def _chunk_tokens(student: _Head, teacher: _Head | None) -> int:
-    tokens, row = student.hidden.shape[0], student.weight.shape[0]
-    row_bytes = row * student.hidden.element_size()
-    if teacher is not None:
-        row_bytes += row * teacher.hidden.element_size()
+    heads = [student] if teacher is None else [student, teacher]
+    row_bytes = sum(head.weight.shape[0] * head.weight.element_size() for head in heads)
+    tokens = student.hidden.shape[0]
     chunks = -(-tokens * row_bytes // WORKSPACE_BYTES)
     return -(-tokens // chunks)
+
+
+def _gradient_scale(student: _Head, mix: Mix) -> float:
+    """A power of two that keeps fp16 gradients by logits from underflowing.
+
+    A probability of 1 / V would lie at the edge of what fp16 holds in full. By a logit, CE has a
+    gradient of at most 1, the divergences one of about alpha · T; reverse KL's may be larger by a
+    log ratio of probabilities, for which 2^8 are left.
+    """
+    if student.weight.dtype != torch.float16:
+        return 1.0
+    return 2.0 ** (8 - math.ceil(math.log2(max(1.0, mix.alpha * mix.temperature))))
 
 
 def _over_chunks(
@@ -222,58 +236,47 @@ def _over_chunks(
     mix: Mix,
     vocabulary: int,
     chunk_tokens: int,
-    wide_logits: bool,
     needs: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Per-token CE and divergence, and the gradients of the *sum* of the mixed loss.
 
     Returns:
-        CE and divergence ``[N]`` in fp32 (NaN where not computed), and the gradients of hidden
-        state ``[N, D]`` and head ``[V, D]`` (fp32), each None where not needed.
+        CE and divergence ``[N]`` (NaN where not computed), and the gradients of hidden state
+        ``[N, D]`` and head ``[V, D]`` times `_gradient_scale`, each None where not needed; all
+        in fp32.
     """
     from trainer import fused_loss_kernel
 
-    hidden, weight = student.hidden, student.weight
-    tokens, padded = hidden.shape[0], weight.shape[0]
+    tokens, width = student.hidden.shape
     size = min(chunk_tokens, tokens)
-    kind = torch.float32 if wide_logits else hidden.dtype
-    logits = torch.empty((size, padded), dtype=kind, device=hidden.device)
-    targets = None
-    if teacher is not None:
-        kind = torch.float32 if wide_logits else teacher.hidden.dtype
-        targets = torch.empty((size, padded), dtype=kind, device=hidden.device)
-    gradient = logits if not wide_logits else torch.empty_like(logits, dtype=hidden.dtype)
-    per_token = torch.full((2, tokens), math.nan, dtype=torch.float32, device=hidden.device)
-    grad_hidden = torch.empty_like(hidden) if needs[0] else None
-    grad_head = None
-    if needs[1]:
-        grad_head = torch.empty(weight.shape, dtype=torch.float32, device=hidden.device)
+    logits = student.buffer(size)
+    targets = None if teacher is None else teacher.buffer(size)
+    per_token = torch.full((2, tokens), math.nan, dtype=torch.float32, device=labels.device)
+    grad_hidden = logits.new_empty((tokens, width), dtype=torch.float32) if needs[0] else None
+    grad_head = torch.empty_like(student.weight, dtype=torch.float32) if needs[1] else None
     for start in range(0, tokens, size):
         part = slice(start, min(start + size, tokens))
-        rows = part.stop - part.start
-        student.logits(part, logits[:rows])
+        hidden, gradient = student.chunk(part), logits[: part.stop - start]
+        _product(gradient, hidden, student.weight.T)
         if teacher is not None and targets is not None:
-            teacher.logits(part, targets[:rows])
+            _product(targets[: part.stop - start], teacher.chunk(part), teacher.weight.T)
         fused_loss_kernel.launch(
-            logits[:rows],
-            gradient[:rows],
+            gradient,
             targets,
             None if teacher is None else teacher.bias,
             labels[part],
             per_token[:, part],
             mix,
             vocabulary,
+            gradient_scale=_gradient_scale(student, mix),
         )
+        # From here on the gradient stands where the student's logits stood
         if grad_hidden is not None:
-            torch.mm(gradient[:rows], weight, out=grad_hidden[part])
+            _product(grad_hidden[part], gradient, student.weight)
         if grad_head is not None:
-            _product(grad_head, gradient[:rows].T, hidden[part], add=start > 0)
-    return (
-        per_token[0],
-        per_token[1],
-        grad_hidden,
-        None if grad_head is None else grad_head[:vocabulary],
-    )
+            _product(grad_head, gradient.T, hidden, add=start > 0)
+    head_part = None if grad_head is None else grad_head[:vocabulary]
+    return per_token[0], per_token[1], grad_hidden, head_part
 
 
 def _product(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> None:
@@ -282,7 +285,7 @@ def _product(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> 
     if left.dtype == out.dtype:
         torch.addmm(out, left, right, beta=beta, out=out)
     elif out.device.type == "cuda":
-        # Narrow operands, fp32 result: rounding every chunk to bf16 would cost accuracy
+        # fp32 results of narrow operands: chunks add up without rounding in between
         torch.addmm(out, left, right, beta=beta, out_dtype=out.dtype, out=out)
     else:
         torch.addmm(out, left.to(out.dtype), right.to(out.dtype), beta=beta, out=out)

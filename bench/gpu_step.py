@@ -1,0 +1,303 @@
+"""The whole training step and the loss alone, beside other libraries, on one GPU.
+
+    PYTHONPATH=trainer_image python bench/gpu_step.py --contexts 512 1024 --json gpu_step.json
+
+gpt2-xl as the teacher and the default student, both with random weights: nothing is downloaded.
+See bench/README.md for what the figures mean and which packages the peers need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from measure import Timing, fresh_memory, gemm_roof, kernel_table, time_runs
+from peers import Loss, PeerStep, full_logits, liger, orda, teacher_entropy, torchtune_chunked, trl
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from trainer import distill, fused_loss
+from trainer.config import TrainConfig
+from trainer.distill import Mix
+from trainer.export_hf import gpt2_model
+from trainer.parallel import Processes
+from trainer.precision import choose_precision
+from trainer.step import TrainStep
+from trainer.student import Student, StudentConfig
+from trainer.teacher import Teacher, TeacherSpec
+
+VOCABULARY = 50257
+STUDENT = StudentConfig(VOCABULARY, d_model=768, n_layers=10, n_heads=12, positions=4096)
+RATE = 1e-4
+TORCHTUNE = "torchtune, chunked KL"
+PEERS: dict[str, Callable[[float, float], Loss]] = {
+    "Hugging Face, full logits": full_logits,
+    TORCHTUNE: torchtune_chunked,
+    "Liger, chunks of 4096": liger,
+    "TRL, generalized JSD": trl,
+}
+LOSS_PEERS: dict[str, Callable[[float, float], Loss]] = {
+    **PEERS,
+    "Liger, chunks of 1024": lambda alpha, temperature: liger(alpha, temperature, 1024),
+    "orda-kernel": orda,
+}
+
+
+def say(text: str) -> None:
+    print(f"[{time.perf_counter() - STARTED:5.0f} s] {text}", flush=True)
+
+
+STARTED = time.perf_counter()
+
+
+def flop_per_token(teacher: GPT2Config, context: int) -> float:
+    """Of the products: teacher forward, student forward and backward, causal attention halved."""
+    width, layers = teacher.n_embd, teacher.n_layer
+    body = 12 * layers * width**2 + layers * width * context
+    student = 12 * STUDENT.n_layers * STUDENT.d_model**2
+    student += STUDENT.n_layers * STUDENT.d_model * context
+    heads = VOCABULARY * (2 * width + 6 * STUDENT.d_model)
+    return 2 * body + 6 * student + heads
+
+
+def build_teacher(options: argparse.Namespace) -> Any:
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=1600, n_layer=options.teacher_layers, n_head=25)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = GPT2LMHeadModel(config).eval().requires_grad_(False)
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def require_equal(name: str, found: Tensor, expected: float, limit: float) -> None:
+    error = abs(float(found.detach()) - expected) / expected
+    say(f"  {name}: loss {float(found.detach()):.5f}, {error:.1e} from the reference")
+    if not error <= limit:
+        sys.exit(f"{name} computes another loss: {float(found.detach()):.5f}, not {expected:.5f}")
+
+
+# ── the loss alone ────────────────────────────────────────────────────────────────────────────
+
+
+def bench_loss(options: argparse.Namespace, report: dict[str, Any]) -> None:
+    """Both heads, CE + forward KL, backward to the student's hidden state and head."""
+    mix = Mix(options.alpha, options.temperature)
+    generator = torch.Generator("cuda").manual_seed(1)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda") * scale
+
+    tokens = options.tokens
+    hidden = draw(tokens, STUDENT.d_model).bfloat16().requires_grad_()
+    head = draw(VOCABULARY, STUDENT.d_model, scale=0.02).requires_grad_()
+    t_hidden, t_head = draw(tokens, 1600).bfloat16(), draw(VOCABULARY, 1600, scale=0.02).bfloat16()
+    labels = torch.randint(0, VOCABULARY, (tokens,), generator=generator, device="cuda")
+    with torch.no_grad():
+        expected = distill.distill_loss(
+            hidden.float(), head, t_hidden.float(), t_head.float(), labels, mix
+        )
+
+    def ours(h: Tensor, w: Tensor, th: Tensor, tw: Tensor, y: Tensor) -> Tensor:
+        return fused_loss.distill_loss(h, w, th, tw, y, mix).loss
+
+    soft_weight = mix.alpha * mix.temperature**2
+    losses: dict[str, Callable[[], Loss]] = {"this trainer": lambda: ours}
+    for name, build in LOSS_PEERS.items():
+        losses[name] = lambda build=build: build(mix.alpha, mix.temperature)  # type: ignore[misc]
+    for name, build_loss in losses.items():
+        with fresh_memory():
+            loss = build_loss()
+
+            def run(loss: Loss = loss) -> None:
+                hidden.grad = head.grad = None
+                loss(hidden, head, t_hidden, t_head, labels).backward()
+
+            with torch.no_grad():
+                value = loss(hidden, head, t_hidden, t_head, labels)
+            if name == TORCHTUNE:
+                value -= soft_weight * teacher_entropy(t_hidden, t_head, mix.temperature)
+            require_equal(name, value, float(expected.loss), 5e-3)
+            hidden.grad = head.grad = None
+            timing = time_runs(run, runs=options.runs)
+            hidden.grad = head.grad = None
+        record(report, "loss alone", name, timing, tokens)
+
+
+# ── the whole step ────────────────────────────────────────────────────────────────────────────
+
+
+def bench_step(
+    context: int, model: Any, roof: float, options: argparse.Namespace, report: dict[str, Any]
+) -> None:
+    """This trainer's own step, then the peers', from the same weights on the same batch."""
+    section = f"step at context {context}"
+    windows = options.tokens // context
+    generator = torch.Generator("cuda").manual_seed(2)
+    stream = torch.randint(
+        0, VOCABULARY, (windows, context + 1), generator=generator, device="cuda"
+    )
+    ids, labels = stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
+    flops = flop_per_token(model.config, context)
+    with fresh_memory():
+        expected = own_step(section, model, ids, labels, options, report, (flops, roof))
+    body = torch.compile(model.transformer, dynamic=False)
+    weights = Student(STUDENT).initialize(0).state_dict()
+    student = gpt2_model(weights, STUDENT, STUDENT.positions).cuda().train()
+    start = {key: value.cpu() for key, value in student.state_dict().items()}
+    student_body = torch.compile(student.transformer, dynamic=False)
+    for name, build in PEERS.items():
+        if options.peers and not any(word.lower() in name.lower() for word in options.peers):
+            continue
+        student.load_state_dict(start)
+        with fresh_memory():
+            loss = build(options.alpha, options.temperature)
+            peer = PeerStep(student, (student_body, body), model.lm_head.weight, loss, RATE)
+            check_peer(name, peer, ids, labels, expected, options)
+            timing = time_runs(partial(peer.step, ids, labels), runs=options.runs)
+            del peer, loss
+        record(report, section, name, timing, options.tokens, flops=flops, roof=roof)
+
+
+@torch.no_grad()
+def check_peer(
+    name: str,
+    peer: PeerStep,
+    ids: Tensor,
+    labels: Tensor,
+    expected: float,
+    options: argparse.Namespace,
+) -> None:
+    value = peer.forward(ids, labels)
+    if name == TORCHTUNE:
+        entropy = teacher_entropy(peer.targets(ids), peer.teacher_head, options.temperature)
+        value -= options.alpha * options.temperature**2 * entropy
+    require_equal(name, value, expected, 5e-3)
+
+
+def own_step(
+    section: str,
+    model: Any,
+    ids: Tensor,
+    labels: Tensor,
+    options: argparse.Namespace,
+    report: dict[str, Any],
+    rates: tuple[float, float],
+) -> float:
+    """Times the product's own step; returns the loss of the untrained student."""
+    windows, context = ids.shape
+    config = TrainConfig(
+        teacher_name="gpt2-xl",
+        dataset_name="random",
+        block_size=context,
+        micro_batch=windows,
+        global_batch=windows,
+        grad_accum=1,
+        bf16=True,
+        compile="on",
+    )
+    mix = Mix(options.alpha, options.temperature)
+    device = torch.device("cuda")
+    teacher = Teacher(model, TeacherSpec("gpt2-xl", 1024, VOCABULARY))
+    teacher.prepare(compiled=True, sharded=False)
+    student = Student(STUDENT).initialize(0)
+    step = TrainStep(
+        config, student, teacher, choose_precision(config, device), Processes(device=device), {}
+    )
+
+    def run() -> Tensor:
+        output = step.micro_step(ids, labels, mix, accumulation=1, last=True)
+        step.update(RATE)
+        for _ in step.outcomes(wait=False):
+            pass
+        return output.loss.detach()
+
+    first = float(run())
+    say(f"  this trainer: loss {first:.5f} before the first update")
+    timing = time_runs(run, runs=options.runs)
+    record(report, section, "this trainer", timing, ids.numel(), flops=rates[0], roof=rates[1])
+    kinds, longest = kernel_table(run)
+    report[section]["kernels, ms"] = {kind: round(ms, 2) for kind, ms in kinds.items()}
+    for kind, duration in kinds.items():
+        say(f"    {duration:7.2f} ms  {kind}")
+    print("\n".join(longest), flush=True)
+    return first
+
+
+def record(
+    report: dict[str, Any],
+    section: str,
+    name: str,
+    timing: Timing,
+    tokens: int,
+    *,
+    flops: float | None = None,
+    roof: float | None = None,
+) -> None:
+    rate = tokens / timing.median * 1e3
+    entry: dict[str, Any] = {
+        "median ms": round(timing.median, 2),
+        "quartiles ms": [round(q, 2) for q in statistics.quantiles(timing.runs, n=4)[::2]],
+        "tokens/s": round(rate),
+        "peak GiB": round(timing.peak_gib, 2),
+        "extra GiB": round(timing.extra_gib, 2),
+    }
+    if flops is not None and roof is not None:
+        entry["of the GEMM roof"] = round(rate * flops / roof / 1e12, 3)
+    report.setdefault(section, {})[name] = entry
+    say(f"  {section} · {name}: " + ", ".join(f"{key} {value}" for key, value in entry.items()))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--contexts", type=int, nargs="*", default=[512, 1024])
+    parser.add_argument("--tokens", type=int, default=16_384, help="tokens of a step")
+    parser.add_argument("--runs", type=int, default=15, help="timed runs of each variant")
+    parser.add_argument("--alpha", type=float, default=0.5)
+    parser.add_argument("--temperature", type=float, default=2.0)
+    parser.add_argument("--teacher_layers", type=int, default=48, help="fewer for a quick look")
+    parser.add_argument("--peers", nargs="*", help="only peers with one of these words")
+    parser.add_argument("--no_loss", action="store_true", help="leave out the loss alone")
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    if not torch.cuda.is_available():
+        sys.exit("this benchmark needs a CUDA device; torch sees none")
+    roof = gemm_roof()
+    report: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "GEMM roof, TFLOP/s": round(roof, 1),
+    }
+    say(f"{report['device']}, torch {torch.__version__}, bf16 GEMM roof {roof:.0f} TFLOP/s")
+    if not options.no_loss:
+        with fresh_memory():
+            bench_loss(options, report)
+    if options.contexts:
+        model = build_teacher(options)
+        for context in options.contexts:
+            torch._dynamo.reset()
+            with fresh_memory():
+                bench_step(context, model, roof, options, report)
+            if options.json:
+                options.json.write_text(json.dumps(report, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
