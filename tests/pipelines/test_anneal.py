@@ -1,0 +1,110 @@
+"""The pipeline in the kfp local runner: its real outputs, and what a rerun does again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipelines.local import TASKS, LocalRun, run_pipeline
+from trainer.checkpoint import read_checkpoint
+from trainer.errors import LiquidError
+from trainer.positions import resize_positions
+
+
+def task_directory(run: LocalRun, task: str) -> Path:
+    """Where a task of the first run has written."""
+    return Path(run.outputs["report"].path).parents[1] / task
+
+
+def sidecars(directory: Path) -> dict[str, dict[str, Any]]:
+    return {
+        path.name.removesuffix(".meta.json"): json.loads(path.read_text())
+        for path in directory.glob("*.meta.json")
+    }
+
+
+def test_every_task_ran_once(first_run: LocalRun) -> None:
+    assert first_run.ran == list(TASKS)
+
+
+@pytest.mark.parametrize(
+    ("task", "output"), [("train", "before"), ("train-2", "after")], ids=["anneal", "continue"]
+)
+def test_the_checkpoint_picked_is_the_argmin_of_the_recorded_losses(
+    first_run: LocalRun, task: str, output: str
+) -> None:
+    directory = task_directory(first_run, task) / "checkpoints"
+    losses = {
+        meta["step"]: meta["metrics"]["val_loss_student"]
+        for meta in sidecars(directory).values()
+        if meta["metrics_step"] == meta["step"]
+    }
+    picked = read_checkpoint(Path(first_run.outputs[output].path))
+    assert len(losses) >= 2
+    assert picked.step == min(losses, key=lambda step: (losses[step], step))
+    model = first_run.outputs[output]
+    assert model.metadata["value"] == losses[picked.step]
+    assert model.metadata["step"] == picked.step
+    assert model.metadata["block_size"] == picked.meta["block_size"]
+    assert model.metadata["pos_embedding"] == "absolute"
+
+
+def test_the_resized_checkpoint_has_the_new_table_and_step_zero(first_run: LocalRun) -> None:
+    resized = read_checkpoint(task_directory(first_run, "resize-reset") / "resized")
+    source = read_checkpoint(Path(first_run.outputs["before"].path))
+    expected = resize_positions(source.weights["pos.weight"], 32, 64)
+    assert torch.equal(resized.weights["pos.weight"], expected)
+    assert resized.step == 0
+    assert resized.optimizer is None
+    assert resized.meta["origin"]["step"] == source.step
+    assert resized.meta["origin"]["block_size"] == 32
+
+
+def test_the_continuation_starts_from_the_resized_weights(first_run: LocalRun) -> None:
+    meta = sidecars(task_directory(first_run, "train-2") / "checkpoints")["final.pt"]
+    assert (meta["step"], meta["block_size"], meta["kd_alpha"]) == (4, 64, 0.4)
+    assert meta["global_batch"] == 4
+    assert meta["origin"]["checkpoint"].endswith("resize-reset/resized")
+
+
+def test_the_table_has_every_context_for_both_checkpoints(first_run: LocalRun) -> None:
+    directory = task_directory(first_run, "evaluate")
+    rows = json.loads((directory / "metrics").read_text())
+    assert [(row["trained_at"], row["context"]) for row in rows] == [
+        (32, 32),
+        (32, 64),
+        (64, 32),
+        (64, 64),
+    ]
+    recorded = read_checkpoint(Path(first_run.outputs["after"].path)).meta["metrics"]
+    assert rows[3]["student_loss"] == pytest.approx(recorded["val_loss_student@64"], rel=1e-6)
+    assert rows[3]["teacher_loss"] == pytest.approx(recorded["val_loss_teacher@64"], rel=1e-6)
+    assert (directory / "report").read_text().count("\n| ") == 4
+
+
+def test_what_a_rerun_does_again(
+    first_run: LocalRun, work: Path, parameters: dict[str, Any]
+) -> None:
+    """Unchanged: nothing. A changed last train stage: it and what follows. The first: all of it."""
+    unchanged = run_pipeline(work, parameters)
+    assert unchanged.ran == []
+    assert unchanged.outputs["report"].path == first_run.outputs["report"].path
+    last = run_pipeline(work, parameters | {"continue_train_steps": 3})
+    assert last.ran == ["train-2", "pick-best-2", "evaluate"]
+    assert last.cached == ["prepare-tokens", "train", "pick-best", "resize-reset"]
+    first = run_pipeline(work, parameters | {"anneal_train_steps": 4})
+    assert first.ran == [task for task in TASKS if task != "prepare-tokens"]
+
+
+def test_a_failed_stage_is_named_with_its_own_message(
+    work: Path, parameters: dict[str, Any], first_run: LocalRun
+) -> None:
+    with pytest.raises(LiquidError) as caught:
+        run_pipeline(work, parameters | {"continue_alpha_schedule": "0:0.5,2:7"})
+    message = str(caught.value)
+    assert message.startswith("continue failed: --alpha_schedule='0:0.5,2:7': entry 2")
+    assert "pipeline.log" in message

@@ -1,0 +1,185 @@
+"""The compiled YAML: what it asks for, and what it must not hold."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from google.protobuf import json_format
+from kfp.pipeline_spec import pipeline_spec_pb2
+
+from pipelines.anneal import STAGE_NAMES
+from pipelines.compile import compile_to
+from pipelines.parameters import parameter_defaults, parse_parameters
+from pipelines.settings import load_settings
+from trainer.errors import UsageError
+
+IMAGE = "europe-docker.pkg.dev/p/r/trainer@sha256:" + "0" * 64
+MACHINES = {
+    "TRAINER_IMAGE": IMAGE,
+    "ANNEAL_ACCELERATOR_TYPE": "NVIDIA_H100_80GB",
+    "ANNEAL_ACCELERATOR_COUNT": "2",
+    "ANNEAL_MACHINE_TYPE": "a3-highgpu-2g",
+    "ANNEAL_SPOT": "1",
+    "ANNEAL_TIMEOUT_HOURS": "30",
+    "CONTINUE_REPLICAS": "3",
+    "PREPARE_RETRIES": "5",
+    "SERVICE_ACCOUNT": "robot@p.iam.gserviceaccount.com",
+    "LABELS": "team=small-models",
+}
+
+
+@pytest.fixture(scope="module", params=["vertex", "kfp", "local"])
+def compiled(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[str, Any], str]:
+    path = tmp_path_factory.mktemp("compiled") / "pipeline.yaml"
+    compile_to(path, load_settings(MACHINES), request.param)
+    text = path.read_text()
+    return request.param, next(iter(yaml.safe_load_all(text))), text
+
+
+def test_the_released_pipeline_spec_parses_it(compiled: tuple[str, dict[str, Any], str]) -> None:
+    spec = json_format.ParseDict(compiled[1], pipeline_spec_pb2.PipelineSpec())
+    assert spec.pipeline_info.name == "liquid-annealing"
+    names = {task.task_info.name for task in spec.root.dag.tasks.values()}
+    assert names == set(STAGE_NAMES.values())
+
+
+def executors(spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """By task name: its container."""
+    found = {}
+    for name, task in spec["root"]["dag"]["tasks"].items():
+        component = spec["components"][task["componentRef"]["name"]]
+        executor = spec["deploymentSpec"]["executors"][component["executorLabel"]]
+        found[task["taskInfo"]["name"]] = {"task": task, "key": name, **executor["container"]}
+    return found
+
+
+def custom_job(spec: dict[str, Any], executor: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of a custom training job, constants and defaults."""
+    component = spec["components"][executor["task"]["componentRef"]["name"]]
+    inputs = component["inputDefinitions"]["parameters"]
+    values = {name: entry.get("defaultValue") for name, entry in inputs.items()}
+    given = executor["task"]["inputs"]["parameters"]
+    return values | {
+        name: entry["runtimeValue"]["constant"]
+        for name, entry in given.items()
+        if "runtimeValue" in entry
+    }
+
+
+def test_gpus_only_where_they_were_asked_for(compiled: tuple[str, dict[str, Any], str]) -> None:
+    backend, spec, _ = compiled
+    for name, executor in executors(spec).items():
+        gpu = name in ("anneal-512", "continue-1024", "evaluate")
+        accelerator = executor.get("resources", {}).get("accelerator")
+        if backend == "kfp":
+            assert (accelerator is not None) == gpu, name
+        else:
+            assert accelerator is None, name
+    if backend == "kfp":
+        asked = executors(spec)["anneal-512"]["resources"]["accelerator"]
+        assert asked["resourceType"] == "NVIDIA_H100_80GB"
+        assert asked["resourceCount"] == "2"
+
+
+def test_gpu_stages_are_custom_jobs_on_vertex(tmp_path: Path) -> None:
+    path = compile_to(tmp_path / "pipeline.yaml", load_settings(MACHINES), "vertex")
+    spec = next(iter(yaml.safe_load_all(path.read_text())))
+    found = executors(spec)
+    anneal = custom_job(spec, found["anneal-512"])
+    (pool,) = anneal["worker_pool_specs"]
+    assert pool["machine_spec"] == {
+        "machine_type": "a3-highgpu-2g",
+        "accelerator_type": "NVIDIA_H100_80GB",
+        "accelerator_count": 2,
+    }
+    assert pool["container_spec"]["image_uri"] == IMAGE
+    assert anneal["timeout"] == f"{30 * 3600}s"
+    assert anneal["strategy"] == "SPOT"
+    assert anneal["service_account"] == MACHINES["SERVICE_ACCOUNT"]
+    assert anneal["labels"] == {"team": "small-models"}
+    pools = custom_job(spec, found["continue-1024"])["worker_pool_specs"]
+    assert [entry["replica_count"] for entry in pools] == [1, 2]
+
+
+def test_image_retries_and_no_installing(compiled: tuple[str, dict[str, Any], str]) -> None:
+    backend, spec, text = compiled
+    assert not re.search(r"pip3? install|PIP_", text)
+    for name, executor in executors(spec).items():
+        custom = backend == "vertex" and name in ("anneal-512", "continue-1024", "evaluate")
+        assert custom or executor["image"] == IMAGE, name
+        if backend != "local":
+            retry = executor["task"]["retryPolicy"]
+            assert retry["maxRetryCount"] == (5 if name == "prepare" else 3)
+            assert retry["backoffDuration"] == "60s"
+
+
+def test_no_input_changes_between_submissions(compiled: tuple[str, dict[str, Any], str]) -> None:
+    """No time, job id or other placeholder of the run among a task's inputs."""
+    _, spec, _ = compiled
+    for name, executor in executors(spec).items():
+        for key, value in executor["task"].get("inputs", {}).get("parameters", {}).items():
+            constant = str(value.get("runtimeValue", {}).get("constant", ""))
+            own = re.sub(r"\{\{\$\.(inputs|outputs|json_escape)[^}]*\}\}", "", constant)
+            assert not re.search(r"pipeline_job|pipeline_task|create_time|\d{4}-\d\d-\d\d", own), (
+                name,
+                key,
+            )
+
+
+def test_two_compilations_are_equal(tmp_path: Path) -> None:
+    settings = load_settings(MACHINES)
+    first, second = (
+        compile_to(tmp_path / name, settings, "vertex").read_text() for name in ("a.yaml", "b.yaml")
+    )
+    assert first == second
+
+
+def test_parameters_default_to_the_two_runs() -> None:
+    expected = {
+        "teacher_name": "gpt2-xl",
+        "anneal_alpha_schedule": "0:0.7,400:0.5,800:0.3",
+        "anneal_temp_schedule": "0:1.2,800:1.0",
+        "anneal_train_steps": 1200,
+        "anneal_warmup_steps": 200,
+        "anneal_lr_peak": 2.7e-4,
+        "anneal_block_size": 512,
+        "continue_alpha_schedule": "0:0.5,2000:0.4,4000:0.3",
+        "continue_train_steps": 6000,
+        "continue_warmup_steps": 400,
+        "continue_lr_peak": 2.7e-4,
+        "continue_grad_accum": 2,
+        "continue_block_size": 1024,
+        "eval_ctx_lens": "512,1024",
+        "resume_gcs_uri": "",
+    }
+    defaults = parameter_defaults()
+    assert {name: defaults[name] for name in expected} == expected
+
+
+def test_parameters_given_as_text() -> None:
+    text = """continue_train_steps=8000 anneal_lr_peak=3e-4 continue_more_settings='{"seed": 7}'"""
+    assert parse_parameters(text) == {
+        "continue_train_steps": 8000,
+        "anneal_lr_peak": 3e-4,
+        "continue_more_settings": {"seed": 7},
+    }
+    for wrong, message in {
+        "continue_train_step=1": "did you mean continue_train_steps?",
+        "seed": "'seed' is not name=value",
+        "seed=x": "seed='x': a whole number is needed",
+        "continue_more_settings=[1]": "a JSON object is needed",
+        "teacher_name='x": "No closing quotation",
+    }.items():
+        with pytest.raises(UsageError, match=re.escape(message)):
+            parse_parameters(wrong)
+
+
+def test_an_unknown_backend(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="choose one of vertex, kfp, local"):
+        compile_to(tmp_path / "x.yaml", load_settings({}), "airflow")
