@@ -1,0 +1,123 @@
+"""Each component's body alone, on what the one before it wrote, with the artifacts kfp gives it.
+
+The local runner takes components with artifact inputs only within a pipeline: see
+tests/pipelines/test_anneal.py for that.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kfp import dsl
+
+from components.evaluate import evaluate
+from components.pick_best import pick_best
+from components.prepare_tokens import prepare_tokens
+from components.resize_reset import resize_reset
+from components.train import train
+from trainer.errors import CheckpointError
+
+New = Callable[[type, str], Any]
+
+
+@pytest.fixture(scope="module")
+def new(tmp_path_factory: pytest.TempPathFactory) -> New:
+    """An output artifact as kfp hands it out: a path whose directory exists."""
+    root = tmp_path_factory.mktemp("components")
+    return lambda kind, name: kind(name=name, uri=str(root / name))
+
+
+@pytest.fixture(scope="module")
+def tokens(new: New, teacher_dir: Path, corpus: Path) -> Any:
+    artifact = new(dsl.Dataset, "tokens")
+    count = prepare_tokens.python_func(
+        teacher_name=str(teacher_dir), dataset_name=str(corpus), tokens=artifact
+    )
+    assert count == artifact.metadata["train_tokens"]
+    return artifact
+
+
+@pytest.fixture(scope="module")
+def trained(new: New, tokens: Any, teacher_dir: Path) -> dict[str, Any]:
+    checkpoints, metrics = new(dsl.Model, "checkpoints"), new(dsl.Metrics, "metrics")
+    outputs = train.python_func(
+        tokens=tokens,
+        teacher_name=str(teacher_dir),
+        block_size=32,
+        train_steps=4,
+        warmup_steps=1,
+        lr_peak=1e-3,
+        global_batch=4,
+        micro_batch=4,
+        eval_every=2,
+        eval_ctx_lens="32,64",
+        more_settings={"d_model": 32, "n_layers": 2, "n_heads": 4, "eval_max_tokens": 500},
+        checkpoints=checkpoints,
+        metrics=metrics,
+    )
+    return {"checkpoints": checkpoints, "metrics": metrics, "outputs": outputs}
+
+
+def test_prepare_tokens(tokens: Any) -> None:
+    described = json.loads((Path(tokens.path) / "tokens.json").read_text())
+    assert tokens.metadata["train_tokens"] == described["train_tokens"]
+    assert (Path(tokens.path) / "train.bin").stat().st_size == 2 * described["train_tokens"]
+
+
+def test_train(trained: dict[str, Any]) -> None:
+    best_loss, best_step, steps = trained["outputs"]
+    best = json.loads((Path(trained["checkpoints"].path) / "best.pt.meta.json").read_text())
+    assert best_loss == best["metrics"]["val_loss_student"]
+    assert (best_step, steps) == (best["step"], 4)
+    metadata = trained["checkpoints"].metadata
+    assert (metadata["block_size"], metadata["pos_embedding"]) == (32, "absolute")
+    assert {"kd_alpha", "kd_temperature", "step"} <= set(metadata)
+    assert trained["metrics"].metadata == json.loads(Path(trained["metrics"].path).read_text())
+    assert "val_loss_student@64" in trained["metrics"].metadata
+
+
+def test_pick_resize_and_evaluate(
+    new: New, tokens: Any, trained: dict[str, Any], teacher_dir: Path
+) -> None:
+    model, resized = new(dsl.Model, "best"), new(dsl.Model, "resized")
+    loss, step = pick_best.python_func(
+        checkpoints=trained["checkpoints"], best=model, metric="val_loss_student@64"
+    )
+    assert Path(model.path).parent == Path(trained["checkpoints"].path)
+    assert model.metadata["metric"] == "val_loss_student@64"
+    assert loss == model.metadata["value"]
+    old_step = resize_reset.python_func(
+        checkpoint=model, block_size=64, pos_resize="copy", resized=resized
+    )
+    assert old_step == step
+    assert resized.metadata["trained_positions"] == 64
+    metrics, report = new(dsl.Metrics, "table"), new(dsl.Markdown, "report")
+    before, after = evaluate.python_func(
+        tokens=tokens,
+        before=model,
+        after=resized,
+        teacher_name=str(teacher_dir),
+        eval_ctx_lens="32,64",
+        more_settings={"eval_max_tokens": 500},
+        metrics=metrics,
+        report=report,
+    )
+    rows = json.loads(Path(metrics.path).read_text())
+    assert len(rows) == 4
+    assert (before, after) == (rows[1]["student_loss"], rows[3]["student_loss"])
+    assert "| context |" in Path(report.path).read_text()
+
+
+def test_picking_where_nothing_qualifies_lists_what_was_found(
+    new: New, trained: dict[str, Any]
+) -> None:
+    with pytest.raises(CheckpointError, match=r"finite 'val_loss_student@4096'; found: best.pt"):
+        pick_best.python_func(
+            checkpoints=trained["checkpoints"],
+            best=new(dsl.Model, "none"),
+            metric="val_loss_student@4096",
+        )
