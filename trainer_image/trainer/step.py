@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from trainer import fused_loss
 from trainer.config import TrainConfig
 from trainer.distill import DistillLoss, Mix, distill_loss
 from trainer.optimizer import build_optimizer, load_state_by_name, parameter_names
@@ -37,12 +38,18 @@ class StudentWithLoss(nn.Module):
         """Loss, CE and divergence of ``[B, T]`` inputs and labels; see `DistillLoss`."""
         (teacher,) = self._teacher
         with self.precision.autocast():
-            hidden = self.body(inputs).flatten(0, 1)
-        return distill_loss(
-            hidden.to(self.precision.compute),
-            self.student.lm_head.weight,
-            None if teacher_hidden is None else teacher_hidden.flatten(0, 1),
-            None if teacher is None else teacher.head,
+            hidden = self.body(inputs).flatten(0, 1).to(self.precision.compute)
+        head = self.student.lm_head.weight
+        teacher_head = None if teacher is None else teacher.head
+        if teacher_hidden is not None:
+            teacher_hidden = teacher_hidden.flatten(0, 1)
+        fused = fused_loss.usable(hidden, head, teacher_hidden, teacher_head, mix)
+        loss = fused_loss.distill_loss if fused else distill_loss
+        return loss(
+            hidden,
+            head,
+            teacher_hidden,
+            teacher_head,
             labels.flatten(),
             mix,
             teacher_bias=None if teacher is None else teacher.bias,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer import gpt2_body
 from trainer.errors import ModelError
 from trainer.log import log
 
@@ -48,6 +49,7 @@ class Teacher:
         )
         self.bias: Tensor | None = None if output.bias is None else output.bias.detach() * scale
         self.body: Any = model.base_model
+        self._fast_body: gpt2_body.GPT2Body | None = None
         self._check_decomposition()
 
     def prepare(self, *, compiled: bool, sharded: bool) -> None:
@@ -61,6 +63,8 @@ class Teacher:
                     for layer in layers:
                         fully_shard(layer)
             fully_shard(self.model.base_model)
+        elif compiled and self.device.type == "cuda" and gpt2_body.supports(self.model):
+            self._fast_body = gpt2_body.GPT2Body(self.model)
         elif compiled:
             self.body = torch.compile(self.body, dynamic=False)
 
@@ -72,6 +76,8 @@ class Teacher:
     @torch.no_grad()
     def hidden(self, ids: Tensor) -> Tensor:
         """``[B, T]`` token ids to the last hidden state ``[B, T, D_t]``."""
+        if self._fast_body is not None:
+            return self._fast_body(ids)
         return self.body(input_ids=ids, use_cache=False).last_hidden_state
 
     @torch.no_grad()
