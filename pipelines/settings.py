@@ -89,6 +89,7 @@ class Settings:
     )
     api_endpoint: str = described("", "another endpoint of the Vertex AI interface, HOST[:PORT]")
     api_transport: str = described("", "grpc or rest; empty is the client's choice")
+    poll_seconds: int = described(15, "seconds between two looks at a run that is followed")
     experiment: str = described("", "Vertex AI experiment to record the run in")
     machines: Mapping[str, Machine] = field(default_factory=lambda: dict(_DEFAULT_MACHINES))
 
@@ -113,6 +114,8 @@ class Settings:
                     raise UsageError(f"{name}_{key.upper()}={value} must be at least {low}")
         if self.pipeline_root and not self.pipeline_root.startswith("gs://"):
             raise UsageError(f"PIPELINE_ROOT={self.pipeline_root!r} must start with gs://")
+        if self.poll_seconds < 1:
+            raise UsageError(f"POLL_SECONDS={self.poll_seconds} must be at least 1")
         if self.api_transport not in ("", "grpc", "rest"):
             raise UsageError(f"API_TRANSPORT={self.api_transport!r}: choose grpc or rest")
 
@@ -158,7 +161,7 @@ def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         if stage in machines and rest in {spec.name for spec in fields(Machine)}:
             machines[stage][rest] = _converted(name, text, type(getattr(Machine(), rest)))
         else:
-            kind = dict if name == "LABELS" else str
+            kind = {"LABELS": dict, "POLL_SECONDS": int}.get(name, str)
             values[name.lower()] = _converted(name, text, kind)
     merged = {
         stage: Machine(**{**vars(_DEFAULT_MACHINES[stage]), **changes})
