@@ -8,6 +8,7 @@ library leaves T² out, it is put into the weight that the library takes.
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -47,6 +48,7 @@ def _load_alone(package: str, path: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # the compiler looks functions' modules up by name
     spec.loader.exec_module(module)
     return module
 
@@ -59,10 +61,8 @@ def torchtune_chunked(alpha: float, temperature: float, chunks: int = 8) -> Loss
     """
     kd_losses = _load_alone("torchtune", "modules/loss/kd_losses.py")
     kd_loss = kd_losses.ForwardKLWithChunkedOutputLoss(num_output_chunks=chunks)
-    kd_loss.fkl_loss = torch.compile(kd_loss.fkl_loss, dynamic=False)
     ce_losses = _load_alone("torchtune", "modules/loss/ce_chunked_output_loss.py")
     ce_loss = ce_losses.CEWithChunkedOutputLoss(num_output_chunks=chunks)
-    ce_loss.compute_cross_entropy = torch.compile(ce_loss.compute_cross_entropy, dynamic=False)
 
     def loss(hidden: Tensor, head: Tensor, t_hidden: Tensor, t_head: Tensor, y: Tensor) -> Tensor:
         head = head.to(hidden.dtype)
@@ -71,7 +71,7 @@ def torchtune_chunked(alpha: float, temperature: float, chunks: int = 8) -> Loss
         kd = kd_loss([part / temperature for part in parts], targets, y[None])
         return alpha * temperature**2 * kd + (1 - alpha) * ce_loss(parts, y[None])
 
-    return loss
+    return torch.compile(loss, dynamic=False)
 
 
 @torch.no_grad()
@@ -117,7 +117,7 @@ def trl(alpha: float, temperature: float) -> Loss:
 
 
 def orda(alpha: float, temperature: float) -> Loss:
-    """orda-kernel's loss for a frozen teacher with its own head."""
+    """orda-kernel's loss for a frozen teacher with its own head; multiplies by T² itself."""
     from orda_kernel.ops.separate_teacher import separate_distillation_loss
 
     def loss(hidden: Tensor, head: Tensor, t_hidden: Tensor, t_head: Tensor, y: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def orda(alpha: float, temperature: float) -> Loss:
             t_head,
             y,
             student_ce_weight=1 - alpha,
-            kl_weight=alpha * temperature**2,
+            kl_weight=alpha,
             kl_temperature=temperature,
         )[0]
 

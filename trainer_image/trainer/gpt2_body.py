@@ -185,17 +185,13 @@ class GPT2Body:
             )
         self._reserve(ids.numel())
         shape = tuple(ids.shape)
-        if ids.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-            return self._run(ids)
-        if shape not in self._graphs:
-            # Shapes that come once, such as a last and smaller batch, are not worth a capture
-            self._graphs[shape] = None
-            return self._run(ids)
-        captured = self._graphs[shape]
+        captured = self._graphs.get(shape)
+        if ids.device.type == "cuda" and captured is None and shape in self._graphs:
+            captured = self._capture(ids)
+        # Shapes that come once, such as a last and smaller batch, are not worth a capture
+        self._graphs[shape] = captured
         if captured is None:
-            if sum(graph is not None for graph in self._graphs.values()) >= MAX_GRAPHS:
-                return self._run(ids)
-            captured = self._graphs[shape] = self._capture(ids)
+            return self._run(ids).clone()
         captured.ids.copy_(ids)
         captured.graph.replay()
         return captured.out.clone()
@@ -207,7 +203,10 @@ class GPT2Body:
             self._workspace = None
             self._workspace = _Workspace(tokens, self.width, self.inner, self.embed)
 
-    def _capture(self, ids: Tensor) -> _Graph:
+    def _capture(self, ids: Tensor) -> _Graph | None:
+        graphs = sum(graph is not None for graph in self._graphs.values())
+        if graphs >= MAX_GRAPHS or torch.cuda.is_current_stream_capturing():
+            return None
         ids = ids.clone()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -215,6 +214,7 @@ class GPT2Body:
         return _Graph(graph, ids, out)
 
     def _run(self, ids: Tensor) -> Tensor:
+        """The hidden state, in the workspace."""
         batch, length = ids.shape
         assert self._workspace is not None
         stream, normed, qkv, inside = self._workspace.views(ids.numel())
@@ -228,9 +228,8 @@ class GPT2Body:
             layer.norm_2(stream, normed)
             _expand(layer, normed, inside)
             stream.addmm_(inside, layer.contract)
-        out = torch.empty_like(stream)
-        self.norm(stream, out)
-        return out.view(batch, length, self.width)
+        self.norm(stream, normed)
+        return normed.view(batch, length, self.width)
 
     def _attention(self, qkv: Tensor) -> Tensor:
         """``[B, T, 3, H, W]`` to ``[B · T, H · W]``; no copies where the backend takes strides."""
