@@ -72,7 +72,8 @@ def rerun(settings: Settings, run: str, stage: str, parameters: dict[str, Any]) 
     if missing:
         raise UsageError(f"missing: {'; '.join(missing)}. Give them as make rerun RUN=… STAGE=…")
     settings.require("project", "region", "pipeline_root")
-    from google.cloud.aiplatform.preview import pipelinejob
+    # The preview client has no public name for it
+    from google.cloud.aiplatform.preview.pipelinejob.pipeline_jobs import _PipelineJob
     from google.cloud.aiplatform_v1beta1 import PipelineTaskRerunConfig
     from google.protobuf import json_format
 
@@ -95,7 +96,7 @@ def rerun(settings: Settings, run: str, stage: str, parameters: dict[str, Any]) 
         path = Path(scratch) / "pipeline.json"
         path.write_text(json.dumps(spec))
         values = json_format.MessageToDict(original._pb.runtime_config).get("parameterValues", {})
-        job = pipelinejob.PipelineJob(
+        job = _PipelineJob(
             display_name=original.display_name,
             template_path=str(path),
             pipeline_root=settings.pipeline_root,
@@ -112,12 +113,11 @@ def rerun(settings: Settings, run: str, stage: str, parameters: dict[str, Any]) 
         )
     job_id = job.resource_name.rpartition("/")[2]
     tasks = spec["root"]["dag"]["tasks"]
-    print(
-        f"runs again: {', '.join(tasks[key]['taskInfo']['name'] for key in tasks if key in again)}"
-    )
+    repeated = [task["taskInfo"]["name"] for key, task in tasks.items() if key in again]
+    print(f"runs again: {', '.join(repeated)}")
     print(vertex.console_link(settings, job_id))
     if switch("WAIT"):
-        vertex.follow(settings, job)
+        vertex.follow(settings, job.resource_name)
 
 
 def _get(settings: Settings, name: str) -> Any:

@@ -11,9 +11,11 @@ the request and send nothing) and ``CACHE=0`` (run every task again).
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ def submit_vertex(settings: Settings, parameters: dict[str, Any]) -> None:
     """
     settings.require("project", "region", "pipeline_root", "trainer_image")
     from google.cloud import aiplatform
+    from google.cloud.aiplatform_v1 import PipelineJob
 
     from pipelines import vertex
 
@@ -68,23 +71,24 @@ def submit_vertex(settings: Settings, parameters: dict[str, Any]) -> None:
             location=settings.region,
             credentials=credentials,
         )
+        resource = job.to_dict()
+        resource |= {"serviceAccount": settings.service_account, "network": settings.network}
+        parent = f"projects/{settings.project}/locations/{settings.region}"
         if dry:
-            resource = job.to_dict()
-            resource |= {"serviceAccount": settings.service_account, "network": settings.network}
-            parent = f"projects/{settings.project}/locations/{settings.region}"
             request = {"parent": parent, "pipelineJobId": job_id, "pipelineJob": resource}
             print(json.dumps(request, indent=2, default=str))
             return
-        job.submit(
-            service_account=settings.service_account or None,
-            network=settings.network or None,
-            create_request_timeout=vertex.REQUEST_SECONDS,
-            experiment=settings.experiment or None,
+        # Not PipelineJob.submit: it makes a bucket where PIPELINE_ROOT has a typo
+        created = job.api_client.create_pipeline_job(
+            parent=parent,
+            pipeline_job=PipelineJob.from_json(json.dumps(resource)),
+            pipeline_job_id=job_id,
+            timeout=vertex.REQUEST_SECONDS,
         )
-    print(f"submitted {job.resource_name}")
+    print(f"submitted {created.name}")
     print(vertex.console_link(settings, job_id))
     if switch("WAIT"):
-        vertex.follow(settings, job)
+        vertex.follow(settings, created.name)
 
 
 def submit_kfp(settings: Settings, parameters: dict[str, Any], host: str) -> None:
@@ -107,8 +111,13 @@ def submit_kfp(settings: Settings, parameters: dict[str, Any], host: str) -> Non
             print(json.dumps({"host": host, "parameters": parameters}, indent=2))
             print(path.read_text())
             return
+        token = os.environ.get("KFP_TOKEN")
+        _check_host(host, token)
+        # kfp logs tracebacks of its own beside the exceptions it raises
+        logging.getLogger().setLevel(logging.CRITICAL)
+        warnings.simplefilter("ignore")
         try:
-            client = kfp.Client(host=host, existing_token=os.environ.get("KFP_TOKEN"))
+            client = kfp.Client(host=host, existing_token=token)
             run = client.create_run_from_pipeline_package(
                 str(path),
                 arguments=parameters,
@@ -132,6 +141,22 @@ def submit_kfp(settings: Settings, parameters: dict[str, Any], host: str) -> Non
         except (urllib3.exceptions.HTTPError, TimeoutError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
             raise LiquidError(f"{host} cannot be reached: {reason}") from None
+
+
+def _check_host(host: str, token: str | None) -> None:
+    """One quick look, since `kfp.Client` asks again and again before it gives up."""
+    import requests
+
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        url = f"{host.rstrip('/')}/apis/v2beta1/healthz"
+        answer = requests.get(url, headers=headers, timeout=10.0)
+    except requests.exceptions.RequestException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise LiquidError(f"{host} cannot be reached: {reason}; check HOST") from None
+    if not answer.ok:
+        reason = f"{answer.status_code} {answer.reason}"
+        raise LiquidError(f"{host} refused the run: {reason}; check HOST and KFP_TOKEN")
 
 
 def main(argv: list[str]) -> None:

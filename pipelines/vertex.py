@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,7 @@ from pipelines.settings import Settings
 from trainer.errors import LiquidError
 
 REQUEST_SECONDS = 60.0
+_REQUEST = re.compile(r"^(GET|POST) https?://\S+: ")
 _ENDED = ("SUCCEEDED", "FAILED", "CANCELLED", "PAUSED")
 
 
@@ -52,7 +54,7 @@ def readable_errors(settings: Settings) -> Iterator[None]:
     place = settings.api_endpoint or f"{settings.region}-aiplatform.googleapis.com"
     try:
         yield
-    except (auth.DefaultCredentialsError, auth.RefreshError, api.Unauthenticated) as error:
+    except (auth.DefaultCredentialsError, auth.RefreshError, api.Unauthorized) as error:
         raise VertexError(
             f"not authenticated with Google Cloud ({_first_line(error)}); run gcloud auth"
             " application-default login, or set GOOGLE_APPLICATION_CREDENTIALS"
@@ -80,7 +82,8 @@ def readable_errors(settings: Settings) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     message = getattr(error, "message", None) or str(error)
-    return " ".join(str(message).split())[:300] or type(error).__name__
+    shown = _REQUEST.sub("", " ".join(str(message).split()))
+    return shown[:300] or type(error).__name__
 
 
 def console_link(settings: Settings, job_id: str) -> str:
@@ -91,7 +94,7 @@ def console_link(settings: Settings, job_id: str) -> str:
     )
 
 
-def follow(settings: Settings, job: Any) -> None:
+def follow(settings: Settings, name: str) -> None:
     """Print each task's state as it changes, until the run ends.
 
     Raises:
@@ -100,8 +103,8 @@ def follow(settings: Settings, job: Any) -> None:
     shown: dict[str, str] = {}
     while True:
         with readable_errors(settings):
-            state = _state_name(job.state)
-            tasks = list(job.task_details)
+            job = aiplatform.PipelineJob.get(name).gca_resource
+        state, tasks = _state_name(job.state), job.job_detail.task_details
         for task in tasks:
             now = _state_name(task.state)
             if task.task_name and shown.get(task.task_name) != now:

@@ -1,0 +1,140 @@
+"""Vertex AI's and Kubeflow Pipelines' HTTP interfaces, as much of them as submitting needs.
+
+The clients are the real ones; only the far end is here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import ssl
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import trustme
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+
+class Loopback:
+    """A server on 127.0.0.1 that records requests and answers as told."""
+
+    def __init__(self, directory: Path, *, tls: bool) -> None:
+        self.requests: list[tuple[str, str, Any]] = []
+        self.jobs: dict[str, dict[str, Any]] = {}
+        self.refusal: tuple[int, str, str] | None = None
+        """HTTP status, gRPC status and message for every interface call."""
+        self.looks = 0
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.port = self._server.server_address[1]
+        scheme = "https" if tls else "http"
+        self.url = f"{scheme}://localhost:{self.port}"
+        self.bundle = directory / "bundle.pem"
+        if tls:
+            authority = trustme.CA()
+            authority.cert_pem.write_to_path(str(self.bundle))
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            authority.issue_cert("localhost").configure_cert(context)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def service_account(self, path: Path) -> Path:
+        """A service-account file whose tokens come from this server."""
+        key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+        pem = key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+        content = {
+            "type": "service_account",
+            "project_id": "p",
+            "private_key_id": "1",
+            "private_key": pem.decode(),
+            "client_email": "robot@p.iam.gserviceaccount.com",
+            "client_id": "1",
+            "token_uri": f"{self.url}/token",
+        }
+        path.write_text(json.dumps(content))
+        return path
+
+    def answer(self, method: str, path: str, body: Any) -> tuple[int, Any]:
+        """What a request gets."""
+        if path == "/token":
+            return 200, {"access_token": "t", "expires_in": 3600, "token_type": "Bearer"}
+        self.requests.append((method, path, body))
+        if self.refusal:
+            status, name, message = self.refusal
+            return status, {"error": {"code": status, "status": name, "message": message}}
+        if path.startswith("/apis/"):
+            return self._kubeflow(method, path, body)
+        return self._vertex(method, path, body)
+
+    def _vertex(self, method: str, path: str, body: Any) -> tuple[int, Any]:
+        created = re.fullmatch(r"/v1(?:beta1)?/(projects/.*/pipelineJobs)\?(.*)", path)
+        if method == "POST" and created:
+            job_id = re.search(r"pipelineJobId=([^&]+)", created[2])
+            name = f"{created[1]}/{job_id[1] if job_id else 'job'}"
+            self.jobs[name] = dict(body) | {"name": name, "state": "PIPELINE_STATE_PENDING"}
+            return 200, self.jobs[name]
+        name = re.sub(r"^/v1(beta1)?/|\?.*$", "", path)
+        if method == "GET" and name in self.jobs:
+            self.looks += 1
+            return 200, self._progressed(self.jobs[name])
+        return 404, {"error": {"code": 404, "status": "NOT_FOUND", "message": f"{name} is absent"}}
+
+    def _progressed(self, job: dict[str, Any]) -> dict[str, Any]:
+        """The second task runs at the first looks; then the run ends as the job says."""
+        if "jobDetail" in job:
+            return job
+        ended = self.looks > 3
+        last = job["labels"].get("ends", "succeeded").upper()
+        tasks = [("prepare", "SUCCEEDED"), ("anneal-512", last if ended else "RUNNING")]
+        details = [
+            {"taskId": str(number), "taskName": name, "state": state}
+            for number, (name, state) in enumerate(tasks, start=1)
+        ]
+        state = f"PIPELINE_STATE_{last}" if ended else "PIPELINE_STATE_RUNNING"
+        return job | {"state": state, "jobDetail": {"taskDetails": details}}
+
+    def _kubeflow(self, method: str, path: str, body: Any) -> tuple[int, Any]:
+        if path.startswith("/apis/v2beta1/healthz"):
+            return 200, {"multi_user": False}
+        if path.startswith("/apis/v2beta1/experiments"):
+            experiment = {"experiment_id": "e1", "display_name": "liquid-annealing"}
+            return 200, experiment if method == "POST" else {"experiments": [experiment]}
+        if path.startswith("/apis/v2beta1/runs"):
+            return 200, {"run_id": "r1", "display_name": "run", "state": "SUCCEEDED"}
+        return 404, {"error": f"{path} is not served"}
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        loopback = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def _serve(self) -> None:
+                raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                try:
+                    body = json.loads(raw) if raw else None
+                except ValueError:
+                    body = raw.decode(errors="replace")
+                status, answer = loopback.answer(self.command, self.path, body)
+                data = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            do_GET = do_POST = _serve
+
+        return Handler

@@ -1,0 +1,326 @@
+"""Submission and rerun with the real clients against loopback servers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.server import ObjectServer
+from tests.pipelines.loopback import Loopback
+
+IMAGE = "europe-docker.pkg.dev/p/r/trainer@sha256:" + "0" * 64
+SERVICE_ACCOUNT = "robot@p.iam.gserviceaccount.com"
+NETWORK = "projects/1/global/networks/private"
+KEY = "projects/p/locations/l/keyRings/r/cryptoKeys/k"
+PARENT = "projects/p/locations/europe-west4/pipelineJobs"
+
+
+@pytest.fixture
+def vertex(tmp_path: Path) -> Iterator[Loopback]:
+    server = Loopback(tmp_path, tls=True)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def environment(vertex: Loopback, tmp_path: Path, object_server: ObjectServer) -> dict[str, str]:
+    bucket = f"pipeline-root-{vertex.port}"
+    object_server.make_bucket(bucket)
+    return {
+        "PROJECT": "p",
+        "REGION": "europe-west4",
+        "PIPELINE_ROOT": f"gs://{bucket}/runs",
+        "TRAINER_IMAGE": IMAGE,
+        "SERVICE_ACCOUNT": SERVICE_ACCOUNT,
+        "NETWORK": NETWORK,
+        "CMEK_KEY": KEY,
+        "LABELS": "team=small-models",
+        "API_ENDPOINT": f"localhost:{vertex.port}",
+        "API_TRANSPORT": "rest",
+        "GOOGLE_APPLICATION_CREDENTIALS": str(vertex.service_account(tmp_path / "key.json")),
+        "REQUESTS_CA_BUNDLE": str(vertex.bundle),
+        "STORAGE_EMULATOR_HOST": object_server.url,
+        "POLL_SECONDS": "1",
+    }
+
+
+def run(
+    module: str, environment: dict[str, str], *argv: str, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    root = Path(__file__).parents[2]
+    return subprocess.run(
+        [sys.executable, "-m", f"pipelines.{module}", *argv],
+        capture_output=True,
+        text=True,
+        cwd=cwd or root,
+        env=kept | {"PYTHONPATH": f"{root}:{root / 'trainer_image'}"} | environment,
+        timeout=120,
+    )
+
+
+def last_message(done: subprocess.CompletedProcess[str]) -> str:
+    lines = done.stderr.strip().splitlines()
+    assert "Traceback" not in done.stderr, done.stderr
+    return str(json.loads(lines[-1])["message"])
+
+
+def test_the_request_to_vertex(vertex: Loopback, environment: dict[str, str]) -> None:
+    params = "continue_train_steps=8000 seed=7 anneal_lr_peak=3e-4"
+    machines = {
+        "ANNEAL_ACCELERATOR_TYPE": "NVIDIA_H100_80GB",
+        "ANNEAL_ACCELERATOR_COUNT": "8",
+        "ANNEAL_MACHINE_TYPE": "a3-highgpu-8g",
+        "CONTINUE_REPLICAS": "2",
+        "PREPARE_CPU": "16",
+    }
+    done = run("submit", environment | machines | {"PARAMS": params, "CACHE": "0"}, "vertex")
+    assert done.returncode == 0, done.stderr
+    assert "https://console.cloud.google.com/vertex-ai/locations/europe-west4/" in done.stdout
+    (request,) = [entry for entry in vertex.requests if entry[0] == "POST"]
+    _, path, body = request
+    assert path.startswith(f"/v1/{PARENT}?")
+    assert body["serviceAccount"] == SERVICE_ACCOUNT
+    assert body["network"] == NETWORK
+    assert body["encryptionSpec"] == {"kmsKeyName": KEY}
+    assert body["labels"]["team"] == "small-models"
+    runtime = body["runtimeConfig"]
+    assert runtime["gcsOutputDirectory"] == environment["PIPELINE_ROOT"]
+    assert runtime["parameterValues"] == {
+        "continue_train_steps": 8000,
+        "seed": 7,
+        "anneal_lr_peak": 3e-4,
+    }
+    spec = body["pipelineSpec"]
+    tasks = spec["root"]["dag"]["tasks"]
+    assert {task["cachingOptions"].get("enableCache", False) for task in tasks.values()} == {False}
+    executors = spec["deploymentSpec"]["executors"]
+    assert executors["exec-prepare-tokens"]["container"]["image"] == IMAGE
+    assert executors["exec-prepare-tokens"]["container"]["resources"]["cpuLimit"] == 16.0
+    pools = {
+        task["taskInfo"]["name"]: task["inputs"]["parameters"]["worker_pool_specs"]
+        if "worker_pool_specs" in task["inputs"]["parameters"]
+        else spec["components"][task["componentRef"]["name"]]["inputDefinitions"]["parameters"][
+            "worker_pool_specs"
+        ]["defaultValue"]
+        for task in tasks.values()
+        if task["taskInfo"]["name"] in ("anneal-512", "continue-1024", "evaluate")
+    }
+    assert pools["anneal-512"][0]["machine_spec"] == {
+        "machine_type": "a3-highgpu-8g",
+        "accelerator_type": "NVIDIA_H100_80GB",
+        "accelerator_count": 8,
+    }
+    assert len(pools["continue-1024"]) == 2
+    assert pools["evaluate"][0]["container_spec"]["image_uri"] == IMAGE
+
+
+def test_caching_is_on_unless_switched_off(vertex: Loopback, environment: dict[str, str]) -> None:
+    assert run("submit", environment, "vertex").returncode == 0
+    tasks = vertex.requests[-1][2]["pipelineSpec"]["root"]["dag"]["tasks"]
+    assert {task["cachingOptions"]["enableCache"] for task in tasks.values()} == {True}
+
+
+def test_waiting_follows_to_the_end(vertex: Loopback, environment: dict[str, str]) -> None:
+    done = run("submit", environment | {"WAIT": "1"}, "vertex")
+    assert done.returncode == 0, done.stderr
+    assert "prepare: succeeded" in done.stdout
+    assert done.stdout.index("anneal-512: running") < done.stdout.index("anneal-512: succeeded")
+    assert "run: succeeded" in done.stdout
+
+
+def test_a_run_that_fails_ends_with_status_1(vertex: Loopback, environment: dict[str, str]) -> None:
+    done = run("submit", environment | {"WAIT": "1", "LABELS": "ends=failed"}, "vertex")
+    assert done.returncode == 1
+    assert last_message(done) == "the run ended as failed; failed: anneal-512"
+
+
+def test_a_dry_run_sends_nothing_and_needs_no_credentials(
+    vertex: Loopback, environment: dict[str, str]
+) -> None:
+    del environment["GOOGLE_APPLICATION_CREDENTIALS"]
+    done = run("submit", environment | {"DRY_RUN": "1", "PARAMS": "seed=7"}, "vertex")
+    assert done.returncode == 0, done.stderr
+    request = json.loads(done.stdout)
+    assert request["pipelineJob"]["runtimeConfig"]["parameterValues"] == {"seed": 7}
+    assert request["pipelineJob"]["serviceAccount"] == SERVICE_ACCOUNT
+    assert vertex.requests == []
+
+
+def test_what_is_missing_is_named_at_once_before_anything_is_sent(
+    vertex: Loopback, environment: dict[str, str], tmp_path: Path
+) -> None:
+    for name in ("PROJECT", "PIPELINE_ROOT", "TRAINER_IMAGE"):
+        del environment[name]
+    done = run("submit", environment, "vertex", cwd=tmp_path)
+    assert done.returncode == 2
+    message = last_message(done)
+    assert all(name in message for name in ("PROJECT", "PIPELINE_ROOT", "TRAINER_IMAGE"))
+    assert "REGION" not in message.split("Set")[0]
+    assert vertex.requests == []
+
+
+@pytest.mark.parametrize(
+    ("status", "name", "text", "expected"),
+    [
+        (
+            403,
+            "PERMISSION_DENIED",
+            "aiplatform.pipelineJobs.create",
+            "permission denied in project",
+        ),
+        (429, "RESOURCE_EXHAUSTED", "Quota exceeded for A100", "quota exhausted in europe-west4"),
+        (401, "UNAUTHENTICATED", "invalid credentials", "not authenticated with Google Cloud"),
+        (404, "NOT_FOUND", "no such project", "not found at localhost"),
+        (400, "INVALID_ARGUMENT", "bad label", "answered: bad label"),
+    ],
+)
+def test_refusals_are_one_line(
+    vertex: Loopback,
+    environment: dict[str, str],
+    status: int,
+    name: str,
+    text: str,
+    expected: str,
+) -> None:
+    vertex.refusal = (status, name, text)
+    done = run("submit", environment, "vertex")
+    assert done.returncode == 1
+    message = last_message(done)
+    assert expected in message
+    assert text in message
+
+
+def test_absent_credentials(vertex: Loopback, environment: dict[str, str], tmp_path: Path) -> None:
+    absent = environment | {"GOOGLE_APPLICATION_CREDENTIALS": str(tmp_path / "absent.json")}
+    done = run("submit", absent, "vertex")
+    assert done.returncode == 1
+    assert "not authenticated with Google Cloud" in last_message(done)
+    assert vertex.requests == []
+
+
+def test_an_unreachable_endpoint(vertex: Loopback, environment: dict[str, str]) -> None:
+    done = run("submit", environment | {"API_ENDPOINT": "localhost:9"}, "vertex")
+    assert done.returncode == 1
+    assert last_message(done).startswith("localhost:9 cannot be reached")
+
+
+# ── rerun
+
+
+def finished_run(vertex: Loopback, environment: dict[str, str]) -> str:
+    """Submit, and let every task of the run have succeeded; returns the run's id."""
+    assert run("submit", environment | {"PARAMS": "seed=7"}, "vertex").returncode == 0
+    (name,) = vertex.jobs
+    job = vertex.jobs[name]
+    tasks = job["pipelineSpec"]["root"]["dag"]["tasks"]
+    details = [
+        {
+            "taskId": str(number),
+            "taskName": task["taskInfo"]["name"],
+            "taskUniqueName": f"unique-{key}",
+            "state": "SUCCEEDED",
+        }
+        for number, (key, task) in enumerate(tasks.items(), start=1)
+    ]
+    job["jobDetail"] = {"taskDetails": details}
+    job["labels"] = {"vertex-ai-pipelines-run-billing-id": "123"}
+    return name.rpartition("/")[2]
+
+
+def test_rerun_repeats_a_stage_and_what_follows(
+    vertex: Loopback, environment: dict[str, str]
+) -> None:
+    original = finished_run(vertex, environment)
+    vertex.requests.clear()
+    given = {"RUN": original, "STAGE": "continue-1024", "PARAMS": "continue_train_steps=8000"}
+    done = run("rerun", environment | given)
+    assert done.returncode == 0, done.stderr
+    (request,) = [entry for entry in vertex.requests if entry[0] == "POST"]
+    _, path, body = request
+    assert path.startswith(f"/v1beta1/{PARENT}?")
+    assert body["originalPipelineJobId"] == "123"
+    assert body["runtimeConfig"]["parameterValues"] == {"seed": 7, "continue_train_steps": 8000}
+    skipped = {
+        config["taskName"].removeprefix("unique-"): config.get("skipTask", False)
+        for config in body["pipelineTaskRerunConfigs"]
+    }
+    assert skipped == {
+        "prepare-tokens": True,
+        "train": True,
+        "pick-best": True,
+        "resize-reset": True,
+        "train-2": False,
+        "pick-best-2": False,
+        "evaluate": False,
+    }
+    assert body["serviceAccount"] == SERVICE_ACCOUNT
+    assert "runs again: " in done.stdout
+
+
+def test_rerun_errors(vertex: Loopback, environment: dict[str, str]) -> None:
+    original = finished_run(vertex, environment)
+    for given, status, expected in (
+        ({"STAGE": "evaluate"}, 2, "missing: RUN"),
+        ({"RUN": original, "STAGE": "continue-102"}, 2, "did you mean continue-1024?"),
+        ({"RUN": "absent", "STAGE": "evaluate"}, 1, "not found at localhost"),
+    ):
+        done = run("rerun", environment | given)
+        assert done.returncode == status, done.stderr
+        assert expected in last_message(done)
+
+
+# ── open-source Kubeflow Pipelines
+
+
+@pytest.fixture
+def kubeflow(tmp_path: Path) -> Iterator[Loopback]:
+    server = Loopback(tmp_path, tls=False)
+    yield server
+    server.close()
+
+
+def test_submission_to_kubeflow(kubeflow: Loopback) -> None:
+    given = {
+        "HOST": kubeflow.url,
+        "TRAINER_IMAGE": IMAGE,
+        "PARAMS": "seed=7",
+        "WAIT": "1",
+        "PIPELINE_ROOT": "gs://bucket/root",
+    }
+    done = run("submit", given, "kfp")
+    assert done.returncode == 0, done.stderr
+    assert f"{kubeflow.url}/#/runs/details/r1" in done.stdout
+    assert "run: succeeded" in done.stdout
+    (body,) = [
+        body
+        for method, path, body in kubeflow.requests
+        if method == "POST" and path.startswith("/apis/v2beta1/runs")
+    ]
+    assert body["runtime_config"]["parameters"] == {"seed": 7}
+    assert body["runtime_config"]["pipeline_root"] == "gs://bucket/root"
+    spec = body["pipeline_spec"]
+    spec = spec.get("pipeline_spec", spec)
+    executors = spec["deploymentSpec"]["executors"]
+    resources = executors["exec-train"]["container"]["resources"]
+    assert resources["accelerator"]["resourceType"] == "NVIDIA_TESLA_A100"
+    assert executors["exec-train"]["container"]["image"] == IMAGE
+
+
+def test_kubeflow_errors(kubeflow: Loopback) -> None:
+    done = run("submit", {"TRAINER_IMAGE": IMAGE}, "kfp")
+    assert done.returncode == 2
+    assert "missing: HOST" in last_message(done)
+    kubeflow.refusal = (403, "PERMISSION_DENIED", "no")
+    done = run("submit", {"TRAINER_IMAGE": IMAGE, "HOST": kubeflow.url}, "kfp")
+    assert done.returncode == 1
+    assert "refused the run: 403" in last_message(done)
+    done = run("submit", {"TRAINER_IMAGE": IMAGE, "HOST": "http://localhost:9"}, "kfp")
+    assert done.returncode == 1
+    assert "cannot be reached" in last_message(done)
