@@ -10,18 +10,17 @@ given. (In the local runner the cache does this: ``make run-local PARAMS=…``.)
 from __future__ import annotations
 
 import difflib
-import json
 import os
-import tempfile
+import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from pipelines.anneal import NAME
 from pipelines.parameters import parse_parameters
 from pipelines.settings import Settings, load_settings
 from pipelines.submit import switch
 from trainer.config import run_command
-from trainer.errors import UsageError
+from trainer.errors import LiquidError, UsageError
 
 
 def stage_tasks(spec: Mapping[str, Any]) -> dict[str, str]:
@@ -71,10 +70,7 @@ def rerun(settings: Settings, run: str, stage: str, parameters: dict[str, Any]) 
     missing = [name for name, value in given.items() if not value]
     if missing:
         raise UsageError(f"missing: {'; '.join(missing)}. Give them as make rerun RUN=… STAGE=…")
-    settings.require("project", "region", "pipeline_root")
-    # The preview client has no public name for it
-    from google.cloud.aiplatform.preview.pipelinejob.pipeline_jobs import _PipelineJob
-    from google.cloud.aiplatform_v1beta1 import PipelineTaskRerunConfig
+    settings.require("project", "region")
     from google.protobuf import json_format
 
     from pipelines import vertex
@@ -82,54 +78,80 @@ def rerun(settings: Settings, run: str, stage: str, parameters: dict[str, Any]) 
     name = run
     if "/" not in run:
         name = f"projects/{settings.project}/locations/{settings.region}/pipelineJobs/{run}"
-    with tempfile.TemporaryDirectory() as scratch, vertex.readable_errors(settings):
+    with vertex.readable_errors(settings):
         vertex.connect(settings)
-        original = _get(settings, name)
+        client = _client(settings)
+        original = client.get_pipeline_job(name=name, timeout=vertex.REQUEST_SECONDS)
         spec = json_format.MessageToDict(original._pb.pipeline_spec)
         again = with_downstream(spec, find_stage(spec, stage))
-        names = stage_tasks(spec)
-        configs = [
-            PipelineTaskRerunConfig(task_id=task.task_id, skip_task=False)
-            for task in original.job_detail.task_details
-            if names.get(task.task_name) in again
-        ]
-        path = Path(scratch) / "pipeline.json"
-        path.write_text(json.dumps(spec))
-        values = json_format.MessageToDict(original._pb.runtime_config).get("parameterValues", {})
-        job = _PipelineJob(
-            display_name=original.display_name,
-            template_path=str(path),
-            pipeline_root=settings.pipeline_root,
-            enable_caching=switch("CACHE", default=True),
-            encryption_spec_key_name=settings.cmek_key or None,
-            labels=dict(settings.labels) or None,
+        created = client.create_pipeline_job(
+            parent=f"projects/{settings.project}/locations/{settings.region}",
+            pipeline_job=_repetition(settings, original, stage_tasks(spec), again, parameters),
+            pipeline_job_id=f"{NAME}-{time.strftime('%Y%m%d%H%M%S', time.gmtime())}",
+            timeout=vertex.REQUEST_SECONDS,
         )
-        job.rerun(
-            original_pipelinejob_name=name,
-            pipeline_task_rerun_configs=configs,
-            parameter_values=values | parameters,
-            service_account=settings.service_account or None,
-            network=settings.network or None,
-        )
-    job_id = job.resource_name.rpartition("/")[2]
     tasks = spec["root"]["dag"]["tasks"]
     repeated = [task["taskInfo"]["name"] for key, task in tasks.items() if key in again]
     print(f"runs again: {', '.join(repeated)}")
-    print(vertex.console_link(settings, job_id))
+    print(vertex.console_link(settings, created.name.rpartition("/")[2]))
     if switch("WAIT"):
-        vertex.follow(settings, job.resource_name)
+        vertex.follow(settings, created.name)
 
 
-def _get(settings: Settings, name: str) -> Any:
-    """The original run, with the fields that a rerun needs."""
+def _repetition(
+    settings: Settings,
+    original: Any,
+    names: Mapping[str, str],
+    again: set[str],
+    parameters: Mapping[str, Any],
+) -> Any:
+    """The new run: as the original, but for the parameters given and the tasks to skip.
+
+    The library's own ``rerun`` is not used: it takes no CMEK key (a type of the wrong version).
+
+    Raises:
+        LiquidError: the original does not carry the number that a repetition refers to it by.
+    """
+    from google.cloud import aiplatform_v1beta1 as beta
+
+    number = original.labels.get("vertex-ai-pipelines-run-billing-id", "")
+    if not number.isdecimal():
+        raise LiquidError(
+            f"{original.name} cannot be repeated: it has no label"
+            " vertex-ai-pipelines-run-billing-id"
+        )
+    done = beta.PipelineTaskDetail.State.SUCCEEDED
+    configs = [
+        beta.PipelineTaskRerunConfig(
+            task_id=task.task_id,
+            task_name=task.task_unique_name or task.task_name,
+            skip_task=task.state == done and names.get(task.task_name) not in again,
+        )
+        for task in original.job_detail.task_details
+    ]
+    job = beta.PipelineJob(
+        display_name=original.display_name,
+        pipeline_spec=original.pipeline_spec,
+        runtime_config=original.runtime_config,
+        labels=dict(settings.labels),
+        service_account=settings.service_account or original.service_account,
+        network=settings.network or original.network,
+        encryption_spec=original.encryption_spec,
+        original_pipeline_job_id=int(number),
+        pipeline_task_rerun_configs=configs,
+    )
+    for key, value in parameters.items():
+        job.runtime_config.parameter_values[key] = value
+    return job
+
+
+def _client(settings: Settings) -> Any:
+    """The v1beta1 client, which alone can repeat runs."""
     from google.cloud.aiplatform import initializer, utils
 
-    from pipelines import vertex
-
-    client = initializer.global_config.create_client(
+    return initializer.global_config.create_client(
         client_class=utils.PipelineJobClientWithOverride, location_override=settings.region
     ).select_version("v1beta1")
-    return client.get_pipeline_job(name=name, timeout=vertex.REQUEST_SECONDS)
 
 
 def main(argv: list[str]) -> None:

@@ -137,21 +137,30 @@ class TrainStep:
         """Clip, and update unless the gradient is not finite; returns its norm, on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.scaler.unscale_(self.optimizer)
-        norm = full_tensor(
-            torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.grad_clip)
-        )
         if self.optimizer.param_groups[0]["fused"] and not self.precision.loss_scaling:
-            # Fused AdamW leaves everything as it is where this is 1, without asking the host
-            self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
-            self.optimizer.step()
-            self._remember_later(norm)
+            norm = self._fused_update()
         else:
+            self.scaler.unscale_(self.optimizer)
+            norm = full_tensor(
+                torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.grad_clip)
+            )
             if bool(torch.isfinite(norm)):
                 self.scaler.step(self.optimizer)
             self.scaler.update()
             self._norms.append((norm.detach().cpu(), None))
         self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _fused_update(self) -> Tensor:
+        """Clip and update in one kernel, and skip in it, without asking the host."""
+        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        optimizer: Any = self.optimizer
+        # Fused AdamW divides by the one, and leaves everything as it is where the other is 1
+        optimizer.grad_scale = (norm / self.config.grad_clip).clamp(min=1.0)
+        optimizer.found_inf = (~torch.isfinite(norm)).float()
+        optimizer.step()
+        self._remember_later(norm)
         return norm
 
     def _remember_later(self, norm: Tensor) -> None:

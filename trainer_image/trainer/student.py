@@ -147,7 +147,11 @@ class Student(nn.Module):
                 x = checkpoint(block, x, rotation, use_reentrant=False)
             else:
                 x = block(x, rotation)
-        return self.ln_f(x)
+        x = self.ln_f(x)
+        if torch.is_autocast_enabled(x.device.type):
+            # In the compiled body the cast costs nothing; outside, a copy in fp32
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return x
 
     def logits(self, ids: Tensor) -> Tensor:
         """``[B, T]`` token ids to ``[B, T, V]`` logits, for tests and short texts."""
