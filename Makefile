@@ -7,6 +7,9 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 
+# What is given on the command line reaches the commands as environment: make submit-pipeline NAME=…
+export
+
 .PHONY: help
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -23,6 +26,37 @@ setup: $(STAMP) ## create the virtual environment with everything the commands n
 .PHONY: run-local
 run-local: $(STAMP) ## the whole pipeline at a small scale on embedded text: no cloud, hub or GPU
 	@$(BIN)/python -m pipelines.local
+
+.PHONY: compile
+compile: $(STAMP) ## compile the pipeline to build/pipeline.yaml (BACKEND=vertex or kfp)
+	@$(BIN)/python -m pipelines.compile build/pipeline.yaml $(BACKEND)
+
+.PHONY: build-image
+build-image: ## build and push TRAINER_IMAGE: with Cloud Build, or BUILDER=docker
+	@test -n "$(TRAINER_IMAGE)" || { echo "missing: TRAINER_IMAGE; give make build-image TRAINER_IMAGE=REGISTRY/NAME:TAG" >&2; exit 2; }
+ifeq ($(BUILDER),docker)
+	docker build -f trainer_image/Dockerfile -t "$(TRAINER_IMAGE)" .
+	docker push "$(TRAINER_IMAGE)"
+else
+	gcloud builds submit --config trainer_image/cloudbuild.yaml --substitutions "_IMAGE=$(TRAINER_IMAGE)" $(if $(PROJECT),--project "$(PROJECT)") .
+endif
+
+.PHONY: submit-pipeline
+submit-pipeline: $(STAMP) ## submit to Vertex AI: PROJECT= PIPELINE_ROOT= TRAINER_IMAGE= [PARAMS= WAIT=1 DRY_RUN=1]
+	@$(BIN)/python -m pipelines.submit vertex
+
+.PHONY: submit-kfp
+submit-kfp: $(STAMP) ## submit to open-source Kubeflow Pipelines: HOST= TRAINER_IMAGE= [PARAMS= WAIT=1]
+	@$(BIN)/python -m pipelines.submit kfp
+
+.PHONY: rerun
+rerun: $(STAMP) ## repeat one stage of a Vertex AI run: RUN= STAGE=continue-1024 [PARAMS=]
+	@$(BIN)/python -m pipelines.rerun
+
+.PHONY: bench-gpu
+bench-gpu: $(STAMP) ## the training step beside its peers, on one GPU
+	@$(BIN)/python -m pip install --quiet -e '.[bench]'
+	@PYTHONPATH=trainer_image $(BIN)/python bench/gpu_step.py --contexts 512 1024
 
 .PHONY: lint
 lint: $(STAMP) ## ruff and mypy

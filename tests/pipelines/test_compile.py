@@ -13,6 +13,7 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 
 from pipelines.anneal import STAGE_NAMES
 from pipelines.compile import compile_to
+from pipelines.describe import description
 from pipelines.parameters import parameter_defaults, parse_parameters
 from pipelines.settings import load_settings
 from trainer.errors import UsageError
@@ -183,3 +184,8 @@ def test_parameters_given_as_text() -> None:
 def test_an_unknown_backend(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="choose one of vertex, kfp, local"):
         compile_to(tmp_path / "x.yaml", load_settings({}), "airflow")
+
+
+def test_the_documentation_describes_this_pipeline() -> None:
+    path = Path(__file__).parents[2] / "docs" / "pipeline.md"
+    assert path.read_text() == description(), "run python -m pipelines.describe > docs/pipeline.md"
