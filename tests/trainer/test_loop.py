@@ -364,3 +364,30 @@ def test_the_teacher_reads_its_vocabulary_and_context(settings: Settings) -> Non
     assert (spec.max_context, spec.vocab_size) == (64, 520)
     teacher = load_teacher(spec, dtype=torch.float32, device=torch.device("cpu"))
     assert not any(p.requires_grad for p in teacher.model.parameters())
+
+
+def test_snapshots_by_time(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every 30 minutes by the clock; here the clock is always due."""
+    from trainer import checkpoint
+
+    monkeypatch.setattr(checkpoint, "TIME_EVERY_SECONDS", 0)
+    train(settings, train_steps=2, save_every=100, eval_every=100)
+    (timed, *_) = (tmp_path / "work").glob("ckpt_time_*.pt")
+    assert read_checkpoint(timed).step in (1, 2)
+
+
+def test_scalars_go_where_vertex_says(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("AIP_TENSORBOARD_LOG_DIR", str(tmp_path / "board"))
+    result = train(settings)
+    events = EventAccumulator(str(tmp_path / "board"))
+    events.Reload()
+    last = events.Scalars("eval/val_loss_student@32")[-1]
+    assert last.step == 6
+    assert last.value == pytest.approx(result.metrics["val_loss_student"], rel=1e-6)
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6]

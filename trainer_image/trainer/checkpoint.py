@@ -136,12 +136,7 @@ def build_meta(
             train_steps=config.train_steps,
         ),
         "lr_peak": config.peak_lr,
-        "pos_embedding": {
-            "type": student.pos_embedding,
-            "num_embeddings": student.positions,
-            "embedding_dim": student.d_model,
-            "trained_positions": trained_positions,
-        },
+        "pos_embedding": _position_meta(student, trained_positions),
         "rope_scale": student.rope_scale,
         "eval_ctx_lens": list(config.contexts),
         "metrics": dict(metrics),
@@ -158,6 +153,42 @@ def build_meta(
         "seed": config.seed,
         "settings": config.run_settings(),
         "origin": dict(origin or {}),
+    }
+
+
+def _position_meta(student: StudentConfig, trained_positions: int) -> dict[str, Any]:
+    return {
+        "type": student.pos_embedding,
+        "num_embeddings": student.positions,
+        "embedding_dim": student.d_model,
+        "trained_positions": trained_positions,
+    }
+
+
+def reset_meta(
+    meta: Mapping[str, Any],
+    student: StudentConfig,
+    *,
+    block_size: int,
+    trained_positions: int,
+    origin: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The metadata of weights made ready for a new phase, from that of where they came from.
+
+    Steps count from 0 again, so the schedules and settings of the phase behind are left out; what
+    alpha, T and the learning rate had reached stays.
+    """
+    spent = ("alpha_schedule", "temp_schedule", "pending_schedules", "settings", "train_steps")
+    kept = {key: value for key, value in meta.items() if key not in spent}
+    return kept | {
+        "format_version": FORMAT_VERSION,
+        "step": 0,
+        "block_size": block_size,
+        "pos_embedding": _position_meta(student, trained_positions),
+        "model": student.as_dict(),
+        "metrics": {},
+        "metrics_step": -1,
+        "origin": dict(origin),
     }
 
 

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint import Snapshot, sidecar_name
+from trainer.checkpoint import Snapshot, reset_meta, sidecar_name
 from trainer.config import build_parser, resolve, run_command, settings_from_args
 from trainer.errors import CheckpointError
 from trainer.log import log, set_up_logging
@@ -63,30 +63,20 @@ def run(
         )
     weights, config = stretched_student(source.weights, config, trained, block_size, method)
     old_context = source.meta.get("block_size") or trained
-    meta = dict(source.meta)
-    meta |= {
-        "step": 0,
-        "block_size": block_size,
-        "pos_embedding": {
-            "type": config.pos_embedding,
-            "num_embeddings": config.positions,
-            "embedding_dim": config.d_model,
-            "trained_positions": max(block_size, trained or 0),
-        },
-        "model": config.as_dict(),
-        "metrics": {},
-        "metrics_step": -1,
-        "origin": {
-            "checkpoint": checkpoint,
-            "step": source.step,
-            "block_size": old_context,
-            "metrics": source.meta.get("metrics") or {},
-            "pos_resize": method,
-        },
+    origin = {
+        "checkpoint": checkpoint,
+        "step": source.step,
+        "block_size": old_context,
+        "metrics": source.meta.get("metrics") or {},
+        "pos_resize": method,
     }
-    # Schedules count from 0 again, so those of the phase behind are not the next one's
-    for key in ("alpha_schedule", "temp_schedule", "pending_schedules", "settings", "train_steps"):
-        meta.pop(key, None)
+    meta = reset_meta(
+        source.meta,
+        config,
+        block_size=block_size,
+        trained_positions=max(block_size, trained or 0),
+        origin=origin,
+    )
     _write(Snapshot(weights, None, {}, 0, {}, meta), output, workdir)
     log.info("%s at context %s -> %s at context %d", checkpoint, old_context, output, block_size)
     return meta
