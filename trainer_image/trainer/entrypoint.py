@@ -33,7 +33,7 @@ from trainer.config import (
 )
 from trainer.errors import UsageError
 from trainer.hf_token import find_hf_token
-from trainer.log import log, quiet_libraries, set_up_logging
+from trainer.log import log, log_values, quiet_libraries, set_up_logging
 from trainer.loop import RunResult, TrainingLoop
 from trainer.parallel import Processes, joined_processes, launch_if_needed
 from trainer.precision import choose_device, choose_precision
@@ -46,8 +46,11 @@ from trainer.start import (
     new_phase,
     restarts,
 )
-from trainer.teacher import TeacherSpec, load_teacher, load_tokenizer, read_teacher_spec
-from trainer.tokens import streams_for
+from trainer.teacher import Teacher, TeacherSpec, load_teacher, load_tokenizer, read_teacher_spec
+from trainer.tokens import TokenStreams, evaluation_batches, streams_for
+
+_FP8_TOKENS = 8192
+"""Of the validation split, to compare an fp8 teacher with its original on."""
 
 
 def run(
@@ -132,13 +135,33 @@ def _train(
     teacher = None
     if spec is not None:
         teacher = load_teacher(spec, dtype=precision.teacher, device=precision.device, token=token)
-        teacher.prepare(
-            compiled=precision.compiles(config),
-            sharded=config.shard_teacher and processes.world_size > 1,
-        )
+        if precision.fp8_teacher:
+            _quantize(teacher, streams, config)
+        else:
+            teacher.prepare(
+                compiled=precision.compiles(config),
+                sharded=config.shard_teacher and processes.world_size > 1,
+            )
     else:
         log.info("alpha is 0 throughout: the teacher is not loaded")
     return TrainingLoop(config, start, teacher, streams, precision, snapshots, processes).run()
+
+
+def _quantize(teacher: Teacher, streams: TokenStreams, config: TrainConfig) -> None:
+    """Turn the teacher to fp8, and say what that changes on the first validation windows."""
+    windows = max(1, min(_FP8_TOKENS, len(streams.validation) - 1) // config.context)
+    inputs, _ = next(
+        iter(evaluation_batches(streams.validation, context=config.context, batch=windows))
+    )
+    error = teacher.quantize(inputs.to(teacher.device))
+    log_values(
+        f"teacher in fp8: KL to bf16 {error.divergence:.4f} nats a token, same first choice for"
+        f" {error.same_choice:.1%} of {inputs.numel()} tokens, hidden state off by"
+        f" {error.hidden:.1%}",
+        fp8_divergence=error.divergence,
+        fp8_same_choice=error.same_choice,
+        fp8_hidden_error=error.hidden,
+    )
 
 
 def _resolve_own(

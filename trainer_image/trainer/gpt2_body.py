@@ -67,7 +67,7 @@ def supports(model: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class _Norm:
+class Norm:
     """A layer norm, and what the residual stream it reads lacks."""
 
     weight: Tensor
@@ -93,17 +93,17 @@ class _Norm:
 class _Layer:
     """One block's weights; matrices ``[in, out]``, as `transformers` stores them."""
 
-    norm_1: _Norm
+    norm_1: Norm
     qkv: Tensor
     qkv_bias: Tensor
     projection: Tensor
-    norm_2: _Norm
+    norm_2: Norm
     expand: Tensor
     expand_bias: Tensor
     contract: Tensor
 
 
-class _Workspace:
+class Workspace:
     """Activations of up to ``tokens`` tokens."""
 
     def __init__(self, tokens: int, width: int, inner: int, like: Tensor) -> None:
@@ -166,7 +166,7 @@ class GPT2Body:
             missing = after_attention + block.mlp.c_proj.bias.detach()
         self.norm = _norm(body.ln_f, missing)
         self.inner = max((layer.expand.shape[1] for layer in self.layers), default=0)
-        self._workspace: _Workspace | None = None
+        self._workspace: Workspace | None = None
         self._graphs: dict[tuple[int, ...], _Graph | None] = {}
 
     @torch.no_grad()
@@ -201,7 +201,7 @@ class GPT2Body:
         if self._workspace is None or self._workspace.tokens < tokens:
             self._graphs.clear()
             self._workspace = None
-            self._workspace = _Workspace(tokens, self.width, self.inner, self.embed)
+            self._workspace = Workspace(tokens, self.width, self.inner, self.embed)
 
     def _capture(self, ids: Tensor) -> _Graph | None:
         graphs = sum(graph is not None for graph in self._graphs.values())
@@ -218,8 +218,7 @@ class GPT2Body:
         batch, length = ids.shape
         assert self._workspace is not None
         stream, normed, qkv, inside = self._workspace.views(ids.numel())
-        torch.index_select(self.embed, 0, ids.reshape(-1), out=stream)
-        stream.view(batch, length, self.width).add_(self.positions[:length])
+        self._embed(ids, stream)
         for layer in self.layers:
             layer.norm_1(stream, normed)
             torch.addmm(layer.qkv_bias, normed, layer.qkv, out=qkv)
@@ -230,6 +229,11 @@ class GPT2Body:
             stream.addmm_(inside, layer.contract)
         self.norm(stream, normed)
         return normed.view(batch, length, self.width)
+
+    def _embed(self, ids: Tensor, stream: Tensor) -> None:
+        """Tokens and positions of ``[B, T]`` ids into the stream ``[B · T, D]``."""
+        torch.index_select(self.embed, 0, ids.reshape(-1), out=stream)
+        stream.view(*ids.shape, self.width).add_(self.positions[: ids.shape[1]])
 
     def _attention(self, qkv: Tensor) -> Tensor:
         """``[B, T, 3, H, W]`` to ``[B · T, H · W]``; no copies where the backend takes strides."""
@@ -253,8 +257,8 @@ def _expand(layer: _Layer, normed: Tensor, out: Tensor) -> None:
     out.copy_(F.gelu(torch.addmm(layer.expand_bias, normed, layer.expand), approximate="tanh"))
 
 
-def _norm(norm: torch.nn.LayerNorm, missing: Tensor) -> _Norm:
-    return _Norm(norm.weight.detach(), norm.bias.detach(), norm.eps, missing)
+def _norm(norm: torch.nn.LayerNorm, missing: Tensor) -> Norm:
+    return Norm(norm.weight.detach(), norm.bias.detach(), norm.eps, missing)
 
 
 def _layer(block: Any, missing: Tensor, after_attention: Tensor) -> _Layer:

@@ -10,6 +10,7 @@ import time
 import traceback
 from typing import Any
 
+import trainer
 from trainer.errors import LiquidError
 
 log = logging.getLogger("trainer")
@@ -102,6 +103,11 @@ def start() -> None:
     """Set up what a stage wants that another program calls in process."""
     set_up_logging()
     quiet_libraries()
+
+
+def seconds_since_start() -> float:
+    """Seconds since the package was imported, before torch and the others were."""
+    return time.monotonic() - trainer.STARTED
 
 
 def log_values(message: str, **values: Any) -> None:

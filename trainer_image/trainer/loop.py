@@ -22,7 +22,7 @@ from trainer.config import TrainConfig
 from trainer.distill import DistillLoss, Mix
 from trainer.errors import Preempted, TrainingError
 from trainer.evaluate import Evaluator
-from trainer.log import log, log_values, on_terminal
+from trainer.log import log, log_values, on_terminal, seconds_since_start
 from trainer.optimizer import to_cpu
 from trainer.parallel import Processes
 from trainer.precision import Precision
@@ -78,7 +78,7 @@ class _LogWindow:
     def clear(self) -> None:
         self.sums = torch.zeros(4, device=self.device)
         self.micro_steps = 0
-        self.updates = 0
+        self.updates = self.untimed = 0
         self.began = time.perf_counter()
 
     @contextlib.contextmanager
@@ -95,6 +95,10 @@ class _LogWindow:
     def seconds(self) -> float:
         """Time spent training since the last log line."""
         return time.perf_counter() - self.began
+
+    def leave_out_updates(self) -> None:
+        """Count neither the time nor the updates so far for the speed: they were not typical."""
+        self.began, self.untimed = time.perf_counter(), self.updates
 
     def add(self, output: DistillLoss) -> None:
         """Count a micro-batch."""
@@ -198,8 +202,10 @@ class TrainingLoop:
         batches = self._batches()
         try:
             self._catch_up(scalars)
+            update = self._first_update
             while self.step < self.config.train_steps:
-                self._update(batches)
+                update(batches)
+                update = self._update
                 bar.update()
                 self._after_update(scalars)
             self._finish(scalars)
@@ -236,6 +242,24 @@ class TrainingLoop:
             )
 
     # ── one update ────────────────────────────────────────────────────────────────────────────
+
+    def _first_update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """The start-up's end: told in the log, and left out of the speed where it compiled."""
+        before = seconds_since_start()
+        began = time.perf_counter()
+        self._update(batches)
+        if self.precision.device.type == "cuda":
+            torch.cuda.synchronize()
+        took = time.perf_counter() - began
+        compiled = self.precision.compiles(self.config)
+        if compiled:
+            self.window.leave_out_updates()
+        log_values(
+            f"started in {before:.1f} s; first update in {took:.1f} s"
+            + ", compilation included" * compiled,
+            startup_seconds=before,
+            first_update_seconds=took,
+        )
 
     def _update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         """Schedules first, then the micro-batches, then clipping and AdamW."""
@@ -365,15 +389,17 @@ class TrainingLoop:
         else:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         last = self.step - 1
-        tokens = self.window.updates * self.config.global_batch * self.config.context
         values: dict[str, float] = {
             **self.window.means(self.processes),
             "lr": self.device_step.optimizer.param_groups[0]["lr"],
             "alpha": self.alpha.at(last),
             "T": self.temperature.at(last),
-            "tokens_per_second": tokens / max(self.window.seconds(), 1e-9),
             "memory_gib": memory,
         }
+        timed = self.window.updates - self.window.untimed
+        if timed:
+            tokens = timed * self.config.global_batch * self.config.context
+            values["tokens_per_second"] = tokens / max(self.window.seconds(), 1e-9)
         if self.progress.skipped:
             values["skipped_updates"] = self.progress.skipped
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
@@ -383,15 +409,22 @@ class TrainingLoop:
 
     def _evaluate(self, scalars: ScalarLog) -> list[str]:
         """Metrics at every context; returns the names of best checkpoints to write."""
+        began = time.perf_counter()
         with self.window.paused():
             metrics = self.evaluator.metrics(self.student, self.trained_positions)
+        took = time.perf_counter() - began
         self.progress.metrics, self.progress.metrics_step = metrics, self.step
         shown = ", ".join(
             f"{name} {value:.4f}"
             for name, value in metrics.items()
             if "@" in name and "loss" in name
         )
-        log_values(f"step {self.step}: {shown}", step=self.step, **metrics)
+        log_values(
+            f"step {self.step}: {shown} ({took:.1f} s)",
+            step=self.step,
+            eval_seconds=took,
+            **metrics,
+        )
         scalars.add({f"eval/{name}": value for name, value in metrics.items()}, self.step)
         scalars.flush()
         value = metrics[self.config.save_best_on]

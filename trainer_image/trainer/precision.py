@@ -10,6 +10,7 @@ import torch
 
 from trainer.config import TrainConfig
 from trainer.errors import UsageError
+from trainer.gpt2_fp8_body import has_fp8
 from trainer.teacher import PRECISIONS
 
 
@@ -20,6 +21,8 @@ class Precision:
     device: torch.device
     compute: torch.dtype
     teacher: torch.dtype
+    fp8_teacher: bool = False
+    """Whether the teacher, loaded in its type, then multiplies in fp8 while training."""
 
     @property
     def loss_scaling(self) -> bool:
@@ -63,9 +66,15 @@ def choose_precision(config: TrainConfig, device: torch.device | None = None) ->
         native = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         asked = "bf16" if native else "fp16" if gpu else "fp32"
     compute = PRECISIONS[asked]
-    teacher = (
-        compute if config.teacher_precision == "auto" else PRECISIONS[config.teacher_precision]
-    )
+    wanted = config.teacher_precision
+    if wanted == "fp8":
+        if not has_fp8(device):
+            raise UsageError(
+                "--teacher_precision=fp8 needs an NVIDIA GPU of compute capability 8.9 or above,"
+                " such as L4 or H100; use bf16"
+            )
+        return Precision(device, compute, torch.bfloat16, fp8_teacher=True)
+    teacher = compute if wanted == "auto" else PRECISIONS[wanted]
     if teacher == torch.float16 and not gpu:
         raise UsageError("--teacher_precision=fp16 needs a GPU; use fp32 or bf16 on the CPU")
     return Precision(device, compute, teacher)

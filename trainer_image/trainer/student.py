@@ -141,6 +141,9 @@ class Student(nn.Module):
         else:
             table = self.pos.weight if position_table is None else position_table
             x = x + table[:length].to(x.dtype)
+        if _autocast_type(x) == torch.bfloat16:
+            # The residual stream's traffic and memory halve; fp16 has too small a range for it
+            x = x.to(torch.bfloat16)
         x = self.drop(x)
         for block in self.blocks:
             if self.checkpoint_activations and torch.is_grad_enabled():
@@ -148,14 +151,19 @@ class Student(nn.Module):
             else:
                 x = block(x, rotation)
         x = self.ln_f(x)
-        if torch.is_autocast_enabled(x.device.type):
-            # In the compiled body the cast costs nothing; outside, a copy in fp32
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return x
+        # In the compiled body the cast costs nothing; outside, a copy in fp32
+        return x.to(_autocast_type(x) or x.dtype)
 
     def logits(self, ids: Tensor) -> Tensor:
         """``[B, T]`` token ids to ``[B, T, V]`` logits, for tests and short texts."""
         return self.lm_head(self.forward(ids))
+
+
+def _autocast_type(x: Tensor) -> torch.dtype | None:
+    """What autocast computes products in at present; None outside of it."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def rotary_tables(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trainer import gpt2_body
 from trainer.errors import ModelError
+from trainer.gpt2_fp8_body import QuantizationError, quantize_teacher
 from trainer.log import log
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -67,6 +68,15 @@ class Teacher:
             self._fast_body = gpt2_body.GPT2Body(self.model)
         elif compiled:
             self.body = torch.compile(self.body, dynamic=False)
+
+    def quantize(self, windows: Tensor) -> QuantizationError:
+        """Multiply in fp8 from now on; returns what that changes on ``[B, T]`` token ids.
+
+        Raises:
+            ModelError: there is no fp8 form of such a model.
+        """
+        self._fast_body, error = quantize_teacher(self.model, self.head, windows)
+        return error
 
     @property
     def device(self) -> torch.device:
