@@ -33,6 +33,9 @@ COMMAND_LINE, CONFIG_FILE, CHECKPOINT, DEFAULT = (
     "default",
 )
 REQUIRED = ("block_size", "teacher_name", "dataset_name")
+AUTO = 0
+"""``--micro_batch=auto`` as a number."""
+DEFAULT_MICRO_BATCH = 8
 
 
 def _contexts(text: str) -> tuple[int, ...]:
@@ -45,6 +48,14 @@ def _contexts(text: str) -> tuple[int, ...]:
             )
         lengths.append(int(piece))
     return tuple(sorted(set(lengths)))
+
+
+def _micro_batch(text: str) -> int:
+    if text.strip() == "auto":
+        return AUTO
+    if (windows := int(text)) < 1:
+        raise UsageError(f"--micro_batch={windows} must be at least 1, or auto")
+    return windows
 
 
 def _betas(text: str) -> tuple[float, float]:
@@ -172,7 +183,12 @@ class TrainConfig:
     # Optimization
     train_steps: int = setting(10_000, "optimizer updates; 0 loads, prints the settings and exits")
     global_batch: int = setting(64, "windows per update over all processes")
-    micro_batch: int = setting(8, "windows per forward pass of one process", defines_run=False)
+    micro_batch: int = setting(
+        DEFAULT_MICRO_BATCH,
+        "windows per forward pass of one process; auto is as many as the GPU's memory holds",
+        parse=_micro_batch,
+        defines_run=False,
+    )
     grad_accum: int | None = setting(
         None,
         "micro-batches per update; wins over --global_batch (default: global_batch / (micro_batch"
@@ -291,10 +307,10 @@ class TrainConfig:
     def _check_ranges(self) -> None:
         for names, low, unit in (
             (("block_size", "d_model", "n_layers", "n_heads", "global_batch"), 1, ""),
-            (("micro_batch", "grad_accum", "trained_positions", "max_nonfinite"), 1, ""),
+            (("grad_accum", "trained_positions", "max_nonfinite"), 1, ""),
             (("eval_every", "save_every", "log_interval"), 1, " updates"),
             (("train_steps", "warmup_steps"), 0, " updates"),
-            (("eval_max_tokens", "weight_decay", "seed"), 0, ""),
+            (("eval_max_tokens", "weight_decay", "seed", "micro_batch"), 0, ""),
         ):
             for name in names:
                 value = getattr(self, name)
@@ -404,7 +420,9 @@ class Resolved:
         """``name = value (source)`` for every setting; secrets are not shown."""
         for name, spec in SETTINGS.items():
             value = getattr(self.config, name)
-            shown = "***" if spec.metadata["secret"] and value is not None else repr(value)
+            shown = "auto" if (name, value) == ("micro_batch", AUTO) else repr(value)
+            if spec.metadata["secret"] and value is not None:
+                shown = "***"
             yield f"{name} = {shown} ({self.sources[name]})"
 
 
@@ -443,6 +461,13 @@ class _OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see --help)")
+
+
+def as_text(name: str, value: Any) -> str:
+    """A setting's value as `parse_value` reads it."""
+    if (name, value) == ("micro_batch", AUTO):
+        return "auto"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def build_parser(
@@ -563,7 +588,7 @@ def resolve(
 
 
 def accumulation(resolved: Resolved, world_size: int) -> int:
-    """Micro-batches per update on each process.
+    """Micro-batches per update on each process; `AUTO` where ``micro_batch`` is yet to be found.
 
     ``grad_accum`` wins where given; else it is ``global_batch / (micro_batch × world_size)``.
 
@@ -571,6 +596,9 @@ def accumulation(resolved: Resolved, world_size: int) -> int:
         UsageError: the division leaves a remainder, or both were given and disagree.
     """
     config = resolved.config
+    if config.micro_batch == AUTO:
+        _check_auto(config, world_size)
+        return AUTO
     per_pass = config.micro_batch * world_size
     shown = f"micro_batch {config.micro_batch} x {world_size} process{'es' * (world_size > 1)}"
     if config.grad_accum is not None:
@@ -587,6 +615,23 @@ def accumulation(resolved: Resolved, world_size: int) -> int:
             " or give --grad_accum"
         )
     return config.global_batch // per_pass
+
+
+def _check_auto(config: TrainConfig, world_size: int) -> None:
+    if config.grad_accum is not None:
+        raise UsageError(
+            f"--micro_batch=auto follows from --global_batch; leave out --grad_accum"
+            f"={config.grad_accum}, or give a number for --micro_batch"
+        )
+    if config.global_batch % world_size:
+        raise UsageError(
+            f"--global_batch={config.global_batch} is not divisible by {world_size} processes"
+        )
+    if world_size > 1 and (config.parallel == "fsdp" or config.shard_teacher):
+        raise UsageError(
+            "--micro_batch=auto works where each process holds the whole model, not with"
+            " --parallel=fsdp or --shard_teacher; give a number"
+        )
 
 
 def run_command(command: Callable[[list[str]], None], argv: list[str] | None = None) -> int:

@@ -21,10 +21,12 @@ from typing import Any
 from trainer import checkpoint as ckpt
 from trainer.checkpoint import Checkpoint
 from trainer.config import (
+    AUTO,
     REQUIRED,
     Resolved,
     TrainConfig,
     accumulation,
+    as_text,
     build_parser,
     resolve,
     run_command,
@@ -35,6 +37,7 @@ from trainer.errors import UsageError
 from trainer.hf_token import find_hf_token
 from trainer.log import log, log_values, quiet_libraries, set_up_logging
 from trainer.loop import RunResult, TrainingLoop
+from trainer.micro_batch import resolve_micro_batch
 from trainer.parallel import Processes, joined_processes, launch_if_needed
 from trainer.precision import choose_device, choose_precision
 from trainer.snapshots import Snapshots, read_from
@@ -144,6 +147,8 @@ def _train(
             )
     else:
         log.info("alpha is 0 throughout: the teacher is not loaded")
+    if config.micro_batch == AUTO:
+        config = resolve_micro_batch(config, start.student, teacher, precision, processes)
     return TrainingLoop(config, start, teacher, streams, precision, snapshots, processes).run()
 
 
@@ -225,8 +230,13 @@ def _own_snapshot(snapshots: Snapshots, processes: Processes) -> Checkpoint | No
 
 
 def _with_accumulation(resolved: Resolved, world_size: int) -> Resolved:
-    """``grad_accum`` and ``global_batch`` as they follow from each other, in the configuration."""
+    """``grad_accum`` and ``global_batch`` as they follow from each other, in the configuration.
+
+    Where ``micro_batch`` is yet to be found, ``grad_accum`` stays open.
+    """
     steps = accumulation(resolved, world_size)
+    if steps == AUTO:
+        return resolved
     config = replace(
         resolved.config,
         grad_accum=steps,
@@ -280,7 +290,7 @@ def run_on_all_gpus(settings: Mapping[str, Any]) -> RunResult:
     Raises:
         LiquidError: the run failed.
     """
-    flags = [f"--{name}={_as_flag(value)}" for name, value in settings.items()]
+    flags = [f"--{name}={as_text(name, value)}" for name, value in settings.items()]
     if launch_if_needed("trainer.entrypoint", flags):
         config = resolve(settings, {}).config
         own = Snapshots(config.uri, config.local_workdir).newest()
@@ -289,10 +299,6 @@ def run_on_all_gpus(settings: Mapping[str, Any]) -> RunResult:
     result = run(settings)
     assert result is not None, "train_steps is 0"
     return result
-
-
-def _as_flag(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def main(argv: list[str]) -> None:

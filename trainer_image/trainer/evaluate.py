@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from trainer.checkpoint import Checkpoint, settings_from_meta
 from trainer.config import (
+    DEFAULT_MICRO_BATCH,
     SETTINGS,
     TrainConfig,
     build_parser,
@@ -233,7 +234,11 @@ def run(config: TrainConfig, checkpoints: Sequence[str], output: str) -> list[Ev
     """
     if not config.eval_ctx_lens:
         raise UsageError("missing: --eval_ctx_lens; give contexts in tokens, for example 512,1024")
-    config = replace(config, block_size=max(config.eval_ctx_lens))
+    config = replace(
+        config,
+        block_size=max(config.eval_ctx_lens),
+        micro_batch=config.micro_batch or DEFAULT_MICRO_BATCH,
+    )
     config.require("teacher_name", "dataset_name")
     token = find_hf_token(config)
     precision = choose_precision(config)

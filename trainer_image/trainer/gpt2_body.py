@@ -196,6 +196,11 @@ class GPT2Body:
         captured.graph.replay()
         return captured.out.clone()
 
+    def release(self) -> None:
+        """Give up workspace and graphs; the next call makes its own."""
+        self._graphs.clear()
+        self._workspace = None
+
     def _reserve(self, tokens: int) -> None:
         """Make the workspace large enough; graphs of a smaller one hold its old addresses."""
         if self._workspace is None or self._workspace.tokens < tokens:

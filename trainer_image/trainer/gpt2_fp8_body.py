@@ -138,6 +138,11 @@ class GPT2Fp8Body(GPT2Body):
                     module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)
         self._rows: tuple[Quantized, Quantized] | None = None
 
+    def release(self) -> None:
+        """Give up workspace, graphs and quantized rows; the next call makes its own."""
+        super().release()
+        self._rows = None
+
     def _reserve(self, tokens: int) -> None:
         before = self._workspace
         super()._reserve(tokens)

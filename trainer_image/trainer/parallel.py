@@ -56,6 +56,14 @@ class Processes:
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         return bool(seen)
 
+    def min(self, value: int) -> int:
+        """The smallest of the processes' numbers."""
+        if self.world_size == 1:
+            return value
+        found = torch.tensor(value)
+        dist.all_reduce(found, op=dist.ReduceOp.MIN)
+        return int(found)
+
     def broadcast(self, value: Any) -> Any:
         """The main process's object, on every process."""
         if self.world_size == 1:

@@ -78,6 +78,11 @@ class Teacher:
         self._fast_body, error = quantize_teacher(self.model, self.head, windows)
         return error
 
+    def release(self) -> None:
+        """Give up buffers that are kept between calls."""
+        if self._fast_body is not None:
+            self._fast_body.release()
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
