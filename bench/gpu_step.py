@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from trainer import distill, fused_loss
 from trainer.config import TrainConfig
 from trainer.distill import Mix
 from trainer.export_hf import gpt2_model
+from trainer.gpt2_fp8_body import has_fp8
 from trainer.parallel import Processes
 from trainer.precision import choose_precision
 from trainer.step import TrainStep
@@ -40,6 +42,7 @@ from trainer.teacher import Teacher, TeacherSpec
 VOCABULARY = 50257
 STUDENT = StudentConfig(VOCABULARY, d_model=768, n_layers=10, n_heads=12, positions=4096)
 RATE = 1e-4
+OURS, OURS_FP8 = "this trainer", "this trainer, fp8 teacher"
 TORCHTUNE = "torchtune, chunked KL"
 PEERS: dict[str, Callable[[float, float], Loss]] = {
     "Hugging Face, full logits": full_logits,
@@ -129,7 +132,7 @@ def bench_loss(options: argparse.Namespace, report: dict[str, Any]) -> None:
         return fused_loss.distill_loss(h, w, th, tw, y, mix).loss
 
     soft_weight = mix.alpha * mix.temperature**2
-    for name, build in {"this trainer": lambda *_: ours, **LOSS_PEERS}.items():
+    for name, build in {OURS: lambda *_: ours, **LOSS_PEERS}.items():
         with fresh_memory():
             loss = built(name, build, mix)
             if loss is None:
@@ -153,20 +156,26 @@ def bench_loss(options: argparse.Namespace, report: dict[str, Any]) -> None:
 # ── the whole step ────────────────────────────────────────────────────────────────────────────
 
 
+def draw_batch(context: int, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Inputs and labels of a step, the same for every variant."""
+    generator = torch.Generator("cuda").manual_seed(2)
+    shape = (options.tokens // context, context + 1)
+    stream = torch.randint(0, VOCABULARY, shape, generator=generator, device="cuda")
+    return stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
+
+
 def bench_step(
     context: int, model: Any, roof: float, options: argparse.Namespace, report: dict[str, Any]
 ) -> None:
     """This trainer's own step, then the peers', from the same weights on the same batch."""
     section = f"step at context {context}"
-    windows = options.tokens // context
-    generator = torch.Generator("cuda").manual_seed(2)
-    stream = torch.randint(
-        0, VOCABULARY, (windows, context + 1), generator=generator, device="cuda"
-    )
-    ids, labels = stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
+    ids, labels = draw_batch(context, options)
     flops = flop_per_token(model.config, context)
+    teacher = Teacher(model, TeacherSpec("gpt2-xl", 1024, VOCABULARY))
+    teacher.prepare(compiled=True, sharded=False)
     with fresh_memory():
-        expected = own_step(section, model, ids, labels, options, report, (flops, roof))
+        expected = own_step((section, OURS), teacher, (ids, labels), options, report, (flops, roof))
+        del teacher
     body = torch.compile(model.transformer, dynamic=False)
     weights = Student(STUDENT).initialize(0).state_dict()
     student = gpt2_model(weights, STUDENT, STUDENT.positions).cuda().train()
@@ -188,6 +197,23 @@ def bench_step(
         record(report, section, name, timing, options.tokens, flops=flops, roof=roof)
 
 
+def bench_fp8(roof: float, options: argparse.Namespace, report: dict[str, Any]) -> None:
+    """This trainer's step with the teacher's products in fp8: not the same maths as the others."""
+    model = build_teacher(options)
+    config = model.config
+    teacher = Teacher(model, TeacherSpec("gpt2-xl", 1024, VOCABULARY))
+    error = teacher.quantize(draw_batch(512, options)[0][:16])
+    report["fp8 teacher, random weights"] = asdict(error)
+    say(f"fp8 teacher of random weights: {error}")
+    for context in options.contexts:
+        torch._dynamo.reset()
+        section, flops = f"step at context {context}", flop_per_token(config, context)
+        with fresh_memory():
+            teacher.release()
+            batch = draw_batch(context, options)
+            own_step((section, OURS_FP8), teacher, batch, options, report, (flops, roof))
+
+
 def agrees(
     name: str,
     peer: PeerStep,
@@ -204,15 +230,16 @@ def agrees(
 
 
 def own_step(
-    section: str,
-    model: Any,
-    ids: Tensor,
-    labels: Tensor,
+    place: tuple[str, str],
+    teacher: Teacher,
+    batch: tuple[Tensor, Tensor],
     options: argparse.Namespace,
     report: dict[str, Any],
     rates: tuple[float, float],
 ) -> float:
     """Times the product's own step; returns the loss of the untrained student."""
+    section, name = place
+    ids, labels = batch
     windows, context = ids.shape
     config = TrainConfig(
         teacher_name="gpt2-xl",
@@ -226,8 +253,6 @@ def own_step(
     )
     mix = Mix(options.alpha, options.temperature)
     device = torch.device("cuda")
-    teacher = Teacher(model, TeacherSpec("gpt2-xl", 1024, VOCABULARY))
-    teacher.prepare(compiled=True, sharded=False)
     student = Student(STUDENT).initialize(0)
     step = TrainStep(
         config, student, teacher, choose_precision(config, device), Processes(device=device), {}
@@ -241,11 +266,11 @@ def own_step(
         return output.loss.detach()
 
     first = float(run())
-    say(f"  this trainer: loss {first:.5f} before the first update")
+    say(f"  {name}: loss {first:.5f} before the first update")
     timing = time_runs(run, runs=options.runs)
-    record(report, section, "this trainer", timing, ids.numel(), flops=rates[0], roof=rates[1])
+    record(report, section, name, timing, ids.numel(), flops=rates[0], roof=rates[1])
     kinds, longest = kernel_table(run)
-    report[section]["kernels, ms"] = {kind: round(ms, 2) for kind, ms in kinds.items()}
+    report[section][f"kernels of {name}, ms"] = {kind: round(ms, 2) for kind, ms in kinds.items()}
     for kind, duration in kinds.items():
         say(f"    {duration:7.2f} ms  {kind}")
     print("\n".join(longest), flush=True)
@@ -267,6 +292,7 @@ def record(
         "median ms": round(timing.median, 2),
         "quartiles ms": [round(q, 2) for q in statistics.quantiles(timing.runs, n=4)[::2]],
         "tokens/s": round(rate),
+        "mean tokens/s": round(tokens / statistics.mean(timing.runs) * 1e3),
         "peak GiB": round(timing.peak_gib, 2),
         "extra GiB": round(timing.extra_gib, 2),
     }
@@ -286,6 +312,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--teacher_layers", type=int, default=48, help="fewer for a quick look")
     parser.add_argument("--peers", nargs="*", help="only peers with one of these words")
     parser.add_argument("--no_loss", action="store_true", help="leave out the loss alone")
+    parser.add_argument("--no_fp8", action="store_true", help="leave out the fp8 teacher")
     parser.add_argument("--json", type=Path, help="where the figures go")
     return parser.parse_args()
 
@@ -312,6 +339,10 @@ def main() -> None:
                 bench_step(context, model, roof, options, report)
             if options.json:
                 options.json.write_text(json.dumps(report, indent=1))
+        del model
+        if not options.no_fp8 and has_fp8(torch.device("cuda")):
+            with fresh_memory():
+                bench_fp8(roof, options, report)
     if options.json:
         options.json.write_text(json.dumps(report, indent=1))
     if FAILURES:

@@ -15,7 +15,8 @@ KINDS = (
     # First match wins; attention and fused kernels also carry words of the kinds after them
     ("attention", ("flash", "fmha", "sdpa", "attention")),
     ("loss kernel", ("_loss_and_gradient",)),
-    ("layer norm", ("_layer_norm",)),
+    ("layer norm", ("_layer_norm", "_norm_quantized")),
+    ("GELU to fp8", ("_gelu_quantized",)),
     ("optimizer", ("adam", "multi_tensor", "lpnorm")),
     ("GEMM", ("nvjet", "gemm", "cutlass", "splitk", "cublas")),
     ("compiled elementwise", ("triton",)),

@@ -71,7 +71,7 @@ def _gelu_quantized(  # type: ignore[no-untyped-def]
 
 
 def _warps(block: int) -> int:
-    return max(1, min(16, block // 512))
+    return max(1, min(8, block // 512))
 
 
 def norm(

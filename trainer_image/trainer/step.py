@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -20,10 +19,6 @@ from trainer.parallel import Processes, full_tensor, local_tensor, wrap
 from trainer.precision import Precision
 from trainer.student import Student
 from trainer.teacher import Teacher
-
-ACTIVATION_BUDGET = 0.9
-"""Share of a compiled body's activations that may be kept for the backward pass. At 0.9 the
-compiler recomputes GELU and layer norms there, inside kernels that run anyway."""
 
 
 class StudentWithLoss(nn.Module):
@@ -96,7 +91,6 @@ class TrainStep:
         self.sharded = config.parallel == "fsdp" and processes.world_size > 1
         """Whether weights and moments are spread over processes."""
         if precision.compiles(config):
-            functorch_config.activation_memory_budget = ACTIVATION_BUDGET
             if self.sharded:
                 for block in self.student.blocks:
                     block.compile(dynamic=False)
