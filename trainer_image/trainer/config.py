@@ -501,6 +501,8 @@ def build_parser(
 
 
 def _metavar(name: str) -> str:
+    if name == "micro_batch":
+        return "N|auto"
     kind = str(_TYPES[name])
     return "N" if "int" in kind else "X" if "float" in kind else "TEXT"
 
@@ -597,7 +599,7 @@ def accumulation(resolved: Resolved, world_size: int) -> int:
     """
     config = resolved.config
     if config.micro_batch == AUTO:
-        _check_auto(config, world_size)
+        _check_auto(resolved, world_size)
         return AUTO
     per_pass = config.micro_batch * world_size
     shown = f"micro_batch {config.micro_batch} x {world_size} process{'es' * (world_size > 1)}"
@@ -617,7 +619,13 @@ def accumulation(resolved: Resolved, world_size: int) -> int:
     return config.global_batch // per_pass
 
 
-def _check_auto(config: TrainConfig, world_size: int) -> None:
+def _check_auto(resolved: Resolved, world_size: int) -> None:
+    config = resolved.config
+    if config.grad_accum is not None and not resolved.given("grad_accum"):
+        raise UsageError(
+            "--micro_batch=auto follows from --global_batch, of which the checkpoint tells only"
+            f" grad_accum {config.grad_accum}; give --global_batch"
+        )
     if config.grad_accum is not None:
         raise UsageError(
             f"--micro_batch=auto follows from --global_batch; leave out --grad_accum"
@@ -625,7 +633,7 @@ def _check_auto(config: TrainConfig, world_size: int) -> None:
         )
     if config.global_batch % world_size:
         raise UsageError(
-            f"--global_batch={config.global_batch} is not divisible by {world_size} processes"
+            f"--global_batch={config.global_batch} is not divisible by {world_size} processes; change it"
         )
     if world_size > 1 and (config.parallel == "fsdp" or config.shard_teacher):
         raise UsageError(

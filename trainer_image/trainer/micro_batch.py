@@ -25,6 +25,8 @@ FITTED_TOKENS = 4096
 """The line is fitted from here on: below, the loss takes all tokens in one chunk."""
 MEMORY_SHARE = 0.92
 """Of the memory that is free at the start; the rest is for evaluation and fragmentation."""
+_OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
+"""How CUDA, Triton and cuBLAS tell of it where torch's allocator was not the one asked."""
 
 
 def resolve_micro_batch(
@@ -46,20 +48,23 @@ def resolve_micro_batch(
     sizes = candidates(windows, config.context)
     if precision.device.type != "cuda":
         chosen = max(size for size in sizes if size <= DEFAULT_MICRO_BATCH)
-        log.info("micro_batch auto: %d windows per pass (the default on the CPU)", chosen)
+        log.info(
+            "micro_batch auto: %d windows per pass (on the CPU at most %d)",
+            chosen,
+            DEFAULT_MICRO_BATCH,
+        )
     else:
-        trial = _Trial(config, student, teacher, precision)
+        trial = _Trial(config, student, teacher, precision, processes)
         limit = trial.memory_limit()
         found, expected = choose(sizes, trial.peak, limit, config.context)
         chosen = processes.min(found)
+        memory = f"{expected / 2**30:.1f} of {limit / MEMORY_SHARE / 2**30:.1f} GiB expected"
         log.info(
-            "micro_batch auto: %d windows (%d tokens) per pass, %d passes per update; %.1f of"
-            " %.1f GiB expected",
+            "micro_batch auto: %d windows (%d tokens) per pass, %d passes per update; %s",
             chosen,
             chosen * config.context,
             windows // chosen,
-            expected / 2**30,
-            limit / MEMORY_SHARE / 2**30,
+            memory if chosen == found else "another process has no room for more",
         )
     return replace(config, micro_batch=chosen, grad_accum=windows // chosen)
 
@@ -131,6 +136,7 @@ class _Trial:
         student: Student,
         teacher: Teacher | None,
         precision: Precision,
+        processes: Processes,
     ) -> None:
         self.device = precision.device
         self.context = config.context
@@ -142,23 +148,31 @@ class _Trial:
         alpha = max(config.schedule_alpha.values())
         self.mix = Mix(alpha, config.schedule_T.at(0), config.kd_scheme)
         self.generator = torch.Generator().manual_seed(0)
-        self.moments = 8 * sum(parameter.numel() for parameter in student.parameters())
-        """Bytes that AdamW allocates at the first update."""
+        # AdamW's moments, and DDP's buckets beside the gradients of the micro-batches before
+        words = 2 if processes.world_size == 1 else 3
+        self.later = 4 * words * sum(parameter.numel() for parameter in student.parameters())
+        """Bytes that training allocates, and a trial does not."""
 
     def memory_limit(self) -> int:
         """Bytes that this process may allocate, what it has already among them."""
         gc.collect()
         torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return int(MEMORY_SHARE * (free + torch.cuda.memory_reserved(self.device)))
+        free, total = torch.cuda.mem_get_info(self.device)
+        allowed = total * torch.cuda.get_per_process_memory_fraction()
+        return int(MEMORY_SHARE * min(free + torch.cuda.memory_reserved(self.device), allowed))
 
     def peak(self, size: int) -> int | None:
         """Bytes of an update in passes of ``size`` windows; None where memory ran out."""
+        # Past the limit, further shapes silently run uncompiled: leave training and evaluation
+        # as many of their own as without a search
+        torch._dynamo.config.recompile_limit += 1
         try:
             needed = self._measure(size)
             log.info("micro_batch auto: %d windows need %.1f GiB", size, needed / 2**30)
             return needed
-        except torch.cuda.OutOfMemoryError:
+        except RuntimeError as error:
+            if not any(sign in str(error) for sign in _OUT_OF_MEMORY):
+                raise
             log.info("micro_batch auto: %d windows do not fit", size)
             return None
         finally:
@@ -168,12 +182,14 @@ class _Trial:
         shape = (size, self.context)
         ids = torch.randint(0, self.vocabulary, shape, generator=self.generator).to(self.device)
         # The first pass also compiles; the second finds gradients to add to, as most passes do
-        for _ in range(2):
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.step.micro_step(ids, ids, self.mix, accumulation=2, last=False)
+        # Dropout draws numbers; the run's own must not depend on the search
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            for _ in range(2):
+                torch.cuda.synchronize(self.device)
+                torch.cuda.reset_peak_memory_stats(self.device)
+                self.step.micro_step(ids, ids, self.mix, accumulation=2, last=False)
         torch.cuda.synchronize(self.device)
-        return torch.cuda.max_memory_allocated(self.device) + self.moments
+        return torch.cuda.max_memory_allocated(self.device) + self.later
 
     def release(self) -> None:
         """Give the memory of a trial back: gradients, and what the teacher keeps."""
@@ -182,3 +198,5 @@ class _Trial:
             self.teacher.release()
         gc.collect()
         torch.cuda.empty_cache()
+        # The run logs its own peak
+        torch.cuda.reset_peak_memory_stats(self.device)
