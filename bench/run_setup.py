@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -106,8 +107,10 @@ def train(
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | dict(environ),
+        start_new_session=True,
     )
-    timer = threading.Timer(timeout, process.kill)
+    # With the workers that it may have started, which would keep the pipe open
+    timer = threading.Timer(timeout, os.killpg, (process.pid, signal.SIGKILL))
     timer.start()
     lines: list[str] = []
     assert process.stderr is not None

@@ -27,7 +27,7 @@ from tests.faults.server import ObjectServer
 
 BANDWIDTH = 5_000_000
 """Bytes a second."""
-STEPS, EVERY, ROUNDS = 160, 40, 3
+STEPS, EVERY, ROUNDS = 100, 25, 3
 
 
 def throttle(url: str, address: multiprocessing.Queue[str]) -> None:

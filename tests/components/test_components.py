@@ -7,11 +7,15 @@ tests/pipelines/test_anneal.py for that.
 from __future__ import annotations
 
 import json
+import multiprocessing
+import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from kfp import dsl
 
 from components.evaluate import evaluate
@@ -19,6 +23,7 @@ from components.pick_best import pick_best
 from components.prepare_tokens import prepare_tokens
 from components.resize_reset import resize_reset
 from components.train import train
+from trainer.checkpoint import read_checkpoint
 from trainer.errors import CheckpointError
 
 New = Callable[[type, str], Any]
@@ -78,6 +83,56 @@ def test_train(trained: dict[str, Any]) -> None:
     assert {"kd_alpha", "kd_temperature", "step"} <= set(metadata)
     assert trained["metrics"].metadata == json.loads(Path(trained["metrics"].path).read_text())
     assert "val_loss_student@64" in trained["metrics"].metadata
+
+
+def train_stage(tokens: Any, teacher: str, checkpoints: Any, metrics: Any) -> None:
+    """A stage long enough to be killed in."""
+    torch.set_num_threads(2)  # sums depend on it, and a process of its own would not inherit it
+    train.python_func(
+        tokens=tokens,
+        teacher_name=teacher,
+        block_size=32,
+        train_steps=120,
+        warmup_steps=1,
+        lr_peak=1e-3,
+        alpha_schedule="0:0.7,60:0.3",
+        global_batch=4,
+        micro_batch=4,
+        eval_every=50,
+        save_every=10,
+        more_settings={"d_model": 32, "n_layers": 2, "n_heads": 4, "eval_max_tokens": 500},
+        checkpoints=checkpoints,
+        metrics=metrics,
+    )
+
+
+def test_a_killed_stage_goes_on_when_it_is_retried(
+    new: New, tokens: Any, teacher_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed = (new(dsl.Model, "killed"), new(dsl.Metrics, "killed-metrics"))
+    unbroken = (new(dsl.Model, "unbroken"), new(dsl.Metrics, "unbroken-metrics"))
+    stage = multiprocessing.get_context("spawn").Process(
+        target=train_stage, args=(tokens, str(teacher_dir), *killed)
+    )
+    stage.start()
+    snapshot = Path(killed[0].path) / "ckpt_step_20.pt.meta.json"
+    while not snapshot.exists():
+        assert stage.is_alive(), "it ended before it could be killed"
+        time.sleep(0.005)
+    stage.kill()
+    stage.join()
+    assert not (Path(killed[0].path) / "final.pt").exists()
+    for artifacts in (unbroken, killed):
+        capsys.readouterr()
+        train_stage(tokens, str(teacher_dir), *artifacts)
+    start = re.search(r"training from step (\d+) to 120", capsys.readouterr().err)
+    assert start
+    assert int(start[1]) >= 20
+    one, other = (read_checkpoint(Path(model.path) / "final.pt") for model, _ in (killed, unbroken))
+    assert one.step == other.step == 120
+    for name, value in other.weights.items():
+        assert torch.equal(value, one.weights[name])
+    assert killed[1].metadata == unbroken[1].metadata
 
 
 def test_pick_resize_and_evaluate(

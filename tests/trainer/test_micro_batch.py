@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +16,32 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from trainer.config import AUTO, TrainConfig, as_text, parse_value, resolve, settings_from_yaml
+from trainer import entrypoint, micro_batch
+from trainer.checkpoint import read_checkpoint, settings_from_meta
+from trainer.config import (
+    AUTO,
+    TrainConfig,
+    accumulation,
+    as_text,
+    build_parser,
+    given,
+    parse_value,
+    resolve,
+    settings_from_args,
+    settings_from_yaml,
+)
+from trainer.distill import Mix
 from trainer.errors import TrainingError, UsageError
-from trainer.micro_batch import MOST_TOKENS, candidates, choose, resolve_micro_batch
+from trainer.micro_batch import (
+    MEMORY_SHARE,
+    MOST_TOKENS,
+    candidates,
+    choose,
+    resolve_micro_batch,
+)
 from trainer.parallel import Processes
-from trainer.precision import choose_precision
+from trainer.precision import Precision, choose_precision
+from trainer.step import TrainStep
 from trainer.student import Student, StudentConfig
 from trainer.teacher import Teacher, TeacherSpec
 
@@ -105,23 +131,67 @@ def test_text_and_number_round_trip(tmp_path: Path) -> None:
     ids=str,
 )
 def test_what_auto_excludes(settings: dict[str, Any], world_size: int, words: str) -> None:
-    from trainer.config import accumulation
-
     resolved = resolve({"micro_batch": AUTO, **settings}, {})
     with pytest.raises(UsageError, match=words):
         accumulation(resolved, world_size)
 
 
+def test_a_checkpoint_that_tells_only_grad_accum() -> None:
+    """Its windows per update are unknown; the user, who gave no such flag, is asked for them."""
+    meta = settings_from_meta({"grad_accum": 4})
+    with pytest.raises(UsageError, match="the checkpoint tells only grad_accum 4; give --global_b"):
+        accumulation(resolve({"micro_batch": AUTO}, {}, meta), 1)
+    asked = {"micro_batch": AUTO, "global_batch": 32}
+    assert accumulation(resolve(asked, {}, meta), 1) == AUTO
+    whole = settings_from_meta({"grad_accum": 4, "global_batch": 16})
+    resolved = resolve({"micro_batch": AUTO}, {}, whole)
+    assert (accumulation(resolved, 1), resolved.config.global_batch) == (AUTO, 16)
+
+
+def test_it_reaches_every_process_as_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the flags of torchrun, and over a pipeline's number by its further settings."""
+    started: list[list[str]] = []
+    monkeypatch.setattr(entrypoint, "launch_if_needed", lambda _, flags: started.append(flags))
+    monkeypatch.setattr(entrypoint, "run", lambda settings: settings)
+    settings = given(**({"micro_batch": 8, "global_batch": 32} | {"micro_batch": "auto"}))
+    entrypoint.run_on_all_gpus(settings)
+    parser = build_parser("prog", "")
+    assert settings_from_args(parser.parse_args(started[0])) == settings
+    assert settings["micro_batch"] == AUTO
+    assert "--micro_batch N|auto" in parser.format_help()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--micro_batch=auto", "--grad_accum=2"], "leave out --grad_accum=2"),
+        (["--micro_batch=0"], "--micro_batch=0 must be at least 1, or auto"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_usage_ends_with_one_line_and_status_2(
+    settings: dict[str, Any], flags: list[str], words: str
+) -> None:
+    kept = [f"--{k}={v}" for k, v in settings.items() if k not in ("micro_batch", "global_batch")]
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer.entrypoint", *kept, *flags],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        timeout=120,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert words in line
+
+
 def test_a_run_on_the_cpu(settings: dict[str, Any], tmp_path: Path) -> None:
     """It trains what the same run with the number trains, and goes on from its own snapshots."""
-    from trainer import entrypoint
-    from trainer.checkpoint import read_checkpoint
-
     weights = {}
-    for name, micro_batch, steps in (("auto", "auto", 3), ("auto", "auto", 6), ("number", 6, 6)):
+    for name, windows, steps in (("auto", "auto", 3), ("auto", "auto", 6), ("number", 6, 6)):
         flags = settings | {
             "global_batch": 12,
-            "micro_batch": micro_batch,
+            "micro_batch": windows,
             "train_steps": 6,
             "local_workdir": str(tmp_path / name),
         }
@@ -137,6 +207,195 @@ def test_a_run_on_the_cpu(settings: dict[str, Any], tmp_path: Path) -> None:
     assert weights["auto"].meta["grad_accum"] == 2
     for key, value in weights["number"].weights.items():
         assert torch.equal(value, weights["auto"].weights[key])
+
+
+def test_a_new_phase_takes_its_windows_per_update_from_the_checkpoint(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    del settings["micro_batch"], settings["global_batch"]
+    numbers = {"micro_batch": 2, "grad_accum": 5, "local_workdir": str(first)}
+    entrypoint.run(settings | numbers | {"train_steps": 3})
+    path = tmp_path / "run.yaml"
+    path.write_text("micro_batch: auto\n")
+    source = {"resume_gcs_uri": str(first / "final.pt"), "local_workdir": str(second)}
+    entrypoint.run(settings | source, settings_from_yaml(str(path)))
+    meta = read_checkpoint(second / "final.pt").meta
+    assert (meta["global_batch"], meta["micro_batch"], meta["grad_accum"]) == (10, 5, 2)
+    # Started again with a number, it is still the same run
+    again = settings | source | {"micro_batch": 2}
+    assert entrypoint.run(again).step == 6  # type: ignore[union-attr]
+
+
+# ── the search on a GPU, its memory simulated
+
+
+class FakeTrial:
+    """Stands in for the passes on a GPU; every window needs one of 50 GiB."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def memory_limit(self) -> int:
+        return int(MEMORY_SHARE * 50 * GIB)
+
+    def peak(self, size: int) -> int | None:
+        return size * GIB if size <= 50 else None
+
+
+class Fellow(Processes):
+    """One of two processes; the other has found room for 8 windows."""
+
+    def min(self, value: int) -> int:
+        return min(value, 8)
+
+
+@pytest.mark.parametrize(
+    ("processes", "chosen", "accumulated", "words"),
+    [
+        (
+            Processes(),
+            32,
+            2,
+            "32 windows (4096 tokens) per pass, 2 passes per update; 32.0 of 50.0",
+        ),
+        (
+            Fellow(world_size=2),
+            8,
+            4,
+            "8 windows (1024 tokens) per pass, 4 passes per update; anoth",
+        ),
+    ],
+    ids=["alone", "two"],
+)
+def test_what_is_found_flows_on_and_is_logged(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    processes: Processes,
+    chosen: int,
+    accumulated: int,
+    words: str,
+) -> None:
+    monkeypatch.setattr(micro_batch, "_Trial", FakeTrial)
+    resets: list[bool] = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(True))
+    monkeypatch.setattr(micro_batch.log, "propagate", True)
+    config = TrainConfig(block_size=128, micro_batch=AUTO, global_batch=64)
+    precision = Precision(torch.device("cuda"), torch.bfloat16, torch.bfloat16)
+    with caplog.at_level(logging.INFO):
+        found = resolve_micro_batch(config, None, None, precision, processes)  # type: ignore[arg-type]
+    assert found == replace(config, micro_batch=chosen, grad_accum=accumulated)
+    assert caplog.messages[-1].startswith("micro_batch auto: " + words)
+    assert len(resets) == processes.world_size - 1, "DDP compiles in parts of its own"
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Makes a trial on the CPU, whose GPU's counters always say 1 GiB."""
+    for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: GIB)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 10 * GIB)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (60 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)
+
+    def make(processes: Processes | None = None) -> Any:
+        student = Student(
+            StudentConfig(50, d_model=16, n_layers=2, n_heads=2, positions=8, dropout=0.5)
+        ).initialize(0)
+        config = TrainConfig(block_size=8, micro_batch=AUTO, dropout=0.5, alpha=0.0)
+        precision = Precision(torch.device("cpu"), torch.float32, torch.float32)
+        return micro_batch._Trial(config, student, None, precision, processes or Processes())
+
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
+        yield make
+
+
+def test_a_trial_leaves_nothing_behind(tiny: Callable[..., Any]) -> None:
+    trial = tiny()
+    student, limit = trial.step.student, torch._dynamo.config.recompile_limit
+    before, numbers = copy.deepcopy(student.state_dict()), torch.get_rng_state()
+    parameters = sum(parameter.numel() for parameter in student.parameters())
+    assert trial.peak(2) == GIB + 8 * parameters, "with AdamW's two moments"
+    assert all(parameter.grad is None for parameter in student.parameters())
+    assert not trial.step.optimizer.state
+    assert torch.equal(torch.get_rng_state(), numbers), "dropout drew from a copy"
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert torch._dynamo.config.recompile_limit == limit + 1
+    shared = tiny(Processes(world_size=2))
+    assert shared.peak(2) == GIB + 12 * parameters, "and with DDP's buckets"
+
+
+def test_the_limit_is_of_what_is_free_to_this_process(
+    tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tiny().memory_limit() == int(MEMORY_SHARE * 70 * GIB)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 0.25)
+    assert tiny().memory_limit() == int(MEMORY_SHARE * 20 * GIB)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_memory_that_runs_out_in_a_trial(
+    tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """In the middle of a pass, with gradients already there."""
+    trial = tiny()
+    whole = trial.step.micro_step
+
+    def short(ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = whole(ids, *args, **kwargs)
+        if ids.shape[0] > 2:
+            raise error
+        return output
+
+    monkeypatch.setattr(trial.step, "micro_step", short)
+    assert trial.peak(4) is None
+    assert all(parameter.grad is None for parameter in trial.step.student.parameters())
+    size, _ = choose([1, 2, 4, 8], trial.peak, 2 * GIB, context=8)
+    assert size == 2
+
+
+def test_another_failure_of_a_trial_is_not_taken_for_it(
+    tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = tiny()
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(trial.step, "micro_step", broken)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        trial.peak(2)
+
+
+def test_the_smallest_number_of_several_processes(tmp_path: Path) -> None:
+    script = tmp_path / "smallest.py"
+    script.write_text(
+        "from trainer.parallel import joined_processes\n"
+        "with joined_processes() as processes:\n"
+        "    assert processes.min(7 - processes.rank) == 6\n"
+    )
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"),
+            *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", str(script)),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.gpu
@@ -170,7 +429,21 @@ def test_on_the_gpu() -> None:
     torch.cuda.set_per_process_memory_fraction(1.5 * GIB / total)
     try:
         smaller = resolve_micro_batch(config, student, teacher, precision, alone)
+        assert 1 <= smaller.micro_batch < largest.micro_batch
+        assert smaller.grad_accum == 512 // smaller.micro_batch
+        for name, value in student.state_dict().items():
+            assert torch.equal(value.cpu(), before[name])
+        trial = micro_batch._Trial(config, student, teacher, precision, alone)
+        assert trial.peak(largest.micro_batch) is None, "what fitted before runs out of memory"
+        del trial
+        # What was chosen runs, with the moments that the search only counted
+        step = TrainStep(smaller, student, teacher, precision, alone, {})
+        ids = torch.zeros((smaller.micro_batch, 256), dtype=torch.int64, device=device)
+        for _ in range(2):
+            for last in (False, True):
+                mix = Mix(0.5, 1.0, "forward_kl")
+                step.micro_step(ids, ids, mix, accumulation=2, last=last)
+            step.update(1e-4)
+        torch.cuda.synchronize()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert 1 <= smaller.micro_batch < largest.micro_batch
-    assert smaller.grad_accum == 512 // smaller.micro_batch

@@ -633,7 +633,8 @@ def _check_auto(resolved: Resolved, world_size: int) -> None:
         )
     if config.global_batch % world_size:
         raise UsageError(
-            f"--global_batch={config.global_batch} is not divisible by {world_size} processes; change it"
+            f"--global_batch={config.global_batch} is not divisible by {world_size} processes;"
+            " change it"
         )
     if world_size > 1 and (config.parallel == "fsdp" or config.shard_teacher):
         raise UsageError(

@@ -58,6 +58,10 @@ def resolve_micro_batch(
         limit = trial.memory_limit()
         found, expected = choose(sizes, trial.peak, limit, config.context)
         chosen = processes.min(found)
+        if processes.world_size > 1:
+            # Under DDP a body is compiled in parts, so that gradients travel during the backward
+            # pass; what a trial compiled in one would be taken in their place
+            torch._dynamo.reset()
         memory = f"{expected / 2**30:.1f} of {limit / MEMORY_SHARE / 2**30:.1f} GiB expected"
         log.info(
             "micro_batch auto: %d windows (%d tokens) per pass, %d passes per update; %s",
@@ -181,9 +185,9 @@ class _Trial:
     def _measure(self, size: int) -> int:
         shape = (size, self.context)
         ids = torch.randint(0, self.vocabulary, shape, generator=self.generator).to(self.device)
-        # The first pass also compiles; the second finds gradients to add to, as most passes do
         # Dropout draws numbers; the run's own must not depend on the search
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            # The first pass also compiles; the second finds gradients to add to, as most do
             for _ in range(2):
                 torch.cuda.synchronize(self.device)
                 torch.cuda.reset_peak_memory_stats(self.device)
