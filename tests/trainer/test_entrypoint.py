@@ -107,6 +107,26 @@ def test_smoke_one_step_without_an_output_location(
     assert record["memory_gib"] > 0
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs g++")
+def test_compiled_students_learn_the_same(settings: Settings, tmp_path: Path) -> None:
+    weights, logs = {}, {}
+    for compiled in ("off", "on"):
+        work = {"local_workdir": str(tmp_path / compiled), "compile": compiled}
+        done = command(*flags(settings, log_interval=1, train_steps=3, **work))
+        assert done.returncode == 0, done.stderr
+        weights[compiled] = read_checkpoint(tmp_path / compiled / "final.pt").weights
+        logs[compiled] = [json.loads(line) for line in done.stderr.splitlines()]
+    for name, expected in weights["off"].items():
+        torch.testing.assert_close(weights["on"][name], expected, rtol=1e-4, atol=1e-6)
+    for compiled, lines in logs.items():
+        start = next(line for line in lines if "startup_seconds" in line)
+        assert start["first_update_seconds"] > 0
+        assert ("compilation included" in start["message"]) == (compiled == "on")
+        steps = [line for line in lines if "grad_norm" in line]
+        # What the first update took is no speed where it compiled
+        assert ["tokens_per_second" in line for line in steps] == [compiled == "off", True, True]
+
+
 # ── checkpoints of the base package
 
 
@@ -208,6 +228,23 @@ def test_a_step_below_train_steps_is_kept(settings: Settings, tmp_path: Path) ->
     entrypoint.run(more | {"train_steps": 3, "save_every": 1})
     assert (tmp_path / "more" / "ckpt_step_3.pt").exists()
     assert not (tmp_path / "more" / "ckpt_step_1.pt").exists()
+
+
+def test_the_checkpoints_batch_decides_what_a_micro_batch_must_divide(
+    settings: Settings, tmp_path: Path
+) -> None:
+    entrypoint.run(settings | {"global_batch": 10, "micro_batch": 5, "train_steps": 2})
+    phase = settings | {
+        "local_workdir": str(tmp_path / "more"),
+        "resume_gcs_uri": str(tmp_path / "work" / "final.pt"),
+        "micro_batch": 10,
+        "train_steps": 1,
+    }
+    del phase["global_batch"]
+    entrypoint.run(phase)  # the default of 64 would leave a remainder
+    meta = read_checkpoint(tmp_path / "more" / "final.pt").meta
+    assert (meta["global_batch"], meta["grad_accum"]) == (10, 1)
+    fails(phase | {"local_workdir": str(tmp_path / "other")}, 2, "--global_batch=10", micro_batch=3)
 
 
 def test_a_schedule_ends_with_the_phase_that_counted_its_steps(

@@ -77,7 +77,9 @@ def run(
     now = processes.broadcast(time.time())
     asked = resolve(command_line, config_file, now=now)
     asked.config.require(*REQUIRED)
-    accumulation(asked, processes.world_size)
+    if not asked.config.resume_gcs_uri:
+        # Said at once; what a checkpoint's metadata gives is checked with it, below
+        accumulation(asked, processes.world_size)
     command_line = {**command_line, "local_workdir": asked.config.local_workdir}
     if asked.config.output_gcs_uri:
         command_line["output_gcs_uri"] = asked.config.output_gcs_uri
