@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+JOBS ?= 2
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
@@ -65,8 +66,8 @@ lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/mypy
 
 .PHONY: test
-test: lint ## lint, then every test that needs no GPU
-	@$(BIN)/python -m pytest -q -m 'not soak'
+test: lint ## lint, then every test that needs no GPU (JOBS=2 at a time)
+	@$(BIN)/python -m pytest -q -m 'not soak' -n $(JOBS) --dist loadfile
 
 .PHONY: soak
 soak: $(STAMP) ## the long fault tests: a thousand storage faults

