@@ -90,8 +90,11 @@ def draw_batch(options: argparse.Namespace, processes: Processes) -> tuple[Tenso
     generator = torch.Generator().manual_seed(dist.get_rank())
     shape = (options.micro_batch, options.context + 1)
     stream = torch.randint(0, options.vocabulary, shape, generator=generator)
-    stream = stream.to(processes.device)
-    return stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
+    ids, labels = stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
+    # From where the training loop has them
+    if processes.device.type == "cuda":
+        return ids.pin_memory(), labels.pin_memory()
+    return ids, labels
 
 
 def largest(value: float) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 from datetime import datetime
@@ -31,7 +32,11 @@ def bare_step(options: argparse.Namespace) -> dict[str, float]:
     command += ["--teacher_layers", str(options.teacher_layers), "--json", str(target)]
     subprocess.run(command, check=True, timeout=options.timeout, stdout=subprocess.DEVNULL)
     found = json.loads(target.read_text())[f"step at context {CONTEXT}"]["this trainer"]
-    return {"median tokens/s": found["tokens/s"], "mean tokens/s": found["mean tokens/s"]}
+    return {
+        "median tokens/s": found["tokens/s"],
+        "mean tokens/s": found["mean tokens/s"],
+        "peak GiB": found["peak GiB"],
+    }
 
 
 def training_rate(records: list[dict[str, Any]], tokens_per_update: int) -> dict[str, float]:
@@ -63,19 +68,48 @@ def start_up(records: list[dict[str, Any]]) -> dict[str, float]:
     return {key: round(line[key], 1) for key in ("startup_seconds", "first_update_seconds")}
 
 
+def short_run(
+    flags: list[str], options: argparse.Namespace, environ: dict[str, str]
+) -> dict[str, float]:
+    """Start-up and first update of a run of three."""
+    output = options.work / "run"
+    shutil.rmtree(output, ignore_errors=True)
+    short = [*flags, "--train_steps=3", "--eval_max_tokens=1000", *options.more]
+    records, _ = train([*short, f"--local_workdir={output}"], environ, options.timeout)
+    return start_up(records)
+
+
+def lengthen_validation(corpus: Path, tokens: int) -> None:
+    """Repeat the validation text, which is short, until there is enough to evaluate on."""
+    path = corpus / "validation.jsonl"
+    text = path.read_text(encoding="utf-8")
+    # No more than 8 bytes a token with any vocabulary
+    path.write_text(text * -(-8 * tokens // len(text)), encoding="utf-8")
+
+
+def empty_compiler_caches(work: Path) -> dict[str, str]:
+    """Variables that give the compiler caches of its own, with nothing in them yet."""
+    places = {"TORCHINDUCTOR_CACHE_DIR": work / "inductor", "TRITON_CACHE_DIR": work / "triton"}
+    for place in places.values():
+        shutil.rmtree(place, ignore_errors=True)
+    return {name: str(place) for name, place in places.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_flags(parser)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--eval_tokens", type=int, default=262_144)
     parser.add_argument("--no_bare", action="store_true", help="leave out the bare step")
-    parser.add_argument("--no_eager", action="store_true", help="leave out the eager start")
+    parser.add_argument("--no_starts", action="store_true", help="leave out the further starts")
     options = parser.parse_args()
     common = [*prepare(options), f"--global_batch={options.micro_batch}"]
     report: dict[str, Any] = {}
+    lengthen_validation(options.work / "corpus", options.eval_tokens)
+    caches = empty_compiler_caches(options.work)
     if not options.no_bare:
-        report["bare step"] = bare_step(options)
-        say(f"bare step: {report['bare step']}")
+        report["bare step, before"] = bare_step(options)
+        say(f"bare step: {report['bare step, before']}")
     run = [*common, f"--train_steps={options.steps}", f"--warmup_steps={options.steps // 10}"]
     run += ["--log_interval=50", "--eval_every=500", "--save_every=250"]
     run += [
@@ -85,26 +119,21 @@ def main() -> None:
     ]
     output = options.work / "run"
     shutil.rmtree(output, ignore_errors=True)
-    records, took = train([*run, f"--local_workdir={output}"], {}, options.timeout)
+    records, took = train([*run, f"--local_workdir={output}"], caches, options.timeout)
     report["run"] = training_rate(records, options.micro_batch * CONTEXT) | {"in all": took}
-    report["start"] = start_up(records)
+    report["start, nothing cached"] = start_up(records)
     evaluations = [record["eval_seconds"] for record in records if "eval_seconds" in record]
     report["evaluations, s (the first with the teacher's)"] = evaluations
-    if not options.no_eager:
-        short = [
-            *common,
-            "--train_steps=3",
-            "--eval_max_tokens=1000",
-            "--compile=off",
-            *options.more,
-        ]
-        shutil.rmtree(output, ignore_errors=True)
-        records, _ = train([*short, f"--local_workdir={output}"], {}, options.timeout)
-        report["start, eager, token cache warm"] = start_up(records)
+    if not options.no_starts:
+        report["start, tokens and kernels cached"] = short_run(common, options, caches)
+        eager = [*common, "--compile=off"]
+        report["start, eager, tokens cached"] = short_run(eager, options, caches)
     shutil.rmtree(output, ignore_errors=True)
     if not options.no_bare:
+        report["bare step, after"] = bare_step(options)
+        bare = [report[f"bare step, {when}"]["mean tokens/s"] for when in ("before", "after")]
         rate = report["run"]["tokens/s, snapshots and logging included"]
-        report["run / bare step (means)"] = rate / report["bare step"]["mean tokens/s"]
+        report["run / bare step (means)"] = rate / statistics.mean(bare)
     print(json.dumps(report, indent=1))
     if options.json:
         options.json.write_text(json.dumps(report, indent=1))

@@ -294,7 +294,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """Makes a trial on the CPU, whose GPU's counters always say 1 GiB."""
     for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: GIB)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: GIB)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 10 * GIB)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (60 * GIB, 80 * GIB))
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)

@@ -214,7 +214,10 @@ class GPT2Body:
             return None
         ids = ids.clone()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        current = torch.cuda.current_stream()
+        # The default stream cannot be captured; any other has cuBLAS's workspace already
+        stream = None if current == torch.cuda.default_stream() else current
+        with torch.cuda.graph(graph, stream=stream):
             out = self._run(ids)
         return _Graph(graph, ids, out)
 

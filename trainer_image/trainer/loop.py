@@ -315,7 +315,7 @@ class TrainingLoop:
         )
 
     def _batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """Micro-batches on the device, from this step on; a thread prepares the next ones."""
+        """Micro-batches from this step on; a thread prepares the next ones."""
         gpu = self.precision.device.type == "cuda"
 
         def prepare(place: int) -> tuple[Tensor, Tensor]:
@@ -329,13 +329,10 @@ class TrainingLoop:
                 thread.submit(prepare, p) for p in range(first, min(first + _PREFETCHED, end))
             ]
             for place in range(first, end):
-                inputs, labels = pending.pop(0).result()
+                batch = pending.pop(0).result()
                 if place + _PREFETCHED < end:
                     pending.append(thread.submit(prepare, place + _PREFETCHED))
-                yield (
-                    inputs.to(self.precision.device, non_blocking=True),
-                    labels.to(self.precision.device, non_blocking=True),
-                )
+                yield batch
 
     # ── between updates ───────────────────────────────────────────────────────────────────────
 

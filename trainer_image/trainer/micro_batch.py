@@ -184,20 +184,25 @@ class _Trial:
 
     def _measure(self, size: int) -> int:
         shape = (size, self.context)
-        ids = torch.randint(0, self.vocabulary, shape, generator=self.generator).to(self.device)
+        ids = torch.randint(0, self.vocabulary, shape, generator=self.generator)
+        if self.device.type == "cuda":
+            ids = ids.pin_memory()
         # Dropout draws numbers; the run's own must not depend on the search
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             # The first pass also compiles; the second finds gradients to add to, as most do
             for _ in range(2):
                 torch.cuda.synchronize(self.device)
+                torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(self.device)
                 self.step.micro_step(ids, ids, self.mix, accumulation=2, last=False)
         torch.cuda.synchronize(self.device)
-        return torch.cuda.max_memory_allocated(self.device) + self.later
+        # What the teacher's stream has reserved is of no use to the student's
+        return torch.cuda.max_memory_reserved(self.device) + self.later
 
     def release(self) -> None:
         """Give the memory of a trial back: gradients, and what the teacher keeps."""
         self.step.optimizer.zero_grad(set_to_none=True)
+        self.step.feed.release()
         if self.teacher is not None:
             self.teacher.release()
         gc.collect()

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from trainer import fused_loss
 from trainer.config import TrainConfig
 from trainer.distill import DistillLoss, Mix, distill_loss
+from trainer.feed import Feed
 from trainer.optimizer import build_optimizer, load_state_by_name, parameter_names
 from trainer.parallel import Processes, full_tensor, local_tensor, wrap
 from trainer.precision import Precision
@@ -81,7 +82,7 @@ class TrainStep:
         moments: Mapping[str, Mapping[str, Any]],
     ) -> None:
         self.config = config
-        self.teacher = teacher
+        self.feed = Feed(teacher, precision.device)
         self.precision = precision
         self.processes = processes
         self.student = student.to(precision.device).train()
@@ -111,17 +112,15 @@ class TrainStep:
         """Forward and backward of one micro-batch ``[B, T]``; gradients add up until `update`.
 
         Args:
-            inputs: token ids on the device.
-            labels: the next token ids.
+            inputs: token ids; those in pinned memory let the teacher run ahead, see `Feed`.
+            labels: the next token ids, in the same place.
             mix: alpha, T and divergence.
             accumulation: micro-batches of this update.
             last: whether this is the update's last one, after which processes exchange gradients.
         """
-        teacher_hidden = None
-        if mix.alpha > 0.0 and self.teacher is not None:
-            teacher_hidden = self.teacher.hidden(inputs)
+        batch = self.feed.place(inputs, labels, teach=mix.alpha > 0.0)
         with self._exchange(last):
-            output = DistillLoss(*self.module(inputs, labels, teacher_hidden, mix))
+            output = DistillLoss(*self.module(*batch, mix))
             self.scaler.scale(output.loss / accumulation).backward()
         return output
 

@@ -50,7 +50,10 @@ class Teacher:
         )
         self.bias: Tensor | None = None if output.bias is None else output.bias.detach() * scale
         self.body: Any = model.base_model
+        self.sharded = False
+        """Whether its weights are spread over the processes of the run."""
         self._fast_body: gpt2_body.GPT2Body | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._check_decomposition()
 
     def prepare(self, *, compiled: bool, sharded: bool) -> None:
@@ -64,6 +67,7 @@ class Teacher:
                     for layer in layers:
                         fully_shard(layer)
             fully_shard(self.model.base_model)
+            self.sharded = True
         elif compiled and self.device.type == "cuda" and gpt2_body.supports(self.model):
             self._fast_body = gpt2_body.GPT2Body(self.model)
         elif compiled:
@@ -90,10 +94,23 @@ class Teacher:
 
     @torch.no_grad()
     def hidden(self, ids: Tensor) -> Tensor:
-        """``[B, T]`` token ids to the last hidden state ``[B, T, D_t]``."""
+        """``[B, T]`` token ids to the last hidden state ``[B, T, D_t]``.
+
+        May be called on any stream: each call comes after the one before, whose buffers it uses.
+        """
+        self._follow()
         if self._fast_body is not None:
             return self._fast_body(ids)
         return self.body(input_ids=ids, use_cache=False).last_hidden_state
+
+    def _follow(self) -> None:
+        """Put the current stream behind the one that the last call was on."""
+        if self.device.type != "cuda":
+            return
+        current = torch.cuda.current_stream(self.device)
+        if self._stream is not None and self._stream != current:
+            current.wait_stream(self._stream)
+        self._stream = current
 
     @torch.no_grad()
     def _check_decomposition(self) -> None:
