@@ -30,6 +30,28 @@ def save_teacher(directory: Path, tokenizer_dir: Path, *, vocab: int, positions:
     return directory
 
 
+def lively_gpt2(*, deviation: float, **settings: Any) -> Any:
+    """A frozen GPT-2 whose biases and norms are not the trivial ones of a fresh model.
+
+    Args:
+        deviation: of the matrices.
+        settings: of its configuration.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(5)
+    common = {"n_positions": 64, "bos_token_id": 0, "eos_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(**common | settings)).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_(0.0, 0.3)
+        elif ".ln_" in name:
+            parameter.normal_(1.0, 0.2)
+        else:
+            parameter.normal_(0.0, deviation)
+    return model
+
+
 def base_package_payload(*, trained: int, rows: int, step: int = 68150) -> dict[str, Any]:
     """A checkpoint as the base package writes it: one AdamW group, no metadata, a long table."""
     config = StudentConfig(vocab_size=64, d_model=16, n_layers=2, n_heads=4, positions=rows)

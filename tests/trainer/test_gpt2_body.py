@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
+from tests.trainer.samples import lively_gpt2
 from trainer.errors import ModelError
 from trainer.gpt2_body import MAX_GRAPHS, GPT2Body, supports
 
@@ -19,26 +20,8 @@ needs_gpu = pytest.mark.skipif(
 
 
 def build(**changes: Any) -> GPT2LMHeadModel:
-    """A small GPT-2 whose biases and norms are not the trivial ones of a fresh model."""
-    settings: dict[str, Any] = {
-        "vocab_size": 211,
-        "n_embd": 96,
-        "n_layer": 3,
-        "n_head": 3,
-        "n_positions": 64,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }
-    torch.manual_seed(5)
-    model = GPT2LMHeadModel(GPT2Config(**settings | changes)).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            parameter.normal_(0.0, 0.3)
-        elif ".ln_" in name:
-            parameter.normal_(1.0, 0.2)
-        else:
-            parameter.normal_(0.0, 0.15)
-    return model
+    shape = {"vocab_size": 211, "n_embd": 96, "n_layer": 3, "n_head": 3}
+    return lively_gpt2(deviation=0.15, **shape | changes)
 
 
 def stock(model: Any, ids: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from tests.trainer.samples import lively_gpt2
 from trainer.config import TrainConfig
 from trainer.errors import ModelError, UsageError
 from trainer.gpt2_body import GPT2Body
@@ -25,27 +26,8 @@ needs_fp8 = pytest.mark.skipif(
 
 
 def build(width: int = 96, heads: int = 6, layers: int = 3, **changes: Any) -> GPT2LMHeadModel:
-    """A small GPT-2 whose biases and norms are not the trivial ones of a fresh model."""
-    config = GPT2Config(
-        vocab_size=208,
-        n_embd=width,
-        n_layer=layers,
-        n_head=heads,
-        n_positions=64,
-        bos_token_id=0,
-        eos_token_id=0,
-        **changes,
-    )
-    torch.manual_seed(5)
-    model = GPT2LMHeadModel(config).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            parameter.normal_(0.0, 0.3)
-        elif ".ln_" in name:
-            parameter.normal_(1.0, 0.2)
-        else:
-            parameter.normal_(0.0, 1.5 / width**0.5)
-    return model
+    shape = {"vocab_size": 208, "n_embd": width, "n_layer": layers, "n_head": heads}
+    return lively_gpt2(deviation=1.5 / width**0.5, **shape | changes)
 
 
 def draw(*shape: int, device: str = "cpu") -> Tensor:
