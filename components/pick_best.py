@@ -18,6 +18,7 @@ def pick_best(
     from trainer.checkpoint import summary
 
     log.start()
+    metric = metric or "val_loss_student"
     picked = pick_best.run([storage.place(checkpoints.uri, checkpoints.path)], metric)
     name = picked.uri.rpartition("/")[2]
     best.uri = f"{checkpoints.uri}/{name}"

@@ -13,15 +13,16 @@ def resize_reset(
     pos_resize: str = "linear",
 ) -> int:
     """Weights for ``block_size`` positions without optimizer, at step 0; returns the old step."""
-    from trainer import log, resize_reset, storage
+    from trainer import config, log, resize_reset, storage
     from trainer.checkpoint import summary
 
     log.start()
+    asked = config.resolve(config.given(block_size=block_size, pos_resize=pos_resize), {}).config
     meta = resize_reset.run(
         storage.place(checkpoint.uri, checkpoint.path),
         storage.place(resized.uri, resized.path),
-        block_size,
-        method=pos_resize,
+        asked.context,
+        method=asked.pos_resize,
     )
     resized.metadata.update(summary(meta) | {"from_step": meta["origin"]["step"]})
     return int(meta["origin"]["step"])

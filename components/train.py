@@ -36,6 +36,7 @@ def train(
 ) -> NamedTuple("Trained", [("best_loss", float), ("best_step", int), ("steps", int)]):  # type: ignore[valid-type]
     """Checkpoints of a run; started again on the same output, it goes on from its snapshots."""
     import json
+    import math
     from pathlib import Path
 
     from trainer import config, entrypoint, log, pick_best, storage
@@ -43,30 +44,34 @@ def train(
 
     log.start()
     output = storage.place(checkpoints.uri, checkpoints.path)
-    asked = dict(
-        tokens_dir=storage.place(tokens.uri, tokens.path),
-        output_gcs_uri=output,
-        resume_gcs_uri=storage.place(initial.uri, initial.path) if initial else resume_gcs_uri,
-        teacher_name=teacher_name,
-        block_size=block_size,
-        train_steps=train_steps,
-        warmup_steps=warmup_steps,
-        lr_peak=lr_peak,
-        alpha=alpha,
-        T=temperature,
-        alpha_schedule=alpha_schedule,
-        temp_schedule=temp_schedule,
-        eval_ctx_lens=eval_ctx_lens,
-        micro_batch=micro_batch,
-        eval_every=eval_every,
-        save_every=save_every,
-        log_interval=log_interval,
-        seed=seed,
-        hf_secret_name=hf_secret_name,
-        **({"grad_accum": grad_accum} if grad_accum else {"global_batch": global_batch}),
-    )
-    settings = config.given(**(asked | more_settings))
-    result = entrypoint.run_on_all_gpus(settings)
+    asked = {
+        "tokens_dir": storage.place(tokens.uri, tokens.path),
+        "output_gcs_uri": output,
+        "resume_gcs_uri": storage.place(initial.uri, initial.path) if initial else resume_gcs_uri,
+        "teacher_name": teacher_name,
+        "block_size": block_size,
+        "train_steps": train_steps,
+        "warmup_steps": warmup_steps,
+        "lr_peak": lr_peak,
+        "alpha": alpha,
+        "T": temperature,
+        "alpha_schedule": alpha_schedule,
+        "temp_schedule": temp_schedule,
+        "eval_ctx_lens": eval_ctx_lens,
+        "micro_batch": micro_batch,
+        "eval_every": eval_every,
+        "save_every": save_every,
+        "log_interval": log_interval,
+        "seed": seed,
+        "hf_secret_name": hf_secret_name,
+        "grad_accum": grad_accum or None,
+    }
+    asked |= more_settings
+    if asked["grad_accum"] is None:
+        asked.setdefault("global_batch", global_batch)
+    result = entrypoint.run_on_all_gpus(config.given(**asked))
+    if result is None:  # of several machines, the first one reports
+        return (math.nan, -1, -1)
     best = pick_best.run([output], "val_loss_student")
     checkpoints.metadata.update(summary(best.meta))
     for name, value in result.metrics.items():

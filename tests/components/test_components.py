@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import re
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +26,7 @@ from components.prepare_tokens import prepare_tokens
 from components.resize_reset import resize_reset
 from components.train import train
 from trainer.checkpoint import read_checkpoint
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, UsageError
 
 New = Callable[[type, str], Any]
 
@@ -135,6 +137,67 @@ def test_a_killed_stage_goes_on_when_it_is_retried(
     assert killed[1].metadata == unbroken[1].metadata
 
 
+def machine(
+    index: int, port: int, tokens: Any, teacher: str, checkpoints: Any, metrics: Any, ended: Any
+) -> None:
+    """One of two machines of a Vertex job, as the platform starts it."""
+    pools = {"workerpool0": [f"127.0.0.1:{port}"], "workerpool1": ["127.0.0.1:0"]}
+    task = {"type": f"workerpool{index}", "index": 0}
+    os.environ["CLUSTER_SPEC"] = json.dumps({"cluster": pools, "task": task})
+    os.environ["OMP_NUM_THREADS"] = "1"
+    outputs = train.python_func(
+        tokens=tokens,
+        teacher_name=teacher,
+        block_size=32,
+        train_steps=4,
+        warmup_steps=1,
+        lr_peak=1e-3,
+        micro_batch=2,
+        eval_every=2,
+        more_settings={
+            "d_model": 32,
+            "n_layers": 2,
+            "n_heads": 4,
+            "eval_max_tokens": 500,
+            "global_batch": 4,
+        },
+        checkpoints=checkpoints,
+        metrics=metrics,
+    )
+    ended.put((index, tuple(outputs)))
+
+
+def test_two_machines_train_together_and_the_first_reports(
+    new: New, tokens: Any, teacher_dir: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    checkpoints = new(dsl.Model, "together")
+    metrics = [new(dsl.Metrics, f"metrics-{index}") for index in (0, 1)]
+    context = multiprocessing.get_context("spawn")
+    ended = context.Queue()
+    machines = [
+        context.Process(
+            target=machine,
+            args=(index, port, tokens, str(teacher_dir), checkpoints, metrics[index], ended),
+        )
+        for index in (0, 1)
+    ]
+    for process in machines:
+        process.start()
+    outputs = dict(ended.get(timeout=300) for _ in machines)
+    for process in machines:
+        process.join()
+        assert process.exitcode == 0
+    meta = json.loads((Path(checkpoints.path) / "final.pt.meta.json").read_text())
+    assert (meta["step"], meta["global_batch"], meta["grad_accum"]) == (4, 4, 1)
+    assert outputs[0][2] == 4
+    assert json.loads(Path(metrics[0].path).read_text())["val_loss_student"] > 0
+    assert outputs[1][1:] == (-1, -1)
+    assert not Path(metrics[1].path).exists()
+
+
 def test_pick_resize_and_evaluate(
     new: New, tokens: Any, trained: dict[str, Any], teacher_dir: Path
 ) -> None:
@@ -165,6 +228,69 @@ def test_pick_resize_and_evaluate(
     assert len(rows) == 4
     assert (before, after) == (rows[1]["student_loss"], rows[3]["student_loss"])
     assert "| context |" in Path(report.path).read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"more_settings": {"drop_out": 0.1}},
+            "unknown setting 'drop_out'; did you mean 'dropout'",
+        ),
+        ({"train_steps": 0}, "--train_steps=0 trains nothing"),
+        ({"more_settings": {"config": "other.yaml"}}, "unknown setting 'config'"),
+        ({"grad_accum": 2, "more_settings": {"global_batch": 64}}, "leave one of them out"),
+    ],
+)
+def test_settings_that_a_training_refuses(
+    new: New, tokens: Any, teacher_dir: Path, given: dict[str, Any], message: str
+) -> None:
+    asked = {"block_size": 32, "train_steps": 4, "warmup_steps": 1, "lr_peak": 1e-3} | given
+    checkpoints = new(dsl.Model, "refused")
+    with pytest.raises(UsageError, match=re.escape(message)):
+        train.python_func(
+            tokens=tokens,
+            teacher_name=str(teacher_dir),
+            checkpoints=checkpoints,
+            metrics=new(dsl.Metrics, "refused-metrics"),
+            **asked,
+        )
+    assert not Path(checkpoints.path).exists()
+
+
+def test_accumulation_may_come_with_the_further_settings(
+    new: New, tokens: Any, teacher_dir: Path
+) -> None:
+    checkpoints = new(dsl.Model, "accumulated")
+    small = {"d_model": 32, "n_layers": 2, "n_heads": 4, "eval_max_tokens": 500}
+    train.python_func(
+        tokens=tokens,
+        teacher_name=str(teacher_dir),
+        block_size=32,
+        train_steps=1,
+        warmup_steps=1,
+        lr_peak=1e-3,
+        micro_batch=2,
+        more_settings=small | {"grad_accum": 3},
+        checkpoints=checkpoints,
+        metrics=new(dsl.Metrics, "accumulated-metrics"),
+    )
+    meta = json.loads((Path(checkpoints.path) / "final.pt.meta.json").read_text())
+    assert (meta["grad_accum"], meta["global_batch"]) == (3, 6)
+
+
+def test_empty_texts_stand_for_defaults(new: New, trained: dict[str, Any]) -> None:
+    best, resized = new(dsl.Model, "best-default"), new(dsl.Model, "resized-default")
+    pick_best.python_func(checkpoints=trained["checkpoints"], best=best, metric="")
+    assert best.metadata["metric"] == "val_loss_student"
+    resize_reset.python_func(checkpoint=best, block_size=48, pos_resize="", resized=resized)
+    assert read_checkpoint(Path(resized.path)).meta["origin"]["pos_resize"] == "linear"
+    for given, message in (
+        ({"block_size": 0}, "--block_size=0 must be at least 1"),
+        ({"block_size": 48, "pos_resize": "cubic"}, "--pos_resize='cubic': choose one of"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            resize_reset.python_func(checkpoint=best, resized=new(dsl.Model, "none"), **given)
 
 
 def test_picking_where_nothing_qualifies_lists_what_was_found(

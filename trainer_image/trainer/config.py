@@ -371,6 +371,12 @@ class TrainConfig:
         return any(value > 0.0 for value in self.schedule_alpha.values())
 
     @property
+    def student_metrics(self) -> tuple[str, ...]:
+        """Every metric of the student that this run's evaluations give; lower is better."""
+        names = ("val_loss_student", "val_ppl_student")
+        return (*names, *(f"{name}@{context}" for name in names for context in self.contexts))
+
+    @property
     def uri(self) -> str:
         """Where the run's checkpoints live."""
         return self.output_gcs_uri or self.local_workdir
@@ -518,8 +524,9 @@ def given(**values: Any) -> dict[str, Any]:
     """Those settings that have a value, parsed; empty text and None leave one to its default.
 
     Raises:
-        UsageError: a value is not one that its setting can take.
+        UsageError: there is no such setting, or a value is not one that its setting can take.
     """
+    _check_names(values)
     return {
         name: parse_value(name, value)
         for name, value in values.items()
@@ -546,12 +553,16 @@ def settings_from_yaml(path: str) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise UsageError(f"--config={path!r} must hold 'setting: value' lines")
-    for key in content:
-        if key not in SETTINGS or key == "config":
-            near = difflib.get_close_matches(str(key), SETTINGS, 1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UsageError(f"--config={path!r}: unknown setting {key!r}{hint}")
+    _check_names(content, where=f"--config={path!r}: ")
     return given(**content)
+
+
+def _check_names(names: Iterable[Any], where: str = "") -> None:
+    for name in names:
+        if name not in SETTINGS or name == "config":
+            near = difflib.get_close_matches(str(name), SETTINGS, 1, cutoff=0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"{where}unknown setting {name!r}{hint}")
 
 
 def resolve(

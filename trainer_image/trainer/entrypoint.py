@@ -38,7 +38,7 @@ from trainer.hf_token import find_hf_token
 from trainer.log import log, log_values, quiet_libraries, set_up_logging
 from trainer.loop import RunResult, TrainingLoop
 from trainer.micro_batch import resolve_micro_batch
-from trainer.parallel import Processes, joined_processes, launch_if_needed
+from trainer.parallel import Processes, find_nodes, joined_processes, launch_if_needed
 from trainer.precision import choose_device, choose_precision
 from trainer.snapshots import Snapshots, read_from
 from trainer.start import (
@@ -266,8 +266,7 @@ def _teacher_spec(config: TrainConfig, token: str | None) -> TeacherSpec | None:
 
 def _check_metric(config: TrainConfig) -> None:
     """``--save_best_on`` must be one of the student's metrics of this run."""
-    base = ["val_loss_student", "val_ppl_student"]
-    known = [*base, *(f"{name}@{context}" for name in base for context in config.contexts)]
+    known = config.student_metrics
     if config.save_best_on not in known:
         near = difflib.get_close_matches(config.save_best_on, known, 1)
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}"
@@ -286,21 +285,27 @@ def _finished(own: Checkpoint) -> RunResult:
     )
 
 
-def run_on_all_gpus(settings: Mapping[str, Any]) -> RunResult:
+def run_on_all_gpus(settings: Mapping[str, Any]) -> RunResult | None:
     """Train on every GPU of the job: in this process where it is one, else through torchrun.
 
+    Returns:
+        What came of the run; None on machines other than the first, which alone reports.
+
     Raises:
+        UsageError: ``train_steps`` is 0.
         LiquidError: the run failed.
     """
+    if resolve(settings, {}).config.train_steps == 0:
+        raise UsageError("--train_steps=0 trains nothing; a stage needs at least 1 update")
     flags = [f"--{name}={as_text(name, value)}" for name, value in settings.items()]
     if launch_if_needed("trainer.entrypoint", flags):
+        if find_nodes().index:
+            return None
         config = resolve(settings, {}).config
         own = Snapshots(config.uri, config.local_workdir).newest()
         assert own is not None, "the run has written its final checkpoint"
         return _finished(own)
-    result = run(settings)
-    assert result is not None, "train_steps is 0"
-    return result
+    return run(settings)
 
 
 def main(argv: list[str]) -> None:
