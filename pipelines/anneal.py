@@ -41,6 +41,7 @@ class Outputs(NamedTuple):
 
 
 BACKENDS = ("vertex", "kfp", "local")
+KUBERNETES_GPU = "nvidia.com/gpu"
 
 
 def build_pipeline(settings: Settings, backend: str) -> Any:
@@ -51,7 +52,12 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
         backend: ``vertex`` runs GPU stages as custom training jobs (machine type, disk, spot,
             timeout, several machines); ``kfp`` as plain tasks that ask for GPUs; ``local`` asks
             for nothing.
+
+    Raises:
+        UsageError: machines that Vertex AI would refuse.
     """
+    if backend == "vertex":
+        settings.check_vertex()
     stage = _stages(settings, backend)
 
     @dsl.pipeline(name=NAME, description="Distil a language model at a short, then a long context")
@@ -219,7 +225,10 @@ def _with_image(component: Any, image: str) -> Any:
 def _ask_for(task: Any, machine: Machine) -> None:
     task.set_cpu_limit(machine.cpu).set_memory_limit(machine.memory)
     if machine.gpu:
-        task.set_accelerator_type(machine.accelerator_type)
+        # Kubernetes counts GPUs under their resource's name, whatever their kind; Vertex AI's
+        # names of kinds are none
+        resource = machine.accelerator_type if "/" in machine.accelerator_type else KUBERNETES_GPU
+        task.set_accelerator_type(resource)
         task.set_accelerator_limit(machine.accelerator_count)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from pipelines.compile import compile_to
-from pipelines.parameters import parameter_defaults
+from pipelines.parameters import parameter_defaults, parameter_help
 from pipelines.settings import STAGES, Machine, Settings
 from trainer.config import run_command
 
@@ -24,22 +24,42 @@ Written by `python -m pipelines.describe` from the compiled pipeline and the set
 """
 _PARAMETERS = """## Parameters
 
-Given as `PARAMS="name=value name=value"`, or edited in the UI; named by stage. `…_more_settings` is
-a JSON object of any further settings of the trainer (`python -m trainer.entrypoint --help`). An
-empty text or a `grad_accum` of 0 leaves a setting to its default.
+Given as `PARAMS="name=value name=value"`, or edited in the UI; named by stage, or for all of them.
+An empty text leaves a setting to its default. JSON stands in single quotes:
+`PARAMS="anneal_more_settings='{\\"d_model\\": 512, \\"n_heads\\": 8}'"`, with any settings of
+`python -m trainer.entrypoint --help`. The commands check values as the stage will, before anything
+is sent.
 
 """
 _SETTINGS = """## Settings
 
 From the environment (`make NAME=value`), else from `pipeline.yaml` (or the file that `SETTINGS`
-names), else the default.
+names), else the default. These belong to one command and are read from the environment alone:
+`PARAMS`; `WAIT=1` (follow the run to its end); `DRY_RUN=1` (print the request, send nothing);
+`CACHE=0` (run every task, or with `make rerun` every repeated one, even if the cache has it);
+`HOST` and `KFP_TOKEN` (address and token of open-source Kubeflow Pipelines); `RUN` and `STAGE`.
 
 """
 _MACHINES = """## Machines
 
 One set a stage: `{STAGE}_{NAME}` with STAGE one of %s. On Vertex AI the GPU stages are custom
-training jobs, which take all of these; plain tasks take CPU, memory, accelerators and retries.
+training jobs, which take all of these; plain tasks take CPU, memory, accelerators and retries. On
+open-source Kubeflow Pipelines GPUs are asked for as `nvidia.com/gpu`, whatever their type; a type
+with a `/`, such as `amd.com/gpu`, is taken as the resource's name.
 
+"""
+_CACHE = """
+## What the cache goes by
+
+A task is taken from the cache when its image, its parameters and its input artifacts are those of
+an earlier task. Nothing of the submission is among them: no time, no name of the run. Mind that
+
+- for a custom training job the machine, service account, network, key and labels are parameters
+  too: changing one of them for a GPU stage reruns it;
+- a data set is known by its name, configuration and revision, not by its content: where the files
+  under one name have changed, give another `dataset_revision`, or `CACHE=0`;
+- an image is known by the name given: name it by digest, `…@sha256:…`;
+- `make rerun` takes the image, machines and key of the run that it repeats.
 """
 
 
@@ -61,8 +81,11 @@ def description() -> str:
         spec = next(iter(yaml.safe_load_all(path.read_text())))
     lines = ["```mermaid", "flowchart TD"]
     lines += [f"    {before} --> {after}" for before, after in edges(spec)]
-    lines += ["```", "", _PARAMETERS.strip(), "", "| parameter | default |", "|---|---|"]
-    lines += [f"| `{name}` | `{value!r}` |" for name, value in parameter_defaults().items()]
+    lines += ["```", "", _PARAMETERS.strip(), "", "| parameter | what it is | default |"]
+    lines += ["|---|---|---|"]
+    for name, value in parameter_defaults().items():
+        described = parameter_help(name).replace("|", "\\|")
+        lines.append(f"| `{name}` | {described} | `{value!r}` |")
     lines += ["", _SETTINGS.strip(), "", "| setting | what it is | default |", "|---|---|---|"]
     for spec_field in fields(Settings):
         if spec_field.metadata:
@@ -78,7 +101,7 @@ def description() -> str:
         values = [getattr(machines[stage], spec_field.name) for stage in ("anneal", "prepare")]
         cells = " | ".join(f"`{value}`" for value in values)
         lines.append(f"| `{spec_field.name.upper()}` | {spec_field.metadata['help']} | {cells} |")
-    return _HEAD + "\n".join(lines) + "\n"
+    return _HEAD + "\n".join(lines) + "\n" + _CACHE
 
 
 def main(argv: list[str]) -> None:

@@ -26,7 +26,7 @@ from kfp import local
 
 from pipelines.anneal import build_pipeline
 from pipelines.embedded import build_corpus, build_teacher
-from pipelines.parameters import parse_parameters
+from pipelines.parameters import check_parameters, parse_parameters
 from pipelines.settings import Settings
 from trainer.config import run_command
 from trainer.errors import LiquidError
@@ -98,20 +98,29 @@ class _Readable(io.TextIOBase):
         self.shown, self.raw, self.run = shown, raw, run
         self._rest = ""
         self.last_error = ""
+        self._traceback_indent: int | None = None
 
     def write(self, text: str) -> int:
         self.raw.write(text)
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
-            self._line(_COLOR.sub("", line).strip())
+            self._line(_COLOR.sub("", line).rstrip())
         return len(text)
 
     def flush(self) -> None:
         self.raw.flush()
         self.shown.flush()
 
-    def _line(self, line: str) -> None:
-        if match := _FINISHED.search(line):
+    def _line(self, indented: str) -> None:
+        line = indented.strip()
+        indent = len(indented) - len(indented.lstrip())
+        if line.startswith("Traceback (most recent call last)"):
+            self._traceback_indent = indent
+        elif line and indent == self._traceback_indent:
+            self._traceback_indent = None  # after the frames: what was raised
+            ours = line.startswith("trainer.errors.")
+            self.last_error = line.partition(": ")[2] if ours else line
+        elif match := _FINISHED.search(line):
             task, status = match["task"], match["status"].lower()
             self.run.ran.append(task)
             print(f"── {TASKS.get(task, task)}: {status}", file=self.shown, flush=True)
@@ -122,8 +131,6 @@ class _Readable(io.TextIOBase):
                     self.last_error = record["message"].splitlines()[-1]
                 if not _QUIET.search(record["message"]):
                     print(f"   {record['message']}", file=self.shown, flush=True)
-        elif "trainer.errors." in line:
-            self.last_error = line.partition(": ")[2]
 
 
 @contextlib.contextmanager
@@ -162,6 +169,13 @@ def run_pipeline(work: Path, parameters: dict[str, Any]) -> LocalRun:
             failed = TASKS.get(run.ran[-1], run.ran[-1]) if run.ran else "the pipeline"
             reason = stream.last_error or _COLOR.sub("", str(error))
             raise LiquidError(f"{failed} failed: {reason} (all output: {log_file})") from None
+        except KeyboardInterrupt:
+            print(
+                "started again, the stages that have finished come from the cache; the one that"
+                " was running starts over",
+                file=sys.stderr,
+            )
+            raise
     run.outputs = dict(task.outputs)
     return run
 
@@ -172,6 +186,7 @@ def main(argv: list[str]) -> None:
     quiet_libraries()
     work = Path(argv[0] if argv else "work").resolve()
     parameters = parse_parameters(os.environ.get("PARAMS", ""))
+    check_parameters(DEMO | parameters)
     started = time.monotonic()
     corpus = build_corpus(work / "corpus")
     teacher = build_teacher(work / "teacher", corpus, workdir=work / "teacher-run")

@@ -1,16 +1,42 @@
-"""The pipeline's parameters as users give them: ``PARAMS="continue_train_steps=8000 seed=7"``."""
+"""The pipeline's parameters as users give them: ``PARAMS="continue_train_steps=8000 seed=7"``.
+
+A parameter is a setting of the trainer, for one stage (``continue_train_steps``) or for all
+(``seed``), so the trainer's own checks find a wrong one before anything is sent or started.
+"""
 
 from __future__ import annotations
 
 import difflib
 import inspect
 import json
+import math
 import shlex
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 from pipelines.anneal import build_pipeline
 from pipelines.settings import Settings
+from trainer.config import REQUIRED, SETTINGS, TrainConfig, accumulation, given, resolve
 from trainer.errors import UsageError
+
+TRAINING_STAGES = ("anneal", "continue")
+_STAGES = (*TRAINING_STAGES, "evaluate")
+_OTHER_NAMES = {"temperature": "T", "resize_method": "pos_resize"}
+"""Parameters that the trainer has another name for."""
+_OWN_HELP = {
+    "best_metric": "metric that decides which checkpoint of each training goes on; lower is better",
+    "resume_gcs_uri": "checkpoint to anneal from, gs://…; empty starts from scratch",
+    "grad_accum": "micro-batches per update; 0 makes it 64 windows an update",
+    "more_settings": "any further settings of the trainer, a JSON object",
+    "eval_ctx_lens": "contexts to evaluate at, in tokens, e.g. 512,1024",
+    "teacher_name": "teacher: a Hugging Face causal LM by hub name or directory",
+    "dataset_name": "data set: hub name, or a directory or file of text, json or parquet",
+    "block_size": "training context in tokens",
+    "train_steps": "optimizer updates",
+    "lr_peak": "peak learning rate",
+    "micro_batch": "windows per forward pass of one process",
+}
+"""Where the trainer's sentence does not fit."""
 
 
 def parameter_defaults() -> dict[str, Any]:
@@ -20,6 +46,18 @@ def parameter_defaults() -> dict[str, Any]:
         name: parameter.default
         for name, parameter in inspect.signature(function).parameters.items()
     }
+
+
+def parameter_help(name: str) -> str:
+    """What a parameter is, in the words of the trainer's setting where there is one."""
+    _, rest = split_stage(name)
+    return _OWN_HELP.get(rest) or str(SETTINGS[_OTHER_NAMES.get(rest, rest)].metadata["help"])
+
+
+def split_stage(name: str) -> tuple[str, str]:
+    """A parameter's stage (empty: all of them) and its name there."""
+    stage, _, rest = name.partition("_")
+    return (stage, rest) if stage in _STAGES else ("", name)
 
 
 def parse_parameters(text: str) -> dict[str, Any]:
@@ -49,11 +87,65 @@ def parse_parameters(text: str) -> dict[str, Any]:
 def _converted(name: str, value: str, kind: type) -> Any:
     try:
         if kind is dict:
-            converted = json.loads(value)
+            converted = json.loads(value, parse_constant=_no_constant)
             if not isinstance(converted, dict):
                 raise ValueError
             return converted
-        return kind(value)
+        converted = kind(value)
+        if kind is float and not math.isfinite(converted):
+            raise ValueError
+        return converted
     except ValueError:
-        wanted = {int: "a whole number", float: "a number", dict: "a JSON object"}[kind]
-        raise UsageError(f"PARAMS: {name}={value!r}: {wanted} is needed") from None
+        wanted = {
+            int: "a whole number is needed",
+            float: "a number is needed",
+            dict: f"a JSON object is needed, quoted as in {name}='{{\"dropout\": 0.1}}'",
+        }[kind]
+        raise UsageError(f"PARAMS: {name}={value!r}: {wanted}") from None
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(name)  # NaN and Infinity, which only Python's JSON knows
+
+
+def check_parameters(values: Mapping[str, Any], processes: Mapping[str, int] | None = None) -> None:
+    """Find what a stage would refuse once it runs, hours later perhaps.
+
+    Args:
+        values: parameters, over the defaults.
+        processes: by training stage, how many GPUs take part; one each by default.
+
+    Raises:
+        UsageError: the stage, the trainer's setting, its value and what is allowed.
+    """
+    values = parameter_defaults() | dict(values)
+    metric = values.pop("best_metric") or "val_loss_student"
+    method = values.pop("resize_method")
+    for stage in _STAGES:
+        named = {split_stage(name): value for name, value in values.items()}
+        own = {rest: value for (of, rest), value in named.items() if of in ("", stage)}
+        more = own.pop("more_settings")
+        asked = {_OTHER_NAMES.get(name, name): value for name, value in own.items()}
+        if asked.get("grad_accum") == 0:
+            del asked["grad_accum"]
+        try:
+            resolved = resolve(given(**(asked | {"pos_resize": method} | more)), {})
+            if stage == "evaluate":
+                resolved.config.require("teacher_name")
+                if not resolved.config.eval_ctx_lens:
+                    raise UsageError("eval_ctx_lens is empty; give contexts such as 512,1024")
+                continue
+            _check_training(resolved.config, metric)
+            accumulation(resolved, (processes or {}).get(stage, 1))
+        except UsageError as error:
+            raise UsageError(f"PARAMS for stage {stage}: {error}") from None
+
+
+def _check_training(config: TrainConfig, metric: str) -> None:
+    config.require(*REQUIRED)
+    if config.train_steps == 0:
+        raise UsageError("--train_steps=0 trains nothing; at least 1 update is needed")
+    if metric not in config.student_metrics:
+        near = difflib.get_close_matches(metric, config.student_metrics, 1)
+        hint = f"did you mean {near[0]}?" if near else f"it gives {config.student_metrics}"
+        raise UsageError(f"best_metric={metric!r} is not evaluated there; {hint}")

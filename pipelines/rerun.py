@@ -3,31 +3,36 @@
     make rerun RUN=liquid-annealing-20250304050607 STAGE=continue-1024 \
         PARAMS="continue_train_steps=8000"
 
-Everything else that succeeded is skipped. The new run has the old one's parameters but for those
-given. (In the local runner the cache does this: ``make run-local PARAMS=…``.)
+Everything else that succeeded is skipped. The new run is the old one, with its image, machines,
+key, labels and parameters, but for the parameters given. ``WAIT=1`` follows it, ``DRY_RUN=1``
+prints the request, ``CACHE=0`` keeps the repeated tasks from being found in the cache. (In the
+local runner the cache does all this: ``make run-local PARAMS=…``.)
 """
 
 from __future__ import annotations
 
 import difflib
 import os
-import time
+import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
-from pipelines.anneal import NAME
-from pipelines.parameters import parse_parameters
+from pipelines.parameters import check_parameters, parameter_defaults, parse_parameters
 from pipelines.settings import Settings, load_settings
-from pipelines.submit import switch
+from pipelines.submit import Switches, new_run_id
 from trainer.config import run_command
 from trainer.errors import LiquidError, UsageError
 
+_RUN_ID = re.compile(r"[a-z][a-z0-9-]{0,127}")
+_RUN_IN_TEXT = re.compile(r"/(?:pipelineJobs|runs)/([^/?#]+)")
+"""In a run's full name, or in the address of its page."""
+_NUMBER_LABEL = "vertex-ai-pipelines-run-billing-id"
 
-def stage_tasks(spec: Mapping[str, Any]) -> dict[str, str]:
-    """By name, task key and display name alike: the key of a task in a compiled pipeline."""
-    tasks = spec["root"]["dag"]["tasks"]
-    keys = {key: key for key in tasks}
-    return keys | {task["taskInfo"]["name"]: key for key, task in tasks.items()}
+
+def task_names(spec: Mapping[str, Any]) -> dict[str, str]:
+    """By key in a compiled pipeline: what the UI calls each task, in the spec's order."""
+    return {key: task["taskInfo"]["name"] for key, task in spec["root"]["dag"]["tasks"].items()}
 
 
 def with_downstream(spec: Mapping[str, Any], key: str) -> set[str]:
@@ -43,97 +48,166 @@ def with_downstream(spec: Mapping[str, Any], key: str) -> set[str]:
         found |= more
 
 
+def in_order(spec: Mapping[str, Any]) -> list[str]:
+    """The keys of all tasks, each after those it depends on."""
+    tasks = spec["root"]["dag"]["tasks"]
+    return sorted(tasks, key=lambda key: (-len(with_downstream(spec, key)), key))
+
+
 def find_stage(spec: Mapping[str, Any], stage: str) -> str:
-    """The key of the task that a user names.
+    """The key of the task that a user names, by its display name or its key.
 
     Raises:
         UsageError: there is none of that name; lists those that there are.
     """
-    names = stage_tasks(spec)
-    if stage not in names:
-        tasks = spec["root"]["dag"]["tasks"]
-        known = [task["taskInfo"]["name"] for task in tasks.values()]
+    names = task_names(spec)
+    by_name = {name: key for key, name in names.items()} | {key: key for key in names}
+    if stage not in by_name:
+        known = [names[key] for key in in_order(spec)]
         near = difflib.get_close_matches(stage, known, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UsageError(f"STAGE={stage!r} is not in this run{hint} It has {', '.join(known)}")
-    return names[stage]
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(f"STAGE={stage!r} is not in this run; {hint}It has {', '.join(known)}")
+    return by_name[stage]
+
+
+def run_name(settings: Settings, run: str) -> str:
+    """A run's full name from its id, its full name, or the address of its page.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    inside = _RUN_IN_TEXT.search(run)
+    run_id = inside[1] if inside else run
+    if not _RUN_ID.fullmatch(run_id):
+        raise UsageError(
+            f"RUN={run!r} is no run's id, such as liquid-annealing-20250304050607, nor the address"
+            " of its page"
+        )
+    if run.startswith("projects/") and inside:
+        return run
+    return f"projects/{settings.project}/locations/{settings.region}/pipelineJobs/{run_id}"
+
+
+def check_reach(
+    spec: Mapping[str, Any], repeated: list[str], parameters: Mapping[str, Any]
+) -> list[str]:
+    """Find parameters that the repeated tasks do not read.
+
+    Args:
+        spec: the original run's compiled pipeline.
+        repeated: keys of the tasks that run again.
+        parameters: those given.
+
+    Returns:
+        Remarks on parameters that skipped tasks have read too.
+
+    Raises:
+        UsageError: a parameter that only skipped tasks read, or none.
+    """
+    names, remarks = task_names(spec), []
+    for parameter in parameters:
+        readers = [
+            key
+            for key in in_order(spec)
+            if any(
+                value.get("componentInputParameter") == parameter
+                for value in spec["root"]["dag"]["tasks"][key]
+                .get("inputs", {})
+                .get("parameters", {})
+                .values()
+            )
+        ]
+        skipped = [names[key] for key in readers if key not in repeated]
+        if not readers:
+            raise UsageError(f"PARAMS: this run has no parameter {parameter!r}; leave it out")
+        if len(skipped) == len(readers):
+            raise UsageError(
+                f"PARAMS: {parameter} is read by {', '.join(skipped)}, which would be skipped; give"
+                f" STAGE={skipped[0]}, or leave it out"
+            )
+        if skipped:
+            remarks.append(
+                f"note: {parameter} changes for what runs again, not for what is skipped:"
+                f" {', '.join(skipped)}"
+            )
+    return remarks
 
 
 def rerun(settings: Settings, run: str, stage: str, parameters: dict[str, Any]) -> None:
     """Create a run that repeats a stage and what follows it; prints its page.
 
     Raises:
-        UsageError: something is missing, or the stage is unknown.
+        UsageError: something is missing, the stage is unknown, or a parameter would do nothing.
         VertexError: the run cannot be found, or the new one cannot be created.
     """
-    given = {"RUN (a run's id or full name)": run, "STAGE (e.g. continue-1024)": stage}
-    missing = [name for name, value in given.items() if not value]
-    if missing:
-        raise UsageError(f"missing: {'; '.join(missing)}. Give them as make rerun RUN=… STAGE=…")
-    settings.require("project", "region")
-    from google.protobuf import json_format
-
+    switches = Switches.from_environment()
+    given = {
+        "RUN": (run, "a run's id, full name or page"),
+        "STAGE": (stage, "the stage to repeat, e.g. continue-1024"),
+    }
+    settings.require(
+        "project",
+        "region",
+        beside={name: what for name, (value, what) in given.items() if not value},
+    )
+    name = run_name(settings, run)
     from pipelines import vertex
 
-    name = run
-    if "/" not in run:
-        name = f"projects/{settings.project}/locations/{settings.region}/pipelineJobs/{run}"
     with vertex.readable_errors(settings):
         vertex.connect(settings)
-        client = _client(settings)
+        client = vertex.client(settings, "v1beta1")
         original = client.get_pipeline_job(name=name, timeout=vertex.REQUEST_SECONDS)
-        spec = json_format.MessageToDict(original._pb.pipeline_spec)
-        again = with_downstream(spec, find_stage(spec, stage))
+        request, remarks = _repetition(settings, original, stage, parameters, switches.cache)
+        for remark in remarks:
+            print(remark, file=sys.stderr if switches.dry_run else sys.stdout)
+        if switches.dry_run:
+            print(type(request).to_json(request))
+            return
         created = client.create_pipeline_job(
             parent=f"projects/{settings.project}/locations/{settings.region}",
-            pipeline_job=_repetition(settings, original, stage_tasks(spec), again, parameters),
-            pipeline_job_id=f"{NAME}-{time.strftime('%Y%m%d%H%M%S', time.gmtime())}",
+            pipeline_job=request,
+            pipeline_job_id=new_run_id(),
             timeout=vertex.REQUEST_SECONDS,
         )
-    tasks = spec["root"]["dag"]["tasks"]
-    repeated = [task["taskInfo"]["name"] for key, task in tasks.items() if key in again]
-    print(f"runs again: {', '.join(repeated)}")
-    print(vertex.console_link(settings, created.name.rpartition("/")[2]))
-    if switch("WAIT"):
-        vertex.follow(settings, created.name)
+    vertex.report(settings, created, wait=switches.wait)
 
 
 def _repetition(
     settings: Settings,
     original: Any,
-    names: Mapping[str, str],
-    again: set[str],
+    stage: str,
     parameters: Mapping[str, Any],
-) -> Any:
-    """The new run: as the original, but for the parameters given and the tasks to skip.
+    cache: bool,
+) -> tuple[Any, list[str]]:
+    """The new run, and what to say of it: the original, but for parameters and tasks to skip.
 
     The library's own ``rerun`` is not used: it takes no CMEK key (a type of the wrong version).
 
     Raises:
+        UsageError: see `rerun`.
         LiquidError: the original does not carry the number that a repetition refers to it by.
     """
     from google.cloud import aiplatform_v1beta1 as beta
+    from google.protobuf import json_format
 
-    number = original.labels.get("vertex-ai-pipelines-run-billing-id", "")
+    number = original.labels.get(_NUMBER_LABEL, "")
     if not number.isdecimal():
-        raise LiquidError(
-            f"{original.name} cannot be repeated: it has no label"
-            " vertex-ai-pipelines-run-billing-id"
-        )
-    done = beta.PipelineTaskDetail.State.SUCCEEDED
-    configs = [
-        beta.PipelineTaskRerunConfig(
-            task_id=task.task_id,
-            task_name=task.task_unique_name or task.task_name,
-            skip_task=task.state == done and names.get(task.task_name) not in again,
-        )
-        for task in original.job_detail.task_details
-    ]
+        raise LiquidError(f"{original.name} cannot be repeated: it has no label {_NUMBER_LABEL}")
+    spec = json_format.MessageToDict(original._pb.pipeline_spec)
+    configs, repeated = _rerun_configs(spec, original, find_stage(spec, stage))
+    remarks = check_reach(spec, repeated, parameters)
+    _check_together(spec, original, parameters)
+    if not cache:
+        for key in repeated:
+            spec["root"]["dag"]["tasks"][key]["cachingOptions"] = {"enableCache": False}
+    own_labels = {
+        key: value for key, value in original.labels.items() if not key.startswith("vertex-ai-")
+    }
     job = beta.PipelineJob(
         display_name=original.display_name,
-        pipeline_spec=original.pipeline_spec,
+        pipeline_spec=spec,
         runtime_config=original.runtime_config,
-        labels=dict(settings.labels),
+        labels=own_labels | dict(settings.labels),
         service_account=settings.service_account or original.service_account,
         network=settings.network or original.network,
         encryption_spec=original.encryption_spec,
@@ -142,16 +216,44 @@ def _repetition(
     )
     for key, value in parameters.items():
         job.runtime_config.parameter_values[key] = value
-    return job
+    names = task_names(spec)
+    return job, [f"runs again: {', '.join(names[key] for key in repeated)}", *remarks]
 
 
-def _client(settings: Settings) -> Any:
-    """The v1beta1 client, which alone can repeat runs."""
-    from google.cloud.aiplatform import initializer, utils
+def _rerun_configs(spec: Mapping[str, Any], original: Any, key: str) -> tuple[list[Any], list[str]]:
+    """For each task of the original whether to skip it, and the keys of those that are not."""
+    from google.cloud import aiplatform_v1beta1 as beta
 
-    return initializer.global_config.create_client(
-        client_class=utils.PipelineJobClientWithOverride, location_override=settings.region
-    ).select_version("v1beta1")
+    succeeded = beta.PipelineTaskDetail.State.SUCCEEDED
+    keys = {name: key for key, name in task_names(spec).items()}
+    again = with_downstream(spec, key)
+    done, configs = set(), []
+    for task in original.job_detail.task_details:
+        own = keys.get(task.task_name, task.task_name)
+        skip = task.state == succeeded and own not in again
+        if skip:
+            done.add(own)
+        configs.append(
+            beta.PipelineTaskRerunConfig(
+                task_id=task.task_id,
+                task_name=task.task_unique_name or task.task_name,
+                skip_task=skip,
+            )
+        )
+    return configs, [key for key in in_order(spec) if key not in done]
+
+
+def _check_together(spec: Mapping[str, Any], original: Any, parameters: Mapping[str, Any]) -> None:
+    """The original's parameters with the given ones over them, by the trainer's own checks."""
+    from google.protobuf import json_format
+
+    inputs = spec["root"].get("inputDefinitions", {}).get("parameters", {})
+    values = {name: entry.get("defaultValue") for name, entry in inputs.items()}
+    values |= json_format.MessageToDict(original._pb.runtime_config).get("parameterValues", {})
+    values |= parameters
+    # A run of another release may have other parameters
+    known = parameter_defaults()
+    check_parameters({name: values[name] for name in values if name in known})
 
 
 def main(argv: list[str]) -> None:

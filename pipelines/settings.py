@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,6 +22,24 @@ from trainer.errors import UsageError
 DEFAULT_FILE = "pipeline.yaml"
 STAGES = ("prepare", "anneal", "pick", "resize", "continue", "evaluate")
 LOCAL_IMAGE = "liquid-annealing/trainer:local"
+
+_CPU = re.compile(r"\d+(\.\d+)?m?")
+_MEMORY = re.compile(r"\d+([KMGTPE]i?)?")
+_LABEL_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
+_LABEL_VALUE = re.compile(r"[a-z0-9_-]{0,63}")
+_GPUS_INSIDE = re.compile(r"-(\d+)g(-|$)")
+"""How names of machine types that come with GPUs end: a2-highgpu-1g, a3-megagpu-8g-nolssd."""
+_GPU_OF = {
+    "a2-highgpu": "NVIDIA_TESLA_A100",
+    "a2-megagpu": "NVIDIA_TESLA_A100",
+    "a2-ultragpu": "NVIDIA_A100_80GB",
+    "a3-highgpu": "NVIDIA_H100_80GB",
+    "a3-megagpu": "NVIDIA_H100_MEGA_80GB",
+    "a3-ultragpu": "NVIDIA_H200_141GB",
+    "g2-standard": "NVIDIA_L4",
+}
+"""Families of machine types that come with one kind of GPU (cloud.google.com/vertex-ai/docs/
+training/configure-compute)."""
 
 
 def described(default: Any, help: str) -> Any:
@@ -36,8 +55,8 @@ class Machine:
     memory: str = described("16Gi", "memory, with its unit")
     disk_gib: int = described(100, "boot disk in GiB (custom jobs)")
     machine_type: str = described("", "machine type of a custom job, e.g. a3-highgpu-1g")
-    accelerator_type: str = described("", "e.g. NVIDIA_H100_80GB; empty is no GPU")
-    accelerator_count: int = described(0, "GPUs of each machine")
+    accelerator_type: str = described("", "on Vertex AI, e.g. NVIDIA_H100_80GB")
+    accelerator_count: int = described(0, "GPUs of each machine; 0 is none")
     replicas: int = described(1, "machines")
     spot: bool = described(False, "spot machines: cheaper, may be taken away")
     retries: int = described(3, "times the platform starts the stage again")
@@ -90,50 +109,126 @@ class Settings:
     api_endpoint: str = described("", "another endpoint of the Vertex AI interface, HOST[:PORT]")
     api_transport: str = described("", "grpc or rest; empty is the client's choice")
     poll_seconds: int = described(15, "seconds between two looks at a run that is followed")
-    experiment: str = described("", "Vertex AI experiment to record the run in")
+    experiment: str = described(
+        "", "experiment of open-source Kubeflow Pipelines to list the run in"
+    )
     machines: Mapping[str, Machine] = field(default_factory=lambda: dict(_DEFAULT_MACHINES))
 
     def __post_init__(self) -> None:
         for stage, machine in self.machines.items():
-            name = stage.upper()
-            if machine.accelerator_count and not machine.accelerator_type:
-                raise UsageError(
-                    f"{name}_ACCELERATOR_COUNT={machine.accelerator_count} without"
-                    f" {name}_ACCELERATOR_TYPE; give for example NVIDIA_TESLA_A100"
-                )
+            _check_machine(stage.upper(), machine)
             if machine.replicas > 1 and stage not in ("anneal", "continue"):
-                raise UsageError(f"{name}_REPLICAS={machine.replicas}: only training takes several")
-            for low, key in (
-                (1, "replicas"),
-                (0, "retries"),
-                (1, "timeout_hours"),
-                (10, "disk_gib"),
-            ):
-                if getattr(machine, key) < low:
-                    value = getattr(machine, key)
-                    raise UsageError(f"{name}_{key.upper()}={value} must be at least {low}")
-        if self.pipeline_root and not self.pipeline_root.startswith("gs://"):
+                raise UsageError(
+                    f"{stage.upper()}_REPLICAS={machine.replicas}: only training takes several"
+                )
+        if self.pipeline_root and "://" not in self.pipeline_root:
             raise UsageError(f"PIPELINE_ROOT={self.pipeline_root!r} must start with gs://")
         if self.poll_seconds < 1:
             raise UsageError(f"POLL_SECONDS={self.poll_seconds} must be at least 1")
         if self.api_transport not in ("", "grpc", "rest"):
             raise UsageError(f"API_TRANSPORT={self.api_transport!r}: choose grpc or rest")
+        for name, value in self.labels.items():
+            if not (_LABEL_NAME.fullmatch(name) and _LABEL_VALUE.fullmatch(value)):
+                raise UsageError(
+                    f"LABELS: {name}={value} is not a label of Google Cloud; names and values take"
+                    " lowercase letters, digits, _ and -, 63 at most, and a name starts with a"
+                    " letter"
+                )
 
-    def require(self, *names: str) -> Settings:
+    def processes(self, backend: str) -> dict[str, int]:
+        """By stage, how many processes a backend runs: one a GPU, over all machines."""
+        return {
+            stage: max(1, machine.accelerator_count)
+            * (machine.replicas if backend == "vertex" else 1)
+            for stage, machine in self.machines.items()
+        }
+
+    def check_vertex(self) -> None:
+        """Find what Vertex AI would refuse only when a stage starts.
+
+        Raises:
+            UsageError: an accelerator that its machine type does not have, or none to put it in.
+        """
+        if self.pipeline_root and not self.pipeline_root.startswith("gs://"):
+            raise UsageError(f"PIPELINE_ROOT={self.pipeline_root!r} must start with gs://")
+        for stage, machine in self.machines.items():
+            _check_custom_job(stage.upper(), machine)
+
+    def require(self, *names: str, beside: Mapping[str, str] | None = None) -> Settings:
         """Itself, if every setting named has a value.
+
+        Args:
+            names: of settings.
+            beside: further ones that are missing, and what they are.
 
         Raises:
             UsageError: naming all that are missing, what they are, and how to set them.
         """
-        missing = [name for name in names if not getattr(self, name)]
+        helps = {spec.name: spec.metadata.get("help", "") for spec in fields(self)}
+        missing = dict(beside or {})
+        missing |= {name.upper(): helps[name] for name in names if not getattr(self, name)}
         if missing:
-            helps = {spec.name: spec.metadata.get("help") for spec in fields(self)}
-            listed = "; ".join(f"{name.upper()} ({helps[name]})" for name in missing)
+            listed = "; ".join(f"{name} ({what})" for name, what in missing.items())
+            # Those beside belong to one command, not to the settings file
+            file = f", or in {DEFAULT_FILE}" if len(missing) > len(beside or {}) else ""
             raise UsageError(
                 f"missing: {listed}. Set {'them' if len(missing) > 1 else 'it'} in the environment,"
-                f" as make {missing[0].upper()}=…, or in {DEFAULT_FILE}"
+                f" as make {next(iter(missing))}=…{file}"
             )
         return self
+
+
+def _check_machine(name: str, machine: Machine) -> None:
+    if machine.accelerator_count and not machine.accelerator_type:
+        raise UsageError(
+            f"{name}_ACCELERATOR_COUNT={machine.accelerator_count} without"
+            f" {name}_ACCELERATOR_TYPE; give for example NVIDIA_TESLA_A100, or a count of 0"
+        )
+    lowest = {
+        "replicas": 1,
+        "retries": 0,
+        "backoff_seconds": 0,
+        "timeout_hours": 1,
+        "disk_gib": 10,
+        "accelerator_count": 0,
+    }
+    for key, low in lowest.items():
+        value = getattr(machine, key)
+        if value < low:
+            raise UsageError(f"{name}_{key.upper()}={value} must be at least {low}")
+    if not _CPU.fullmatch(machine.cpu):
+        raise UsageError(f"{name}_CPU={machine.cpu!r}: a number of cores is needed, such as 4")
+    if not _MEMORY.fullmatch(machine.memory):
+        raise UsageError(f"{name}_MEMORY={machine.memory!r}: write it as 32Gi or 32G")
+
+
+def _check_custom_job(name: str, machine: Machine) -> None:
+    kind, count = machine.accelerator_type, machine.accelerator_count
+    if not machine.gpu:
+        for key, given in (("REPLICAS", machine.replicas > 1), ("SPOT", machine.spot)):
+            if given:
+                raise UsageError(
+                    f"{name}_{key} is for a custom job, and only stages with a GPU are one; give"
+                    f" {name}_ACCELERATOR_TYPE and {name}_ACCELERATOR_COUNT, or leave {key} out"
+                )
+        return
+    if not machine.machine_type:
+        raise UsageError(
+            f"{name}_ACCELERATOR_TYPE={kind} without {name}_MACHINE_TYPE; Vertex AI needs a machine"
+            " type to put it in, for example g2-standard-12 for NVIDIA_L4"
+        )
+    inside = _GPUS_INSIDE.search(machine.machine_type)
+    if inside and int(inside[1]) != count:
+        raise UsageError(
+            f"{name}_ACCELERATOR_COUNT={count}, but {name}_MACHINE_TYPE={machine.machine_type} has"
+            f" {inside[1]}; make them agree"
+        )
+    expected = _GPU_OF.get("-".join(machine.machine_type.split("-")[:2]))
+    if expected and kind != expected:
+        raise UsageError(
+            f"{name}_ACCELERATOR_TYPE={kind}, but {name}_MACHINE_TYPE={machine.machine_type} has"
+            f" {expected}; make them agree"
+        )
 
 
 def known_names() -> dict[str, str]:

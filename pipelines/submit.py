@@ -11,17 +11,16 @@ the request and send nothing) and ``CACHE=0`` (run every task again).
 from __future__ import annotations
 
 import json
-import logging
 import os
 import tempfile
 import time
-import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipelines.anneal import NAME
 from pipelines.compile import compile_to
-from pipelines.parameters import parse_parameters
+from pipelines.parameters import check_parameters, parse_parameters
 from pipelines.settings import Settings, load_settings
 from trainer.config import run_command
 from trainer.errors import LiquidError, UsageError
@@ -39,32 +38,54 @@ def switch(name: str, *, default: bool = False) -> bool:
     return value == "1"
 
 
+@dataclass(frozen=True)
+class Switches:
+    """How to submit, read before anything is sent."""
+
+    dry_run: bool
+    wait: bool
+    cache: bool
+
+    @classmethod
+    def from_environment(cls) -> Switches:
+        """``DRY_RUN``, ``WAIT`` and ``CACHE``.
+
+        Raises:
+            UsageError: one of them is neither 1 nor 0.
+        """
+        return cls(switch("DRY_RUN"), switch("WAIT"), switch("CACHE", default=True))
+
+
+def new_run_id() -> str:
+    """The name of a run may hold the time; no input of a task does."""
+    return f"{NAME}-{time.strftime('%Y%m%d%H%M%S', time.gmtime())}"
+
+
 def submit_vertex(settings: Settings, parameters: dict[str, Any]) -> None:
     """Submit to Vertex AI Pipelines and print the run's page.
 
     Raises:
-        UsageError: something is missing.
+        UsageError: something is missing or makes no sense.
         VertexError: it could not be sent, or, with ``WAIT=1``, the run failed.
     """
+    switches = Switches.from_environment()
     settings.require("project", "region", "pipeline_root", "trainer_image")
     from google.cloud import aiplatform
     from google.cloud.aiplatform_v1 import PipelineJob
 
     from pipelines import vertex
 
-    dry = switch("DRY_RUN")
-    # The name of a run may hold the time; no input of a task does
-    job_id = f"{NAME}-{time.strftime('%Y%m%d%H%M%S', time.gmtime())}"
+    job_id = new_run_id()
     with tempfile.TemporaryDirectory() as scratch, vertex.readable_errors(settings):
         path = compile_to(Path(scratch) / "pipeline.yaml", settings, "vertex")
-        credentials = vertex.connect(settings, send=not dry)
+        credentials = vertex.connect(settings, send=not switches.dry_run)
         job = aiplatform.PipelineJob(
             display_name=NAME,
             template_path=str(path),
             job_id=job_id,
             pipeline_root=settings.pipeline_root,
             parameter_values=parameters,
-            enable_caching=switch("CACHE", default=True),
+            enable_caching=switches.cache,
             encryption_spec_key_name=settings.cmek_key or None,
             labels=dict(settings.labels) or None,
             project=settings.project,
@@ -74,7 +95,7 @@ def submit_vertex(settings: Settings, parameters: dict[str, Any]) -> None:
         resource = job.to_dict()
         resource |= {"serviceAccount": settings.service_account, "network": settings.network}
         parent = f"projects/{settings.project}/locations/{settings.region}"
-        if dry:
+        if switches.dry_run:
             request = {"parent": parent, "pipelineJobId": job_id, "pipelineJob": resource}
             print(json.dumps(request, indent=2, default=str))
             return
@@ -85,10 +106,7 @@ def submit_vertex(settings: Settings, parameters: dict[str, Any]) -> None:
             pipeline_job_id=job_id,
             timeout=vertex.REQUEST_SECONDS,
         )
-    print(f"submitted {created.name}")
-    print(vertex.console_link(settings, job_id))
-    if switch("WAIT"):
-        vertex.follow(settings, created.name)
+    vertex.report(settings, created, wait=switches.wait)
 
 
 def submit_kfp(settings: Settings, parameters: dict[str, Any], host: str) -> None:
@@ -98,65 +116,33 @@ def submit_kfp(settings: Settings, parameters: dict[str, Any], host: str) -> Non
         UsageError: something is missing.
         LiquidError: it could not be sent, or, with ``WAIT=1``, the run failed.
     """
-    if not host:
-        raise UsageError("missing: HOST (address of Kubeflow Pipelines); give make HOST=http://…")
-    settings.require("trainer_image")
-    import kfp
-    import kfp_server_api
-    import urllib3
+    switches = Switches.from_environment()
+    beside = {} if host else {"HOST": "address of Kubeflow Pipelines, http://…"}
+    settings.require("trainer_image", beside=beside)
+    from pipelines import kubeflow
 
     with tempfile.TemporaryDirectory() as scratch:
         path = compile_to(Path(scratch) / "pipeline.yaml", settings, "kfp")
-        if switch("DRY_RUN"):
+        if switches.dry_run:
             print(json.dumps({"host": host, "parameters": parameters}, indent=2))
             print(path.read_text())
             return
-        token = os.environ.get("KFP_TOKEN")
-        _check_host(host, token)
-        # kfp logs tracebacks of its own beside the exceptions it raises
-        logging.getLogger().setLevel(logging.CRITICAL)
-        warnings.simplefilter("ignore")
-        try:
-            client = kfp.Client(host=host, existing_token=token)
+        client = kubeflow.connect(host, kubeflow.token_from_environment())
+        with kubeflow.readable_errors(host):
             run = client.create_run_from_pipeline_package(
                 str(path),
                 arguments=parameters,
-                run_name=f"{NAME}-{time.strftime('%Y%m%d%H%M%S', time.gmtime())}",
+                run_name=new_run_id(),
                 experiment_name=settings.experiment or NAME,
-                enable_caching=switch("CACHE", default=True),
+                enable_caching=switches.cache,
                 pipeline_root=settings.pipeline_root or None,
                 service_account=settings.service_account or None,
             )
-            print(f"submitted {host.rstrip('/')}/#/runs/details/{run.run_id}")
-            if switch("WAIT"):
-                ended = client.wait_for_run_completion(run.run_id, timeout=30 * 24 * 3600)
-                print(f"run: {ended.state.lower()}")
-                if ended.state != "SUCCEEDED":
-                    raise LiquidError(f"the run ended as {ended.state.lower()}")
-        except kfp_server_api.ApiException as error:
-            reason = f"{error.status} {error.reason}"
-            raise LiquidError(
-                f"{host} refused the run: {reason}; check HOST and KFP_TOKEN"
-            ) from None
-        except (urllib3.exceptions.HTTPError, TimeoutError, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise LiquidError(f"{host} cannot be reached: {reason}") from None
-
-
-def _check_host(host: str, token: str | None) -> None:
-    """One quick look, since `kfp.Client` asks again and again before it gives up."""
-    import requests
-
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    try:
-        url = f"{host.rstrip('/')}/apis/v2beta1/healthz"
-        answer = requests.get(url, headers=headers, timeout=10.0)
-    except requests.exceptions.RequestException as error:
-        reason = " ".join(str(error).split())[:200]
-        raise LiquidError(f"{host} cannot be reached: {reason}; check HOST") from None
-    if not answer.ok:
-        reason = f"{answer.status_code} {answer.reason}"
-        raise LiquidError(f"{host} refused the run: {reason}; check HOST and KFP_TOKEN")
+    if not run.run_id:
+        raise LiquidError(f"{host} answered without naming a run; check HOST and KFP_TOKEN")
+    print(f"submitted {kubeflow.run_page(host, run.run_id)}")
+    if switches.wait:
+        kubeflow.follow(client, host, run.run_id, settings.poll_seconds)
 
 
 def main(argv: list[str]) -> None:
@@ -164,6 +150,7 @@ def main(argv: list[str]) -> None:
     backend = argv[0] if argv else "vertex"
     settings = load_settings()
     parameters = parse_parameters(os.environ.get("PARAMS", ""))
+    check_parameters(parameters, settings.processes(backend))
     if backend == "vertex":
         submit_vertex(settings, parameters)
     elif backend == "kfp":

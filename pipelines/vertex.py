@@ -16,9 +16,11 @@ from google.auth.credentials import AnonymousCredentials
 from google.cloud import aiplatform
 
 from pipelines.settings import Settings
-from trainer.errors import LiquidError
+from trainer.errors import LiquidError, UsageError
 
 REQUEST_SECONDS = 60.0
+PATIENCE = 10
+"""Looks at a run that may fail one after another before it is no longer followed."""
 _REQUEST = re.compile(r"^(GET|POST) https?://\S+: ")
 _ENDED = ("SUCCEEDED", "FAILED", "CANCELLED", "PAUSED")
 
@@ -33,15 +35,32 @@ def connect(settings: Settings, *, send: bool = True) -> Any:
     Args:
         settings: project, region and, for a private endpoint, ``api_endpoint``/``api_transport``.
         send: False where nothing will be sent, so that no credentials are needed.
+
+    Raises:
+        UsageError: a region that Vertex AI does not have.
     """
     logging.getLogger("google.cloud.aiplatform").setLevel(logging.ERROR)
-    aiplatform.init(
-        project=settings.project,
-        location=settings.region,
-        api_endpoint=settings.api_endpoint or None,
-        api_transport=settings.api_transport or None,
-    )
+    try:
+        aiplatform.init(
+            project=settings.project,
+            location=settings.region,
+            api_endpoint=settings.api_endpoint or None,
+            api_transport=settings.api_transport or None,
+        )
+    except ValueError as error:
+        reason = _first_line(error).partition(", select from")[0]
+        raise UsageError(
+            f"REGION={settings.region!r}: {reason}; give one such as us-central1"
+        ) from None
     return None if send else AnonymousCredentials()
+
+
+def client(settings: Settings, version: str) -> Any:
+    """The client of pipeline runs, after `connect`; ``v1beta1`` alone can repeat runs."""
+    return aiplatform.initializer.global_config.create_client(
+        client_class=aiplatform.utils.PipelineJobClientWithOverride,
+        location_override=settings.region,
+    ).select_version(version)
 
 
 @contextlib.contextmanager
@@ -71,6 +90,8 @@ def readable_errors(settings: Settings) -> Iterator[None]:
         ) from None
     except api.NotFound as error:
         raise VertexError(f"not found at {place}: {_first_line(error)}") from None
+    except api.ServiceUnavailable as error:
+        raise VertexError(f"{place} cannot be reached or is down: {_first_line(error)}") from None
     except (api.GoogleAPICallError, api.RetryError) as error:
         raise VertexError(f"{place} answered: {_first_line(error)}") from None
     except (requests.exceptions.RequestException, auth.TransportError) as error:
@@ -94,22 +115,45 @@ def console_link(settings: Settings, job_id: str) -> str:
     )
 
 
+def report(settings: Settings, created: Any, *, wait: bool) -> None:
+    """Print what has been created and its page; with ``wait``, follow it to its end.
+
+    Raises:
+        VertexError: nothing was created, or the run did not end well.
+    """
+    if not created.name:
+        place = settings.api_endpoint or settings.region
+        raise VertexError(f"{place} answered without naming a run; check API_ENDPOINT")
+    print(f"submitted {created.name}")
+    print(console_link(settings, created.name.rpartition("/")[2]), flush=True)
+    if wait:
+        follow(settings, created.name)
+
+
 def follow(settings: Settings, name: str) -> None:
     """Print each task's state as it changes, until the run ends.
 
     Raises:
-        VertexError: it did not end well; names the tasks that failed.
+        VertexError: it did not end well; names the tasks that failed. Or it cannot be looked at
+            any more.
     """
     shown: dict[str, str] = {}
+    failures = 0
+    looker = client(settings, "v1")
     while True:
-        with readable_errors(settings):
-            job = aiplatform.PipelineJob.get(name).gca_resource
-        state, tasks = _state_name(job.state), job.job_detail.task_details
-        for task in tasks:
-            now = _state_name(task.state)
-            if task.task_name and shown.get(task.task_name) != now:
-                shown[task.task_name] = now
-                print(f"{time.strftime('%H:%M:%S')} {task.task_name}: {now.lower()}", flush=True)
+        try:
+            with readable_errors(settings):
+                job = looker.get_pipeline_job(name=name, timeout=REQUEST_SECONDS)
+            failures = 0
+        except VertexError as error:
+            failures += 1
+            if failures > PATIENCE:
+                page = console_link(settings, name.rpartition("/")[2])
+                raise VertexError(f"{error}; the run goes on: {page}") from None
+            time.sleep(settings.poll_seconds)
+            continue
+        state = _state_name(job.state)
+        _show_changes(job.job_detail.task_details, shown)
         if state in _ENDED:
             break
         time.sleep(settings.poll_seconds)
@@ -117,6 +161,14 @@ def follow(settings: Settings, name: str) -> None:
     if state != "SUCCEEDED":
         failed = ", ".join(name for name, now in shown.items() if now == "FAILED") or "no task"
         raise VertexError(f"the run ended as {state.lower()}; failed: {failed}")
+
+
+def _show_changes(tasks: Any, shown: dict[str, str]) -> None:
+    for task in tasks:
+        now = _state_name(task.state)
+        if task.task_name and shown.get(task.task_name) != now:
+            shown[task.task_name] = now
+            print(f"{time.strftime('%H:%M:%S')} {task.task_name}: {now.lower()}", flush=True)
 
 
 def _state_name(state: Any) -> str:

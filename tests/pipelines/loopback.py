@@ -26,6 +26,12 @@ class Loopback:
         self.jobs: dict[str, dict[str, Any]] = {}
         self.refusal: tuple[int, str, str] | None = None
         """HTTP status, gRPC status and message for every interface call."""
+        self.page: tuple[int, dict[str, str], str] | None = None
+        """Status, headers and text for every request: what is no interface answers."""
+        self.outages = 0
+        """How many of the next looks at a run end as 503."""
+        self.run_state = "SUCCEEDED"
+        """Of runs of Kubeflow Pipelines."""
         self.looks = 0
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.port = self._server.server_address[1]
@@ -85,10 +91,16 @@ class Loopback:
             self.jobs[name] = dict(body) | {"name": name, "state": "PIPELINE_STATE_PENDING"}
             return 200, self.jobs[name]
         name = re.sub(r"^/v1(beta1)?/|\?.*$", "", path)
+        if self._is_out():
+            return 503, {"error": {"code": 503, "status": "UNAVAILABLE", "message": "restarting"}}
         if method == "GET" and name in self.jobs:
             self.looks += 1
             return 200, self._progressed(self.jobs[name])
         return 404, {"error": {"code": 404, "status": "NOT_FOUND", "message": f"{name} is absent"}}
+
+    def _is_out(self) -> bool:
+        self.outages -= 1
+        return self.outages >= 0
 
     def _progressed(self, job: dict[str, Any]) -> dict[str, Any]:
         """The second task runs at the first looks; then the run ends as the job says."""
@@ -111,7 +123,9 @@ class Loopback:
             experiment = {"experiment_id": "e1", "display_name": "liquid-annealing"}
             return 200, experiment if method == "POST" else {"experiments": [experiment]}
         if path.startswith("/apis/v2beta1/runs"):
-            return 200, {"run_id": "r1", "display_name": "run", "state": "SUCCEEDED"}
+            if method == "GET" and self._is_out():
+                return 503, {"error": "restarting"}
+            return 200, {"run_id": "r1", "display_name": "run", "state": self.run_state}
         return 404, {"error": f"{path} is not served"}
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
@@ -127,10 +141,15 @@ class Loopback:
                     body = json.loads(raw) if raw else None
                 except ValueError:
                     body = raw.decode(errors="replace")
-                status, answer = loopback.answer(self.command, self.path, body)
-                data = json.dumps(answer).encode()
+                if loopback.page:
+                    status, headers, text = loopback.page
+                else:
+                    status, answer = loopback.answer(self.command, self.path, body)
+                    headers, text = {"Content-Type": "application/json"}, json.dumps(answer)
+                data = text.encode()
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
+                for name, value in headers.items():
+                    self.send_header(name, value)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pipelines.local import TASKS, LocalRun, run_pipeline
+from pipelines.local import TASKS, LocalRun, _Readable, run_pipeline
 from trainer.checkpoint import read_checkpoint
 from trainer.errors import LiquidError
 from trainer.positions import resize_positions
@@ -108,3 +112,12 @@ def test_a_failed_stage_is_named_with_its_own_message(
     message = str(caught.value)
     assert message.startswith("continue failed: --alpha_schedule='0:0.5,2:7': entry 2")
     assert "pipeline.log" in message
+
+
+def test_an_error_of_another_kind_is_shown_as_it_is() -> None:
+    """What Python prints last of a traceback, whatever printed around it."""
+    code = "try:\n    {}['a']\nexcept KeyError:\n    raise ValueError('a lies\\n\\nhere')"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
+    stream = _Readable(io.StringIO(), io.StringIO(), LocalRun())
+    stream.write("loading\n" + textwrap.indent(printed, "    ") + "\x1b[91mdone\x1b[0m\n")
+    assert stream.last_error == "ValueError: a lies"

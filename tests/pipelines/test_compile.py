@@ -14,7 +14,7 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 from pipelines.anneal import STAGE_NAMES
 from pipelines.compile import compile_to
 from pipelines.describe import description
-from pipelines.parameters import parameter_defaults, parse_parameters
+from pipelines.parameters import parameter_defaults
 from pipelines.settings import load_settings
 from trainer.errors import UsageError
 
@@ -84,7 +84,7 @@ def test_gpus_only_where_they_were_asked_for(compiled: tuple[str, dict[str, Any]
             assert accelerator is None, name
     if backend == "kfp":
         asked = executors(spec)["anneal-512"]["resources"]["accelerator"]
-        assert asked["resourceType"] == "NVIDIA_H100_80GB"
+        assert asked["resourceType"] == "nvidia.com/gpu"
         assert asked["resourceCount"] == "2"
 
 
@@ -163,22 +163,20 @@ def test_parameters_default_to_the_two_runs() -> None:
     assert {name: defaults[name] for name in expected} == expected
 
 
-def test_parameters_given_as_text() -> None:
-    text = """continue_train_steps=8000 anneal_lr_peak=3e-4 continue_more_settings='{"seed": 7}'"""
-    assert parse_parameters(text) == {
-        "continue_train_steps": 8000,
-        "anneal_lr_peak": 3e-4,
-        "continue_more_settings": {"seed": 7},
+def test_another_name_of_the_gpu_resource(tmp_path: Path) -> None:
+    settings = load_settings({"ANNEAL_ACCELERATOR_TYPE": "amd.com/gpu"})
+    path = compile_to(tmp_path / "pipeline.yaml", settings, "kfp")
+    found = executors(next(iter(yaml.safe_load_all(path.read_text()))))
+    kinds = {
+        name: executor["resources"]["accelerator"]["resourceType"]
+        for name, executor in found.items()
+        if "accelerator" in executor["resources"]
     }
-    for wrong, message in {
-        "continue_train_step=1": "did you mean continue_train_steps?",
-        "seed": "'seed' is not name=value",
-        "seed=x": "seed='x': a whole number is needed",
-        "continue_more_settings=[1]": "a JSON object is needed",
-        "teacher_name='x": "No closing quotation",
-    }.items():
-        with pytest.raises(UsageError, match=re.escape(message)):
-            parse_parameters(wrong)
+    assert kinds == {
+        "anneal-512": "amd.com/gpu",
+        "continue-1024": "nvidia.com/gpu",
+        "evaluate": "nvidia.com/gpu",
+    }
 
 
 def test_an_unknown_backend(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_all_that_is_missing_is_named_at_once() -> None:
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
-        ({"PIPELINE_ROOT": "s3://x"}, "PIPELINE_ROOT='s3://x' must start with gs://"),
+        ({"PIPELINE_ROOT": "bucket/x"}, "PIPELINE_ROOT='bucket/x' must start with gs://"),
         ({"API_TRANSPORT": "http"}, "choose grpc or rest"),
         ({"ANNEAL_RETRIES": "many"}, "ANNEAL_RETRIES='many': a whole number is needed"),
         ({"ANNEAL_SPOT": "perhaps"}, "ANNEAL_SPOT='perhaps': 1 or 0 is needed"),
@@ -53,6 +53,12 @@ def test_all_that_is_missing_is_named_at_once() -> None:
         ({"EVALUATE_REPLICAS": "2"}, "only training takes several"),
         ({"ANNEAL_REPLICAS": "0"}, "ANNEAL_REPLICAS=0 must be at least 1"),
         ({"LABELS": "team"}, "LABELS='team': write NAME=VALUE,NAME=VALUE"),
+        ({"LABELS": "Team=a"}, "LABELS: Team=a is not a label of Google Cloud"),
+        ({"LABELS": "team=" + "x" * 64}, "63 at most"),
+        ({"ANNEAL_BACKOFF_SECONDS": "-1"}, "ANNEAL_BACKOFF_SECONDS=-1 must be at least 0"),
+        ({"ANNEAL_ACCELERATOR_COUNT": "-1"}, "ANNEAL_ACCELERATOR_COUNT=-1 must be at least 0"),
+        ({"PICK_CPU": "two"}, "PICK_CPU='two': a number of cores is needed"),
+        ({"PICK_MEMORY": "4 GB"}, "PICK_MEMORY='4 GB': write it as 32Gi or 32G"),
         ({"SETTINGS": "/no/such.yaml"}, "SETTINGS='/no/such.yaml' does not exist"),
     ],
 )
@@ -60,6 +66,56 @@ def test_settings_that_make_no_sense(environ: dict[str, str], message: str) -> N
     with pytest.raises(UsageError) as caught:
         load_settings(environ)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"PIPELINE_ROOT": "s3://x"}, "PIPELINE_ROOT='s3://x' must start with gs://"),
+        ({"PREPARE_SPOT": "1"}, "PREPARE_SPOT is for a custom job"),
+        ({"ANNEAL_ACCELERATOR_COUNT": "0", "ANNEAL_REPLICAS": "2"}, "ANNEAL_REPLICAS is for a"),
+        (
+            {"PICK_ACCELERATOR_COUNT": "1", "PICK_ACCELERATOR_TYPE": "NVIDIA_L4"},
+            "PICK_ACCELERATOR_TYPE=NVIDIA_L4 without PICK_MACHINE_TYPE",
+        ),
+        (
+            {"ANNEAL_ACCELERATOR_COUNT": "2"},
+            "ANNEAL_ACCELERATOR_COUNT=2, but ANNEAL_MACHINE_TYPE=a2-highgpu-1g has 1",
+        ),
+        (
+            {"ANNEAL_MACHINE_TYPE": "a3-highgpu-1g"},
+            "ANNEAL_ACCELERATOR_TYPE=NVIDIA_TESLA_A100, but ANNEAL_MACHINE_TYPE=a3-highgpu-1g has"
+            " NVIDIA_H100_80GB",
+        ),
+    ],
+)
+def test_machines_that_vertex_would_refuse(environ: dict[str, str], message: str) -> None:
+    settings = load_settings(environ)  # other backends may have them
+    with pytest.raises(UsageError) as caught:
+        settings.check_vertex()
+    assert message in str(caught.value)
+
+
+def test_machines_that_vertex_takes() -> None:
+    load_settings({}).check_vertex()
+    load_settings(
+        {
+            "ANNEAL_MACHINE_TYPE": "a3-megagpu-8g",
+            "ANNEAL_ACCELERATOR_TYPE": "NVIDIA_H100_MEGA_80GB",
+            "ANNEAL_ACCELERATOR_COUNT": "8",
+            "ANNEAL_REPLICAS": "2",
+            "EVALUATE_MACHINE_TYPE": "n1-standard-16",
+            "EVALUATE_ACCELERATOR_TYPE": "NVIDIA_TESLA_T4",
+            "EVALUATE_ACCELERATOR_COUNT": "2",
+        }
+    ).check_vertex()
+
+
+def test_processes_are_counted_over_machines() -> None:
+    settings = load_settings({"ANNEAL_REPLICAS": "2", "ANNEAL_ACCELERATOR_COUNT": "8"})
+    assert settings.processes("vertex")["anneal"] == 16
+    assert settings.processes("kfp")["anneal"] == 8
+    assert settings.processes("vertex")["prepare"] == 1
 
 
 def test_unknown_names_in_the_file(tmp_path: Path) -> None:

@@ -197,6 +197,48 @@ def test_refusals_are_one_line(
     assert text in message
 
 
+def test_a_run_is_followed_over_outages(vertex: Loopback, environment: dict[str, str]) -> None:
+    vertex.outages = 2
+    done = run("submit", environment | {"WAIT": "1"}, "vertex")
+    assert done.returncode == 0, done.stderr
+    assert "run: succeeded" in done.stdout
+    vertex.outages = 1000
+    done = run("submit", environment | {"WAIT": "1"}, "vertex")
+    assert done.returncode == 1
+    assert "restarting; the run goes on: https://console.cloud.google.com/" in last_message(done)
+
+
+def test_something_that_is_not_vertex_answers(
+    vertex: Loopback, environment: dict[str, str]
+) -> None:
+    vertex.page = (200, {"Content-Type": "application/json"}, "{}")
+    environment = environment | {"GOOGLE_APPLICATION_CREDENTIALS": ""}
+    done = run("submit", environment, "vertex")
+    assert done.returncode == 1
+    last_message(done)
+
+
+def test_a_region_that_is_none(vertex: Loopback, environment: dict[str, str]) -> None:
+    done = run("submit", environment | {"REGION": "mars"}, "vertex")
+    assert done.returncode == 2
+    assert last_message(done).startswith("REGION='mars': ")
+    assert vertex.requests == []
+
+
+def test_parameters_are_checked_before_anything_is_sent(
+    vertex: Loopback, environment: dict[str, str]
+) -> None:
+    for params, machines, expected in (
+        ("anneal_alpha=2", {}, "stage anneal: --alpha=2 must be between 0 and 1"),
+        ("", {"ANNEAL_REPLICAS": "16"}, "not divisible by micro_batch 8 x 16 processes"),
+        ("", {"ANNEAL_MACHINE_TYPE": "g2-standard-12"}, "g2-standard-12 has NVIDIA_L4"),
+    ):
+        done = run("submit", environment | machines | {"PARAMS": params}, "vertex")
+        assert done.returncode == 2
+        assert expected in last_message(done)
+    assert vertex.requests == []
+
+
 def test_absent_credentials(vertex: Loopback, environment: dict[str, str], tmp_path: Path) -> None:
     absent = environment | {"GOOGLE_APPLICATION_CREDENTIALS": str(tmp_path / "absent.json")}
     done = run("submit", absent, "vertex")
@@ -264,16 +306,73 @@ def test_rerun_repeats_a_stage_and_what_follows(
     assert "runs again: " in done.stdout
 
 
+def test_rerun_repeats_what_failed_before_the_stage_too(
+    vertex: Loopback, environment: dict[str, str]
+) -> None:
+    original = finished_run(vertex, environment)
+    details = next(iter(vertex.jobs.values()))["jobDetail"]["taskDetails"]
+    for detail in details:
+        if detail["taskName"] in ("resize-and-reset", "evaluate"):
+            detail["state"] = "FAILED"
+    done = run("rerun", environment | {"RUN": original, "STAGE": "evaluate"})
+    assert done.returncode == 0, done.stderr
+    assert "runs again: resize-and-reset, evaluate" in done.stdout
+
+
+def test_rerun_keeps_the_labels_of_the_original(
+    vertex: Loopback, environment: dict[str, str]
+) -> None:
+    original = finished_run(vertex, environment)
+    next(iter(vertex.jobs.values()))["labels"] |= {"cost-center": "7", "team": "old"}
+    page = f"https://console.cloud.google.com/vertex-ai/x/pipelines/runs/{original}?project=p"
+    done = run("rerun", environment | {"RUN": page, "STAGE": "evaluate"})
+    assert done.returncode == 0, done.stderr
+    assert vertex.requests[-1][2]["labels"] == {"cost-center": "7", "team": "small-models"}
+
+
+def test_rerun_without_the_cache(vertex: Loopback, environment: dict[str, str]) -> None:
+    given = {"RUN": finished_run(vertex, environment), "STAGE": "continue-1024", "CACHE": "0"}
+    done = run("rerun", environment | given)
+    assert done.returncode == 0, done.stderr
+    tasks = vertex.requests[-1][2]["pipelineSpec"]["root"]["dag"]["tasks"]
+    cached = {key for key, task in tasks.items() if task["cachingOptions"].get("enableCache")}
+    assert cached == {"prepare-tokens", "train", "pick-best", "resize-reset"}
+
+
+def test_a_dry_rerun_prints_the_request_and_sends_none(
+    vertex: Loopback, environment: dict[str, str]
+) -> None:
+    given = {"RUN": finished_run(vertex, environment), "STAGE": "evaluate", "DRY_RUN": "1"}
+    vertex.requests.clear()
+    done = run("rerun", environment | given | {"PARAMS": "eval_ctx_lens=1024"})
+    assert done.returncode == 0, done.stderr
+    request = json.loads(done.stdout)
+    assert request["originalPipelineJobId"] == "123"
+    assert request["runtimeConfig"]["parameterValues"] == {"seed": 7, "eval_ctx_lens": "1024"}
+    assert [method for method, _, _ in vertex.requests] == ["GET"]
+    assert "note: eval_ctx_lens changes for what runs again, not for what is skipped" in done.stderr
+
+
 def test_rerun_errors(vertex: Loopback, environment: dict[str, str]) -> None:
     original = finished_run(vertex, environment)
+    vertex.requests.clear()
+    known = {"RUN": original, "STAGE": "continue-1024"}
     for given, status, expected in (
+        ({}, 2, "missing: RUN (a run's id, full name or page); STAGE (the stage to repeat"),
         ({"STAGE": "evaluate"}, 2, "missing: RUN"),
-        ({"RUN": original, "STAGE": "continue-102"}, 2, "did you mean continue-1024?"),
-        ({"RUN": "absent", "STAGE": "evaluate"}, 1, "not found at localhost"),
+        (known | {"WAIT": "yes"}, 2, "WAIT='yes': 1 or 0 is needed"),
+        (known | {"RUN": "My Run"}, 2, "RUN='My Run' is no run's id"),
+        (known | {"STAGE": "continue-102"}, 2, "did you mean continue-1024? It has prepare, anne"),
+        (known | {"STAGE": "x"}, 2, "is not in this run; It has prepare, anneal-512, pick-best-"),
+        (known | {"PARAMS": "anneal_seed=1"}, 2, "unknown parameter 'anneal_seed'"),
+        (known | {"PARAMS": "anneal_train_steps=9"}, 2, "skipped; give STAGE=anneal-512"),
+        (known | {"PARAMS": "continue_alpha=2"}, 2, "stage continue: --alpha=2 must be between"),
+        (known | {"RUN": "absent"}, 1, "not found at localhost"),
     ):
         done = run("rerun", environment | given)
         assert done.returncode == status, done.stderr
         assert expected in last_message(done)
+    assert {method for method, _, _ in vertex.requests} == {"GET"}
 
 
 # ── open-source Kubeflow Pipelines
@@ -309,18 +408,75 @@ def test_submission_to_kubeflow(kubeflow: Loopback) -> None:
     spec = spec.get("pipeline_spec", spec)
     executors = spec["deploymentSpec"]["executors"]
     resources = executors["exec-train"]["container"]["resources"]
-    assert resources["accelerator"]["resourceType"] == "NVIDIA_TESLA_A100"
+    assert resources["accelerator"] == {
+        "count": "1",
+        "resourceCount": "1",
+        "resourceType": "nvidia.com/gpu",
+        "type": "nvidia.com/gpu",
+    }
     assert executors["exec-train"]["container"]["image"] == IMAGE
 
 
-def test_kubeflow_errors(kubeflow: Loopback) -> None:
-    done = run("submit", {"TRAINER_IMAGE": IMAGE}, "kfp")
+@pytest.mark.parametrize("missing", [("HOST",), ("TRAINER_IMAGE",), ("HOST", "TRAINER_IMAGE")])
+def test_what_kubeflow_misses_is_named_at_once(
+    kubeflow: Loopback, tmp_path: Path, missing: tuple[str, ...]
+) -> None:
+    given = {"TRAINER_IMAGE": IMAGE, "HOST": kubeflow.url}
+    for name in missing:
+        del given[name]
+    done = run("submit", given, "kfp", cwd=tmp_path)
     assert done.returncode == 2
-    assert "missing: HOST" in last_message(done)
-    kubeflow.refusal = (403, "PERMISSION_DENIED", "no")
+    named = last_message(done).partition(". Set")[0]
+    assert {name for name in ("HOST", "TRAINER_IMAGE") if f"{name} (" in named} == set(missing)
+    assert kubeflow.requests == []
+
+
+def test_kubeflow_refuses(kubeflow: Loopback) -> None:
+    given = {"TRAINER_IMAGE": IMAGE, "HOST": kubeflow.url, "KFP_TOKEN": "token-for-kubeflow"}
+    kubeflow.refusal = (403, "PERMISSION_DENIED", "robot may not create runs")
+    done = run("submit", given, "kfp")
+    assert done.returncode == 1
+    message = last_message(done)
+    assert "refused the run: 403 Forbidden: robot may not create runs; check KFP_TOKEN" in message
+    assert "token-for-kubeflow" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ((302, {"Location": "https://login.example/in"}, ""), "redirects to https://login.example"),
+        ((200, {"Content-Type": "text/html"}, "<html>"), "but not as Kubeflow Pipelines does"),
+        ((502, {}, "<html>bad gateway"), "refused the run: 502 Bad Gateway"),
+    ],
+)
+def test_something_else_answers(
+    kubeflow: Loopback, page: tuple[int, dict[str, str], str], message: str
+) -> None:
+    kubeflow.page = page
     done = run("submit", {"TRAINER_IMAGE": IMAGE, "HOST": kubeflow.url}, "kfp")
     assert done.returncode == 1
-    assert "refused the run: 403" in last_message(done)
-    done = run("submit", {"TRAINER_IMAGE": IMAGE, "HOST": "http://localhost:9"}, "kfp")
+    assert message in last_message(done)
+
+
+@pytest.mark.parametrize(
+    ("host", "status", "message"),
+    [("http://localhost:9", 1, "cannot be reached"), ("localhost:9", 2, "must start with http://")],
+)
+def test_an_unreachable_kubeflow(host: str, status: int, message: str) -> None:
+    done = run("submit", {"TRAINER_IMAGE": IMAGE, "HOST": host}, "kfp")
+    assert done.returncode == status
+    assert message in last_message(done)
+
+
+def test_a_kubeflow_run_is_followed_over_outages(kubeflow: Loopback) -> None:
+    given = {"TRAINER_IMAGE": IMAGE, "HOST": kubeflow.url, "WAIT": "1", "POLL_SECONDS": "1"}
+    kubeflow.outages, kubeflow.run_state = 2, "CANCELED"
+    done = run("submit", given, "kfp")
     assert done.returncode == 1
-    assert "cannot be reached" in last_message(done)
+    assert last_message(done) == "the run ended as canceled"
+    kubeflow.outages = 1000
+    done = run("submit", given, "kfp")
+    assert done.returncode == 1
+    assert f"503 Service Unavailable: restarting; the run goes on: {kubeflow.url}/#/runs" in (
+        last_message(done)
+    )

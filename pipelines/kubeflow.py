@@ -1,0 +1,138 @@
+"""The connection to open-source Kubeflow Pipelines, and its failures in one line each."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import kfp
+import kfp_server_api
+import requests
+import urllib3
+
+from trainer.errors import LiquidError, UsageError
+from trainer.log import hide
+
+REQUEST_SECONDS = 10.0
+PATIENCE = 10
+"""Looks at a run that may fail one after another before it is no longer followed."""
+_ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
+
+
+def token_from_environment() -> str | None:
+    """``KFP_TOKEN``, kept out of everything that is logged.
+
+    Raises:
+        UsageError: it has characters that no HTTP header takes.
+    """
+    token = os.environ.get("KFP_TOKEN", "").strip()
+    if not token:
+        return None
+    hide(token)
+    if not (token.isascii() and token.isprintable()):
+        raise UsageError("KFP_TOKEN holds characters that no token has; copy it again")
+    return token
+
+
+def connect(host: str, token: str | None) -> kfp.Client:
+    """A client, after one quick look, since it would ask again and again before it gives up.
+
+    Raises:
+        UsageError: ``host`` is no URL.
+        LiquidError: nothing answers there, or something else does.
+    """
+    if not host.startswith(("http://", "https://")):
+        raise UsageError(f"HOST={host!r} must start with http:// or https://")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        url = f"{host.rstrip('/')}/apis/v2beta1/healthz"
+        answer = requests.get(url, headers=headers, timeout=REQUEST_SECONDS, allow_redirects=False)
+    except requests.exceptions.RequestException as error:
+        raise LiquidError(f"{host} cannot be reached: {_one_line(error)}; check HOST") from None
+    if answer.is_redirect:
+        raise LiquidError(
+            f"{host} redirects to {answer.headers['Location'][:100]}, a login perhaps; check HOST"
+            " and KFP_TOKEN"
+        )
+    if not answer.ok:
+        raise LiquidError(_refusal(host, answer.status_code, answer.reason, answer.text))
+    try:
+        answer.json()
+    except ValueError:
+        raise LiquidError(
+            f"{host} answers, but not as Kubeflow Pipelines does; check HOST and KFP_TOKEN"
+        ) from None
+    # kfp logs tracebacks of its own beside the exceptions it raises
+    logging.getLogger().setLevel(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    with readable_errors(host):
+        return kfp.Client(host=host, existing_token=token)
+
+
+@contextlib.contextmanager
+def readable_errors(host: str) -> Iterator[None]:
+    """Turn what the client raises into one line.
+
+    Raises:
+        LiquidError: what failed and what to do.
+    """
+    try:
+        yield
+    except kfp_server_api.ApiException as error:
+        raise LiquidError(_refusal(host, error.status, error.reason, error.body)) from None
+    except (urllib3.exceptions.HTTPError, TimeoutError, OSError) as error:
+        raise LiquidError(f"{host} cannot be reached: {_one_line(error)}") from None
+
+
+def _refusal(host: str, status: int, reason: str, body: Any) -> str:
+    """What the server says, from its JSON where it sent some."""
+    with contextlib.suppress(ValueError, TypeError):
+        content = json.loads(body)
+        if isinstance(content, dict):
+            said = content.get("error_description") or content.get("message")
+            said = said or content.get("error")
+            if isinstance(said, dict):
+                said = said.get("message")
+            reason = f"{reason}: {_one_line(said)}" if said else reason
+    advice = "; check KFP_TOKEN" if status in (401, 403) else ""
+    return f"{host} refused the run: {status} {reason}{advice}"
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())[:200]
+
+
+def run_page(host: str, run_id: str) -> str:
+    """The run's page."""
+    return f"{host.rstrip('/')}/#/runs/details/{run_id}"
+
+
+def follow(client: kfp.Client, host: str, run_id: str, poll_seconds: int) -> None:
+    """Wait until the run ends.
+
+    Raises:
+        LiquidError: it did not end well, or cannot be looked at any more.
+    """
+    failures = 0
+    while True:
+        try:
+            with readable_errors(host):
+                state = str(client.get_run(run_id).state or "")
+            failures = 0
+        except LiquidError as error:
+            failures += 1
+            if failures > PATIENCE:
+                raise LiquidError(f"{error}; the run goes on: {run_page(host, run_id)}") from None
+            state = ""
+        if state in _ENDED:
+            break
+        time.sleep(poll_seconds)
+    print(f"run: {state.lower()}")
+    if state != "SUCCEEDED":
+        raise LiquidError(f"the run ended as {state.lower()}")

@@ -1,0 +1,89 @@
+"""The pipeline's parameters: how they are written, and what is found wrong before a run."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from pipelines.local import DEMO
+from pipelines.parameters import (
+    check_parameters,
+    parameter_defaults,
+    parameter_help,
+    parse_parameters,
+)
+from trainer.errors import UsageError
+
+
+def test_parameters_given_as_text() -> None:
+    text = """continue_train_steps=8000 anneal_lr_peak=3e-4 continue_more_settings='{"seed": 7}'"""
+    assert parse_parameters(text) == {
+        "continue_train_steps": 8000,
+        "anneal_lr_peak": 3e-4,
+        "continue_more_settings": {"seed": 7},
+    }
+    for wrong, message in {
+        "continue_train_step=1": "did you mean continue_train_steps?",
+        "seed": "'seed' is not name=value",
+        "seed=x": "seed='x': a whole number is needed",
+        "anneal_alpha=nan": "anneal_alpha='nan': a number is needed",
+        "continue_more_settings=[1]": "a JSON object is needed",
+        """continue_more_settings={"dropout":0.1}""": (
+            """quoted as in continue_more_settings='{"dropout": 0.1}'"""
+        ),
+        """continue_more_settings='{"dropout": NaN}'""": "a JSON object is needed",
+        "teacher_name='x": "No closing quotation",
+    }.items():
+        with pytest.raises(UsageError, match=re.escape(message)):
+            parse_parameters(wrong)
+
+
+def test_the_defaults_and_the_demonstration_are_right() -> None:
+    check_parameters({})
+    check_parameters(DEMO)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"anneal_alpha": 2.0}, "stage anneal: --alpha=2 must be between 0 and 1"),
+        ({"continue_temperature": 0.0}, "stage continue: --T=0 must be above 0"),
+        ({"continue_alpha_schedule": "0:0.5,x:1"}, "stage continue: --alpha_schedule="),
+        ({"anneal_train_steps": 0}, "stage anneal: --train_steps=0 trains nothing"),
+        ({"anneal_block_size": -1}, "stage anneal: --block_size=-1 must be at least 1"),
+        ({"anneal_more_settings": {"drop_out": 0.1}}, "did you mean 'dropout'?"),
+        ({"continue_more_settings": {"kd_scheme": "kl"}}, "choose one of forward_kl"),
+        ({"resize_method": "cubic"}, "--pos_resize='cubic': choose one of linear, copy"),
+        ({"best_metric": "val_loss_studnt"}, "did you mean val_loss_student?"),
+        ({"best_metric": "val_loss_student@64"}, "is not evaluated there"),
+        ({"eval_ctx_lens": ""}, "stage evaluate: eval_ctx_lens is empty"),
+        ({"eval_ctx_lens": "512,0"}, "is not a positive whole number"),
+        ({"teacher_name": ""}, "missing: --teacher_name"),
+        ({"dataset_name": ""}, "missing: --dataset_name"),
+        ({"seed": -1}, "--seed=-1 must be at least 0"),
+        ({"evaluate_micro_batch": 0}, "stage evaluate: --micro_batch=0"),
+        ({"anneal_micro_batch": 7}, "stage anneal: --global_batch=64 is not divisible"),
+        ({"continue_more_settings": {"global_batch": 64}}, "leave one of them out"),
+    ],
+)
+def test_what_a_stage_would_refuse_is_found_at_once(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_parameters(values)
+    assert str(caught.value).startswith("PARAMS for stage ")
+    assert message in str(caught.value)
+
+
+def test_the_batch_is_shared_by_the_gpus_asked_for() -> None:
+    check_parameters({}, {"anneal": 8})
+    with pytest.raises(UsageError, match="not divisible by micro_batch 8 x 16 processes"):
+        check_parameters({}, {"anneal": 16})
+
+
+def test_empty_texts_stand_for_defaults() -> None:
+    check_parameters({"best_metric": "", "resize_method": "", "anneal_alpha_schedule": ""})
+
+
+def test_every_parameter_has_a_description() -> None:
+    assert all(parameter_help(name) for name in parameter_defaults())
