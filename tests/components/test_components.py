@@ -11,6 +11,8 @@ import multiprocessing
 import os
 import re
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -256,6 +258,23 @@ def test_settings_that_a_training_refuses(
             **asked,
         )
     assert not Path(checkpoints.path).exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ("raise UsageError('--alpha=2 must be\\nbetween 0 and 1')", 2, "--alpha=2 must be between"),
+        ("{}['absent']", 1, "unexpected failure: Traceback (most recent call last):"),
+    ],
+)
+def test_a_failure_of_a_stage_is_one_entry_of_the_log(body: str, status: int, message: str) -> None:
+    code = f"from trainer import log; from trainer.errors import UsageError; log.start(); {body}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == status
+    (line,) = done.stderr.splitlines()
+    record = json.loads(line)
+    assert record["severity"] == "ERROR"
+    assert record["message"].startswith(message)
 
 
 def test_accumulation_may_come_with_the_further_settings(

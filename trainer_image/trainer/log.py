@@ -100,9 +100,18 @@ def quiet_libraries() -> None:
 
 
 def start() -> None:
-    """Set up what a stage wants that another program calls in process."""
+    """Set up what a stage wants that another program calls in process.
+
+    A failure that nobody catches ends the process as it ends a command: in one line of the log,
+    with its exit status. Cloud Logging would make an entry of each line of a traceback.
+    """
     set_up_logging()
     quiet_libraries()
+    sys.excepthook = _report_and_exit
+
+
+def _report_and_exit(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    raise SystemExit(report_failure(error))
 
 
 def seconds_since_start() -> float:
