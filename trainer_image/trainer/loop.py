@@ -23,13 +23,13 @@ from trainer.distill import DistillLoss, Mix
 from trainer.errors import Preempted, TrainingError
 from trainer.evaluate import Evaluator
 from trainer.log import log, log_values, on_terminal, seconds_since_start
-from trainer.optimizer import to_cpu
 from trainer.parallel import Processes
 from trainer.precision import Precision
 from trainer.scalars import ScalarLog
 from trainer.schedules import learning_rate
 from trainer.snapshots import Snapshots
 from trainer.start import Start
+from trainer.state_copies import StateCopies
 from trainer.step import TrainStep
 from trainer.teacher import Teacher
 from trainer.tokens import BatchSampler, TokenStreams
@@ -176,6 +176,7 @@ class TrainingLoop:
         self.window = _LogWindow(precision.device)
         self._noted = start.step
         """Updates known to have been made or skipped."""
+        self.copies = StateCopies()
         self.stop_signal: int | None = None
         self._next_time_snapshot = time.monotonic() + ckpt.TIME_EVERY_SECONDS
 
@@ -435,16 +436,20 @@ class TrainingLoop:
 
     def snapshot(self) -> ckpt.Snapshot:
         """The whole state after the last complete update, copied to the CPU."""
-        optimizer = to_cpu(self.device_step.optimizer.state_dict())
+        copy = self.copies.copy(
+            {
+                "model": dict(self.student.state_dict()),
+                "optimizer": self.device_step.optimizer.state_dict(),
+            }
+        )
         state = {
             **asdict(self.progress),
             "optimizer_names": self.device_step.parameter_names,
             "loss_scale": self.device_step.scaler.state_dict(),
         }
         config = self.config
-        return ckpt.Snapshot(
-            model=to_cpu(dict(self.student.state_dict())),
-            optimizer=optimizer,
+        snapshot = ckpt.Snapshot(
+            **copy,
             scheduler={
                 "step": self.step,
                 "peak": config.peak_lr,
@@ -463,6 +468,8 @@ class TrainingLoop:
                 origin=self.origin,
             ),
         )
+        self.copies.free_with(snapshot, copy)
+        return snapshot
 
     def _finish(self, scalars: ScalarLog) -> None:
         self.snapshots.finish()

@@ -1,4 +1,4 @@
-"""AdamW over named parameters, and its state in checkpoints."""
+"""AdamW over named parameters, and its state from checkpoints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from trainer.config import TrainConfig
 from trainer.errors import CheckpointError
-from trainer.parallel import full_tensor, like_parameter
+from trainer.parallel import like_parameter
 
 
 def build_optimizer(student: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -75,17 +75,3 @@ def load_state_by_name(
         for index, name in enumerate(names)
     }
     optimizer.load_state_dict({"state": entries, "param_groups": current["param_groups"]})
-
-
-def to_cpu(value: Any) -> Any:
-    """A copy on the CPU of nested dicts, lists and tensors, independent of later updates.
-
-    Sharded tensors are put together, for which every process has to call this.
-    """
-    if isinstance(value, Tensor):
-        return full_tensor(value.detach()).to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: to_cpu(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(to_cpu(entry) for entry in value)
-    return value
