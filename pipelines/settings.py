@@ -165,8 +165,8 @@ class Settings:
             UsageError: naming all that are missing, what they are, and how to set them.
         """
         helps = {spec.name: spec.metadata.get("help", "") for spec in fields(self)}
-        missing = dict(beside or {})
-        missing |= {name.upper(): helps[name] for name in names if not getattr(self, name)}
+        missing = {name.upper(): helps[name] for name in names if not getattr(self, name)}
+        missing |= beside or {}
         if missing:
             listed = "; ".join(f"{name} ({what})" for name, what in missing.items())
             # Those beside belong to one command, not to the settings file
