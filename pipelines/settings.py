@@ -15,9 +15,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from trainer.errors import UsageError
+from trainer.text_yaml import read_settings
 
 DEFAULT_FILE = "pipeline.yaml"
 STAGES = ("prepare", "anneal", "pick", "resize", "continue", "evaluate")
@@ -271,12 +270,7 @@ def _from_file(environ: Mapping[str, str], known: Iterable[str]) -> dict[str, An
         if environ.get("SETTINGS"):
             raise UsageError(f"SETTINGS={str(path)!r} does not exist")
         return {}
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} must hold 'NAME: value' lines")
+    content = read_settings(path, str(path))
     names = {name: name for name in known}
     found: dict[str, Any] = {}
     for key, value in content.items():

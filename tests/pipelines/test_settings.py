@@ -123,8 +123,12 @@ def test_unknown_names_in_the_file(tmp_path: Path) -> None:
     path.write_text("anneal_accelerator_cont: 2")
     with pytest.raises(UsageError, match="did you mean ANNEAL_ACCELERATOR_COUNT?"):
         load_settings({"SETTINGS": str(path)})
+    path.write_text("labels: {country: no}\npick_memory: 4Gi\npick_retries: 2")
+    settings = load_settings({"SETTINGS": str(path)})
+    assert settings.labels == {"country": "no"}
+    assert settings.machines["pick"].retries == 2
     path.write_text("[1, 2")
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="is not valid YAML"):
         load_settings({"SETTINGS": str(path)})
 
 

@@ -158,7 +158,16 @@ def test_batch_sizes_that_do_not_fit(given: dict[str, int], message: str) -> Non
         (["--train_steps=-1"], "--train_steps=-1 must be at least 0"),
         (["--save_every=0"], "--save_every=0 must be at least 1 updates"),
         (["--bf16=maybe"], "--bf16='maybe': true or false is needed"),
-        (["--alfa=0.5"], "unrecognized arguments: --alfa=0.5"),
+        (["--alfa=0.5"], "unknown flag --alfa; did you mean --alpha?"),
+        (["0.5"], "unexpected argument '0.5'"),
+        (["--seed=18446744073709551616"], "must be at most 18446744073709551615"),
+        (["--warmup_steps=1" + "0" * 400], "must be at most 2147483647 updates"),
+        (["--T=1e308"], "must be above 0 and at most 1000"),
+        (["--eval_ctx_lens=32,9999999999999"], "'9999999999999' is not a positive whole number"),
+        (["--lr=inf"], "--lr=inf must be above 0 and finite"),
+        (["--cache_dir="], "--cache_dir must not be empty"),
+        (["--local_workdir=~nobody-of-that-name/x"], "there is no such home directory"),
+        (["--rope_scale=2"], "--rope_scale=2 is for rotary positions"),
         (["--alpha"], "expected one argument"),
         (["--rope_scale=-2"], "--rope_scale=-2 must be above 0"),
         (["--pos_embedding=rotary", "--d_model=36", "--n_heads=12"], "even head width"),
@@ -204,6 +213,12 @@ def test_yaml_gives_any_setting(tmp_path: Path) -> None:
         ("alpha: high", "--alpha='high': a number is needed"),
         ("x: !!python/object/apply:os.system ['true']", "is not valid YAML"),
         ("\x00", "is not valid YAML"),
+        (
+            "seed: 1\nlr: 0.1\nseed: 2",
+            "is not valid YAML at line 3, column 1: 'seed' is given twice",
+        ),
+        ("config: other.yaml", "'config' names a file"),
+        ("hf_token_value: [hf_planted]", "--hf_token_value=***: one value is needed"),
     ],
 )
 def test_yaml_errors(tmp_path: Path, content: str, message: str) -> None:
@@ -212,6 +227,57 @@ def test_yaml_errors(tmp_path: Path, content: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         settings_from_yaml(str(path))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("alpha_schedule: 0:0.7", {"alpha_schedule": "0:0.7"}),
+        ("temp_schedule: 1:2", {"temp_schedule": "1:2"}),
+        ("dataset_config: no", {"dataset_config": "no"}),
+        ("dataset_revision: 0123", {"dataset_revision": "0123"}),
+        ("fp16: on\nbf16: no", {"fp16": True, "bf16": False}),
+        ("seed: ~\nlr: null\ndropout:", {}),
+        ("dataset_config: 'null'", {"dataset_config": "null"}),
+        ("d_model: !!int 64", {"d_model": 64}),
+        ("", {}),
+    ],
+)
+def test_yaml_guesses_no_types(tmp_path: Path, content: str, expected: dict[str, object]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    assert settings_from_yaml(str(path)) == expected
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--hf-token-value=hf_planted"],
+        ["--hf_token_valu=hf_planted"],
+        ["--hf_token_value", "hf_one", "hf_planted"],
+    ],
+)
+def test_a_mistyped_token_is_not_shown(argv: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse(*argv)
+    assert "hf_planted" not in str(caught.value)
+
+
+def test_empty_values_are_none_given() -> None:
+    with pytest.raises(UsageError, match="missing: --teacher_name, --dataset_name"):
+        resolve(parse("--teacher_name=", "--dataset_name=", "--block_size=8"), {}).config.require(
+            "teacher_name", "dataset_name"
+        )
+
+
+def test_places_in_the_home_directory() -> None:
+    config = resolve(parse("--local_workdir=~/a", "--output_gcs_uri=~/b"), {}).config
+    assert config.local_workdir == str(Path.home() / "a")
+    assert config.output_gcs_uri == str(Path.home() / "b")
+
+
+def test_shapes_are_left_to_the_checkpoint_that_is_resumed() -> None:
+    resolve(parse("--n_heads=5", "--resume_gcs_uri=base.pt"), {})
 
 
 def test_a_missing_yaml_file_is_named(tmp_path: Path) -> None:

@@ -20,11 +20,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from trainer.dates import expand_dates
 from trainer.errors import UsageError
 from trainer.schedules import ALPHA_RANGE, TEMPERATURE_RANGE, StepSchedule
+from trainer.text_yaml import read_settings
 
 COMMAND_LINE, CONFIG_FILE, CHECKPOINT, DEFAULT = (
     "command line",
@@ -36,12 +35,14 @@ REQUIRED = ("block_size", "teacher_name", "dataset_name")
 AUTO = 0
 """``--micro_batch=auto`` as a number."""
 DEFAULT_MICRO_BATCH = 8
+_LARGEST_COUNT, _LARGEST_SEED = 2**31 - 1, 2**64 - 1
+"""What 32 bits count; what torch's generators take."""
 
 
 def _contexts(text: str) -> tuple[int, ...]:
     lengths: list[int] = []
     for piece in text.split(","):
-        if not piece.strip().isdecimal() or int(piece) == 0:
+        if not (piece.strip().isdecimal() and 0 < int(piece) <= _LARGEST_COUNT):
             raise UsageError(
                 f"--eval_ctx_lens={text!r}: {piece.strip()!r} is not a positive whole number of"
                 " tokens; write for example 512,1024"
@@ -68,11 +69,14 @@ def _betas(text: str) -> tuple[float, float]:
     return first, second
 
 
+_TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+
+
 def _boolean(text: str) -> bool:
-    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.strip().lower() not in values:
+    word = text.strip().lower()
+    if word not in (*_TRUE, *_FALSE):
         raise ValueError("true or false is needed")
-    return values[text.strip().lower()]
+    return word in _TRUE
 
 
 def setting(
@@ -290,18 +294,30 @@ class TrainConfig:
             raise UsageError(
                 f"{flags} exclude each other; give one, or none for the best available"
             )
-        if self.d_model % self.n_heads:
-            raise UsageError(
-                f"--d_model={self.d_model} is not divisible by --n_heads={self.n_heads}"
-            )
         if self.teacher_precision == "fp8" and self.shard_teacher:
             raise UsageError(
                 "--teacher_precision=fp8 and --shard_teacher exclude each other; leave one out"
+            )
+        for name in ("local_workdir", "cache_dir", "text_column"):
+            if not getattr(self, name):
+                raise UsageError(f"--{name} must not be empty")
+        if not self.resume_gcs_uri:
+            self._check_shapes()  # else the checkpoint's are what counts
+
+    def _check_shapes(self) -> None:
+        if self.d_model % self.n_heads:
+            raise UsageError(
+                f"--d_model={self.d_model} is not divisible by --n_heads={self.n_heads}"
             )
         if self.pos_embedding == "rotary" and self.d_model // self.n_heads % 2:
             raise UsageError(
                 f"rotary positions need an even head width, not {self.d_model}/{self.n_heads} ="
                 f" {self.d_model // self.n_heads}; change --d_model or --n_heads"
+            )
+        if self.rope_scale != 1.0 and self.pos_embedding != "rotary":
+            raise UsageError(
+                f"--rope_scale={self.rope_scale:g} is for rotary positions; leave it out or give"
+                " --pos_embedding=rotary"
             )
 
     def _check_ranges(self) -> None:
@@ -310,16 +326,16 @@ class TrainConfig:
             (("grad_accum", "trained_positions", "max_nonfinite"), 1, ""),
             (("eval_every", "save_every", "log_interval"), 1, " updates"),
             (("train_steps", "warmup_steps"), 0, " updates"),
-            (("eval_max_tokens", "weight_decay", "seed", "micro_batch"), 0, ""),
+            (("eval_max_tokens", "seed", "micro_batch"), 0, ""),
         ):
             for name in names:
-                value = getattr(self, name)
-                if value is not None and (value < low or not math.isfinite(value)):
-                    raise UsageError(f"--{name}={value} must be at least {low}{unit}")
+                _check_between(name, getattr(self, name), low, unit)
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise UsageError(f"--weight_decay={self.weight_decay:g} must be a number from 0 on")
         for name in ("lr", "lr_peak", "eps", "grad_clip", "rope_scale"):
             value = getattr(self, name)
             if value is not None and not (0.0 < value < math.inf):
-                raise UsageError(f"--{name}={value:g} must be above 0")
+                raise UsageError(f"--{name}={value:g} must be above 0 and finite")
         if self.alpha not in ALPHA_RANGE:
             raise UsageError(f"--alpha={self.alpha:g} must be {ALPHA_RANGE}")
         if self.T not in TEMPERATURE_RANGE:
@@ -407,8 +423,18 @@ class TrainConfig:
         }
 
 
+def _check_between(name: str, value: int | None, low: int, unit: str) -> None:
+    high = _LARGEST_SEED if name == "seed" else _LARGEST_COUNT
+    if value is not None and value < low:
+        raise UsageError(f"--{name}={value} must be at least {low}{unit}")
+    if value is not None and value > high:
+        shown = f"{str(value)[:24]}…" if len(str(value)) > 24 else value
+        raise UsageError(f"--{name}={shown} must be at most {high}{unit}")
+
+
 SETTINGS = {spec.name: spec for spec in fields(TrainConfig)}
 _TYPES = typing.get_type_hints(TrainConfig)
+_SECRET_FLAGS = tuple(f"--{name}" for name, spec in SETTINGS.items() if spec.metadata["secret"])
 
 
 @dataclass(frozen=True)
@@ -442,8 +468,12 @@ def parse_value(name: str, value: Any) -> Any:
     options = [option for option in typing.get_args(kind) if option is not type(None)]
     if typing.get_origin(kind) is not tuple and options:
         kind = options[0]
+    secret = spec.metadata["secret"]
     if isinstance(value, dict) or (isinstance(value, list) and not spec.metadata["parse"]):
-        raise UsageError(f"--{name}={value!r}: one value is needed, not a {type(value).__name__}")
+        shown = "***" if secret else repr(value)
+        raise UsageError(f"--{name}={shown}: one value is needed, not a {type(value).__name__}")
+    if value == "" and type(None) in typing.get_args(_TYPES[name]):
+        return None
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)  # JSON and YAML know one kind of number
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -452,7 +482,7 @@ def parse_value(name: str, value: Any) -> Any:
         parsed = parse(text)
     except ValueError as error:
         wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, error)
-        shown = "***" if spec.metadata["secret"] else repr(text)
+        shown = "***" if secret else repr(text)
         raise UsageError(f"--{name}={shown}: {wanted} is needed") from None
     choices = spec.metadata["choices"]
     if choices and parsed not in choices:
@@ -463,10 +493,23 @@ def parse_value(name: str, value: Any) -> Any:
 
 
 class _OneLineParser(argparse.ArgumentParser):
-    """argparse, with errors in one line."""
+    """argparse, with errors in one line that shows no value of a secret."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see --help)")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does; of what it does not know, flags are shown without their values."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if not unknown:
+            return parsed
+        first = unknown[0].partition("=")[0]
+        if not first.startswith("-"):
+            secret = any(word.startswith(_SECRET_FLAGS) for word in args or ())
+            self.error(f"unexpected argument {'***' if secret else repr(first)}")
+        flags = [text for action in self._actions for text in action.option_strings]
+        near = difflib.get_close_matches(first, flags, 1)
+        return self.error(f"unknown flag {first}{f'; did you mean {near[0]}?' if near else ''}")
 
 
 def as_text(name: str, value: Any) -> str:
@@ -540,26 +583,16 @@ def settings_from_yaml(path: str) -> dict[str, Any]:
     Raises:
         UsageError: the file cannot be read, is not a mapping, or has an unknown key.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config={path!r} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "it cannot be parsed"
-        raise UsageError(f"--config={path!r} is not valid YAML{where}: {problem}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UsageError(f"--config={path!r} must hold 'setting: value' lines")
+    content = read_settings(path, f"--config={path!r}")
     _check_names(content, where=f"--config={path!r}: ")
     return given(**content)
 
 
 def _check_names(names: Iterable[Any], where: str = "") -> None:
     for name in names:
-        if name not in SETTINGS or name == "config":
+        if name == "config":
+            raise UsageError(f"{where}'config' names a file, which the command line alone gives")
+        if name not in SETTINGS:
             near = difflib.get_close_matches(str(name), SETTINGS, 1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UsageError(f"{where}unknown setting {name!r}{hint}")
@@ -593,11 +626,21 @@ def resolve(
             if rival in layer and name not in layer and sources[name] != DEFAULT:
                 values.pop(name, None)
                 sources[name] = DEFAULT
+    for name in ("output_gcs_uri", "local_workdir", "cache_dir"):
+        if str(values.get(name, "")).startswith("~"):
+            values[name] = _in_home(name, values[name])
     for name in ("output_gcs_uri", "local_workdir"):
         if values.get(name):
             moment = None if now is None else datetime.fromtimestamp(now, UTC)
             values[name] = expand_dates(values[name], flag=name, now=moment)
     return Resolved(TrainConfig(**values), sources)
+
+
+def _in_home(name: str, path: str) -> str:
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:
+        raise UsageError(f"--{name}={path!r}: there is no such home directory") from None
 
 
 def accumulation(resolved: Resolved, world_size: int) -> int:

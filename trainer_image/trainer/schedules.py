@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from trainer.errors import UsageError
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
+_STEP_DIGITS = 12
 MIN_LR_FRACTION = 0.1
 """The cosine ends at this fraction of the peak learning rate."""
 
@@ -19,7 +20,7 @@ class Range:
     """The values a schedule may take; ``low_open`` excludes ``low`` itself."""
 
     low: float
-    high: float = math.inf
+    high: float
     low_open: bool = False
 
     def __contains__(self, value: float) -> bool:
@@ -27,13 +28,13 @@ class Range:
         return math.isfinite(value) and above and value <= self.high
 
     def __str__(self) -> str:
-        if math.isinf(self.high):
-            return f"{'above' if self.low_open else 'at least'} {self.low:g}"
+        if self.low_open:
+            return f"above {self.low:g} and at most {self.high:g}"
         return f"between {self.low:g} and {self.high:g}"
 
 
 ALPHA_RANGE = Range(0.0, 1.0)
-TEMPERATURE_RANGE = Range(0.0, low_open=True)
+TEMPERATURE_RANGE = Range(0.0, 1000.0, low_open=True)
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ def _parse_entry(piece: str, offset: int, number: int, given: str) -> tuple[int,
     digits = len(step_text) - len(step_text.lstrip("0123456789"))
     if not step_text or digits < len(step_text):
         raise fail(start + digits, "a step is a whole number; updates count from 0")
+    if digits > _STEP_DIGITS:
+        raise fail(start + _STEP_DIGITS, f"a step has {_STEP_DIGITS} digits at most")
     value_start = colon + 1 + len(piece[colon + 1 :]) - len(piece[colon + 1 :].lstrip())
     value_text = piece[value_start:].rstrip()
     matched = _NUMBER.match(value_text)
