@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 
 from tests.trainer.samples import base_package_payload
 from trainer import checkpoint as ckpt
-from trainer.checkpoint import Sidecar, Snapshot, read_checkpoint, verify_file
+from trainer.checkpoint import Sidecar, Snapshot, metric_of, read_checkpoint, verify_file
 from trainer.errors import CheckpointError
 from trainer.snapshots import read_from
 from trainer.student import Student, StudentConfig
@@ -264,3 +266,33 @@ def test_optimizer_state_of_another_student_is_refused(tmp_path: Path) -> None:
         CheckpointError, match="optimizer state over 28 parameters for a student of"
     ):
         read_checkpoint(tmp_path / "base.pt").optimizer_by_name()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda o: o["param_groups"].append(3), "the optimizer's groups are damaged"),
+        (lambda o: o["param_groups"][0]["params"].append("x"), "groups are damaged"),
+        (lambda o: o["state"].update({99: {}}), "state is of other parameters"),
+        (lambda o: o["state"].update({0: 1.0}), "state is of other parameters"),
+    ],
+)
+def test_damaged_optimizer_state_is_refused(
+    tmp_path: Path, damage: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    payload = base_package_payload(trained=24, rows=100)
+    damage(payload["optimizer"])
+    torch.save(payload, tmp_path / "base.pt")
+    with pytest.raises(CheckpointError, match=f"base.pt: .*{message}"):
+        read_checkpoint(tmp_path / "base.pt").optimizer_by_name()
+
+
+def test_metrics_that_are_not_finite_survive_standard_json() -> None:
+    meta = {"step": 1, "metrics": {"a": math.nan, "b": math.inf, "c": 1.0}}
+    data = Sidecar("x.pt", 1, "AAAA", meta).dump()
+    assert b"NaN" not in data
+    assert b"Infinity" not in data
+    metrics = Sidecar.parse(data, "x.pt").metrics
+    assert math.isnan(metrics["a"])
+    assert metrics["c"] == 1.0
+    assert metric_of({"metrics": metrics}, "b") == math.inf

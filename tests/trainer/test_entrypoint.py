@@ -369,6 +369,7 @@ def test_settings_that_do_not_fit_the_models(
     fails(settings, 2, "--block_size=128 is over the 64 positions of teacher", block_size=128)
     fails(settings, 2, "missing: --teacher_name", teacher_name=None)
     fails(settings, 2, "did you mean val_loss_student@32?", save_best_on="val_loss_studnt@32")
+    fails(settings, 2, "--trained_positions=16 is of a checkpoint's table", trained_positions=16)
     small = save_teacher(tmp_path / "small", tokenizer_dir, vocab=512, positions=64)
     config = json.loads((small / "config.json").read_text())
     (small / "config.json").write_text(json.dumps(config | {"vocab_size": 500}))
@@ -383,6 +384,58 @@ def test_settings_that_do_not_fit_the_models(
     fails(resumed, 2, "--pos_embedding=rotary", pos_embedding="rotary")
     fails(resumed, 2, "--trained_positions=500", trained_positions=500)
     fails(resumed, 1, "which 3 heads do not divide", n_heads=3, d_model=None)
+
+
+def test_heads_that_the_checkpoint_contradicts(settings: Settings, tmp_path: Path) -> None:
+    """Other heads would be another function of the same weights."""
+    entrypoint.run(settings)
+    resumed = settings | {"resume_gcs_uri": str(tmp_path / "work" / "best.pt")}
+    resumed |= {"local_workdir": str(tmp_path / "other")}
+    fails(resumed, 2, "--n_heads=2: the checkpoint", "has 4; leave it out", n_heads=2)
+
+
+def test_shapes_come_from_the_checkpoint_whatever_the_defaults(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """Five heads do not divide the default width."""
+    entrypoint.run(settings | {"d_model": 40, "n_heads": 5})
+    dropped = {name: value for name, value in settings.items() if name[:2] not in ("d_", "n_")}
+    place = {"local_workdir": str(tmp_path / "next"), "train_steps": 2}
+    resumed = {"resume_gcs_uri": str(tmp_path / "work" / "final.pt")}
+    assert entrypoint.run(dropped | place | resumed) is not None
+    meta = read_checkpoint(tmp_path / "next" / "final.pt").meta
+    assert (meta["model"]["d_model"], meta["model"]["n_heads"]) == (40, 5)
+    assert (meta["settings"]["d_model"], meta["settings"]["n_layers"]) == (40, 2)
+    assert entrypoint.run(dropped | place | resumed) is not None, "it is the same run"
+
+
+def test_metadata_that_cannot_work_names_the_file(settings: Settings, tmp_path: Path) -> None:
+    entrypoint.run(settings)
+    path = tmp_path / "work" / "final.pt"
+    payload = torch.load(path, weights_only=True)
+    resumed = settings | {"local_workdir": str(tmp_path / "next")}
+    for key, value in {"kd_alpha": 7, "seed": -1, "alpha_schedule": "0:2"}.items():
+        torch.save(payload | {"meta": payload["meta"] | {key: value}}, tmp_path / "lies.pt")
+        fails(
+            resumed,
+            1,
+            f"{tmp_path / 'lies.pt'}: its metadata cannot work: --",
+            resume_gcs_uri=str(tmp_path / "lies.pt"),
+        )
+
+
+def test_a_run_without_a_finite_evaluation_fails(settings: Settings, tmp_path: Path) -> None:
+    broken = settings | {"lr_peak": 1e30, "warmup_steps": 0, "max_nonfinite": 100}
+    for _ in range(2):  # started again, it has nothing to do and still no best checkpoint
+        fails(broken, 1, "gave a finite val_loss_student", "give a smaller --lr_peak than 1e+30")
+    assert (tmp_path / "work" / "final.pt").exists()
+    assert not (tmp_path / "work" / "best.pt").exists()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    text = (tmp_path / "work" / "final.pt.meta.json").read_text()
+    assert json.loads(text, parse_constant=refuse)["metrics"]["val_loss_student"] is None
 
 
 def test_a_student_of_another_vocabulary(settings: Settings, tmp_path: Path) -> None:

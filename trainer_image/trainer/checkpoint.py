@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.config import TrainConfig
-from trainer.errors import CheckpointError
+from trainer.config import SETTINGS, TrainConfig, parse_value
+from trainer.errors import CheckpointError, UsageError
+from trainer.schedules import learning_rate
 from trainer.storage import atomic_write, crc32c_of
+from trainer.strict_json import dumps
 from trainer.student import StudentConfig, expected_shapes, student_config_from_weights
 
 FORMAT_VERSION = 1
@@ -111,8 +113,6 @@ def build_meta(
     ``settings`` holds everything that defines the run, so that the same run can go on and another
     one is told apart; the fields beside it are the format's.
     """
-    from trainer.schedules import learning_rate
-
     alpha, temperature = config.schedule_alpha, config.schedule_T
     last = max(step - 1, 0)
     return {
@@ -214,9 +214,6 @@ def settings_from_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: a value is not one that the setting can take.
     """
-    from trainer.config import parse_value
-    from trainer.errors import UsageError
-
     values: dict[str, Any] = {}
     for key, name in _SETTING_OF_META.items():
         if meta.get(key) in (None, "", []):
@@ -235,14 +232,19 @@ def settings_from_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def heads_of(meta: Mapping[str, Any]) -> int | None:
+    """The attention heads that a checkpoint's metadata tells; weights alone do not."""
+    model = meta.get("model")
+    heads = model.get("n_heads") if isinstance(model, dict) else None
+    return heads if isinstance(heads, int) and not isinstance(heads, bool) and heads > 0 else None
+
+
 def run_settings_of(meta: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that define the run a checkpoint belongs to.
 
     Raises:
         CheckpointError: the metadata has none, so that it is not one of this program's runs.
     """
-    from trainer.config import SETTINGS, parse_value
-
     settings = meta.get("settings")
     if not isinstance(settings, dict):
         raise CheckpointError("the checkpoint does not say which settings its run had")
@@ -279,7 +281,7 @@ class Sidecar:
     def dump(self) -> bytes:
         """The JSON text."""
         content = {"file": self.name, "size": self.size, "crc32c": self.crc32c, **self.meta}
-        return json.dumps(content, indent=2, allow_nan=True).encode()
+        return dumps(content, indent=2).encode()
 
     @classmethod
     def parse(cls, data: bytes, name: str) -> Sidecar:
@@ -297,8 +299,11 @@ class Sidecar:
             value = content.get(key) if isinstance(content, dict) else None
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise CheckpointError(f"sidecar of {name} has no valid {key!r}: {value!r}")
-        if not all(isinstance(v, int | float) for v in content["metrics"].values()):
+        metrics = content["metrics"]
+        if not all(value is None or isinstance(value, int | float) for value in metrics.values()):
             raise CheckpointError(f"sidecar of {name} has metrics that are not numbers")
+        # JSON has no word for what is not finite
+        content["metrics"] = {k: math.nan if v is None else v for k, v in metrics.items()}
         if content["step"] < 0 or content["size"] < 0:
             raise CheckpointError(f"sidecar of {name} has a negative step or size")
         meta = {k: v for k, v in content.items() if k not in ("file", "size", "crc32c")}
@@ -382,9 +387,7 @@ class Checkpoint:
         Raises:
             CheckpointError: a parameter is missing, unknown or of another shape.
         """
-        config = student_config_from_weights(
-            self.weights, n_heads=n_heads, rope_scale=rope_scale, dropout=dropout
-        )
+        config = self._config_of_weights(n_heads, rope_scale, dropout)
         expected = expected_shapes(config)
         found = {name: tuple(tensor.shape) for name, tensor in self.weights.items()}
         for name in [*expected, *found]:
@@ -394,6 +397,33 @@ class Checkpoint:
                     f" needs {_shape(expected.get(name))}"
                 )
         return config
+
+    def _config_of_weights(self, n_heads: int, rope_scale: float, dropout: float) -> StudentConfig:
+        try:
+            return student_config_from_weights(
+                self.weights, n_heads=n_heads, rope_scale=rope_scale, dropout=dropout
+            )
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.source}: {error}") from None
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that it gives to a new phase: those of its metadata and of its weights.
+
+        Raises:
+            CheckpointError: its metadata has values that no run can have, or the weights are not a
+                student's.
+        """
+        shapes = self._config_of_weights(1, 1.0, 0.0)
+        values = {name: getattr(shapes, name) for name in ("d_model", "n_layers", "pos_embedding")}
+        try:
+            values |= settings_from_meta(self.meta)
+            # With a name of a checkpoint shapes are left for it to tell, heads among them
+            TrainConfig(**values, resume_gcs_uri=self.source)
+        except UsageError as error:
+            raise CheckpointError(f"{self.source}: its metadata cannot work: {error}") from None
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.source}: {error}") from None
+        return values
 
     def trained_positions(self) -> int | None:
         """How many rows of the position table were trained; None where nothing tells.
@@ -431,12 +461,17 @@ class Checkpoint:
                 f"{self.source}: the optimizer state has no state and param_groups"
             )
         names = self.trainer_state.get("optimizer_names") or list(self.weights)
-        indices = [index for group in groups for index in group.get("params", [])]
-        if sorted(indices) != list(range(len(names))):
+        try:
+            indices = sorted(index for group in groups for index in group.get("params", []))
+        except (AttributeError, TypeError):
+            raise CheckpointError(f"{self.source}: the optimizer's groups are damaged") from None
+        if indices != list(range(len(names))):
             raise CheckpointError(
                 f"{self.source}: optimizer state over {len(indices)} parameters for a student of"
                 f" {len(names)}"
             )
+        if not set(state) <= set(indices) or not all(isinstance(e, dict) for e in state.values()):
+            raise CheckpointError(f"{self.source}: the optimizer's state is of other parameters")
         return {names[index]: entry for index, entry in state.items()}
 
 

@@ -97,7 +97,7 @@ def run(
     _check_metric(config)
     if own is not None and own.source.endswith(f"/{ckpt.FINAL}"):
         log.info("nothing to do: %s is at step %d of %d", own.source, own.step, config.train_steps)
-        return _finished(own)
+        return _finished(own).checked(config)
     token = find_hf_token(config)
     spec = _teacher_spec(config, token)
     if own is not None:
@@ -206,7 +206,7 @@ def _resolve_foreign(
     if not config.resume_gcs_uri:
         return asked, None
     foreign = read_from(config.resume_gcs_uri, Path(config.local_workdir))
-    settings = ckpt.settings_from_meta(foreign.meta)
+    settings = foreign.settings()
     resolved = resolve(command_line, config_file, settings)
     spent = [name for name in ("alpha_schedule", "temp_schedule") if name in settings]
     if spent and restarts(resolved, foreign):
@@ -304,7 +304,7 @@ def run_on_all_gpus(settings: Mapping[str, Any]) -> RunResult | None:
         config = resolve(settings, {}).config
         own = Snapshots(config.uri, config.local_workdir).newest()
         assert own is not None, "the run has written its final checkpoint"
-        return _finished(own)
+        return _finished(own).checked(config)
     return run(settings)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import logging
 import os
 import sys
@@ -12,6 +12,7 @@ from typing import Any
 
 import trainer
 from trainer.errors import LiquidError
+from trainer.strict_json import dumps
 
 log = logging.getLogger("trainer")
 _secrets: set[str] = set()
@@ -45,7 +46,7 @@ class _JsonFormatter(logging.Formatter):
             "time": f"{stamp}.{int(record.msecs):03d}Z",
             **getattr(record, "values", {}),
         }
-        return without_secrets(json.dumps(payload, default=str, ensure_ascii=False))
+        return without_secrets(dumps(payload))
 
 
 class _TextFormatter(logging.Formatter):
@@ -97,6 +98,7 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
     # transformers' loading bars come through tqdm's own switch in some releases
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def start() -> None:
@@ -138,5 +140,28 @@ def report_failure(error: BaseException) -> int:
         # The reader of our output went away; keep the interpreter from failing again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    if reason := _reason(error):
+        log.error("%s", reason)
+        return 1
     log.error("unexpected failure: %s", "".join(traceback.format_exception(error)).rstrip())
     return 1
+
+
+def _reason(error: BaseException) -> str:
+    """One line for what the machine refused; empty for anything else."""
+    first = next(iter(str(error).splitlines()), "")
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{os.fspath(error.filename)!r}: {error.strerror}; give another place"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({first}); free some space or give another place"
+    # torch's own type is not imported for its name; on the CPU it raises a RuntimeError
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in first:
+        return (
+            f"out of memory: {first.partition('. ')[0]}; give a smaller --micro_batch, or"
+            " --micro_batch=auto, --activation_checkpointing, or a smaller model"
+        )
+    if isinstance(error, RuntimeError) and "home directory" in first:
+        return f"{first} Write the path out instead of ~NAME"
+    if isinstance(error, MemoryError):
+        return f"out of memory{': ' * bool(first)}{first}"
+    return ""

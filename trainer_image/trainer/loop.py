@@ -20,7 +20,7 @@ from tqdm import tqdm
 from trainer import checkpoint as ckpt
 from trainer.config import TrainConfig
 from trainer.distill import DistillLoss, Mix
-from trainer.errors import Preempted, TrainingError
+from trainer.errors import CheckpointError, Preempted, TrainingError
 from trainer.evaluate import Evaluator
 from trainer.log import log, log_values, on_terminal, seconds_since_start
 from trainer.parallel import Processes
@@ -66,6 +66,20 @@ class RunResult:
     metrics: dict[str, float]
     best_value: float
     best_step: int
+
+    def checked(self, config: TrainConfig) -> RunResult:
+        """Itself.
+
+        Raises:
+            TrainingError: no evaluation was finite, so there is no best checkpoint.
+        """
+        if self.best_step < 0:
+            raise TrainingError(
+                f"no evaluation up to step {self.step} gave a finite {config.save_best_on}, so"
+                f" {config.uri} has no best checkpoint; give a smaller --lr_peak than"
+                f" {config.peak_lr:g}, or check the data"
+            )
+        return self
 
 
 class _LogWindow:
@@ -156,9 +170,12 @@ class TrainingLoop:
         self.step = start.step
         self.continued = bool(start.trainer_state)
         self.progress = Progress.load(start.trainer_state)
-        self.device_step = TrainStep(
-            config, start.student, teacher, precision, self.processes, start.optimizer_state
-        )
+        try:
+            self.device_step = TrainStep(
+                config, start.student, teacher, precision, self.processes, start.optimizer_state
+            )
+        except CheckpointError as error:
+            raise CheckpointError(f"{start.source}: {error}") from None
         self.student = self.device_step.student
         if precision.loss_scaling and "loss_scale" in start.trainer_state:
             self.device_step.scaler.load_state_dict(start.trainer_state["loss_scale"])
@@ -187,11 +204,12 @@ class TrainingLoop:
 
         Raises:
             Preempted: a signal asked the process to stop; its state has been saved.
-            TrainingError: too many updates in a row had non-finite gradients.
+            TrainingError: too many updates in a row had non-finite gradients, or no evaluation was
+                finite.
         """
         self._announce()
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
-        scalars = ScalarLog(self.config.local_workdir, enabled=self.processes.main)
+        scalars = ScalarLog(self.config.local_workdir, step=self.step, enabled=self.processes.main)
         bar = tqdm(
             total=self.config.train_steps,
             initial=self.step,
@@ -221,7 +239,7 @@ class TrainingLoop:
                 signal.signal(number, handler)
         return RunResult(
             self.step, self.progress.metrics, self.progress.best_value, self.progress.best_step
-        )
+        ).checked(self.config)
 
     def _announce(self) -> None:
         config = self.config

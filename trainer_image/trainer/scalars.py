@@ -19,10 +19,11 @@ class ScalarLog:
 
     Args:
         workdir: its ``tensorboard`` directory is the place where the environment names none.
+        step: updates done; what an earlier start recorded after it is hidden.
         enabled: False for processes that only take part.
     """
 
-    def __init__(self, workdir: str, *, enabled: bool = True) -> None:
+    def __init__(self, workdir: str, *, step: int = 0, enabled: bool = True) -> None:
         self._writer: SummaryWriter | None = None
         if not enabled:
             return
@@ -32,7 +33,7 @@ class ScalarLog:
         self._remote = open_location(self.target) if is_remote(self.target) else None
         self._scratch = tempfile.TemporaryDirectory(prefix="liquid-tb-") if self._remote else None
         self._directory = Path(self._scratch.name) if self._scratch else Path(self.target)
-        self._writer = SummaryWriter(str(self._directory))
+        self._writer = SummaryWriter(str(self._directory), purge_step=step + 1)
 
     def add(self, values: Mapping[str, float], step: int) -> None:
         """Record scalars under their names after ``step`` updates."""

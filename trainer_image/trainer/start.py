@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer.checkpoint import Checkpoint
+from trainer.checkpoint import Checkpoint, heads_of
 from trainer.config import Resolved
 from trainer.errors import CheckpointError, ModelError, UsageError
 from trainer.log import log
@@ -29,11 +29,18 @@ class Start:
     """Best metric, skipped updates, loss scale; empty at the start of a phase."""
     origin: dict[str, Any] = field(default_factory=dict)
     """Checkpoint, step and context that the phase came from; empty from scratch."""
+    source: str = ""
+    """Where the state was read from; empty from scratch."""
 
 
 def from_scratch(resolved: Resolved, vocab_size: int) -> Start:
     """A freshly initialized student whose table has one row per position of the context."""
     config = resolved.config
+    if resolved.given("trained_positions"):
+        raise UsageError(
+            f"--trained_positions={config.trained_positions} is of a checkpoint's table; give"
+            " --resume_gcs_uri, or leave it out"
+        )
     absolute = config.pos_embedding == "absolute"
     student_config = StudentConfig(
         vocab_size=vocab_size,
@@ -63,6 +70,7 @@ def from_own_snapshot(resolved: Resolved, checkpoint: Checkpoint) -> Start:
         optimizer_state=checkpoint.optimizer_by_name(),
         trainer_state=checkpoint.trainer_state,
         origin=checkpoint.meta.get("origin") or {},
+        source=checkpoint.source,
     )
 
 
@@ -115,6 +123,7 @@ def new_phase(resolved: Resolved, checkpoint: Checkpoint) -> Start:
             "block_size": old_context,
             "metrics": checkpoint.meta.get("metrics") or {},
         },
+        source=checkpoint.source,
     )
 
 
@@ -209,6 +218,12 @@ def _student_config(resolved: Resolved, checkpoint: Checkpoint) -> StudentConfig
             raise UsageError(
                 f"--{name}={asked}: the checkpoint {checkpoint.source} has {has}; leave it out"
             )
+    heads = heads_of(checkpoint.meta)
+    if resolved.given("n_heads") and heads is not None and config.n_heads != heads:
+        raise UsageError(
+            f"--n_heads={config.n_heads}: the checkpoint {checkpoint.source} has {heads}; leave it"
+            " out"
+        )
     return found
 
 

@@ -655,8 +655,12 @@ def _os_errors(action: str, path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         what = f"{action} {os.fspath(path)!r} failed"
-        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        if error.errno == errno.ENOENT:
             raise StorageMissingError(f"{what}: it does not exist") from None
+        if error.errno == errno.ENOTDIR:
+            raise StorageMissingError(
+                f"{what}: a file stands where a directory is needed"
+            ) from None
         raise StorageError(f"{what}: {_reason(error, Path(path))}") from None
 
 
