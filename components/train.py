@@ -30,6 +30,7 @@ def train(
     eval_every: int = 500,
     save_every: int = 1000,
     log_interval: int = 50,
+    save_best_on: str = "",
     seed: int = 42,
     hf_secret_name: str = "",
     more_settings: dict = {},  # noqa: B006 - kfp records the value itself
@@ -62,6 +63,7 @@ def train(
         "eval_every": eval_every,
         "save_every": save_every,
         "log_interval": log_interval,
+        "save_best_on": save_best_on,
         "seed": seed,
         "hf_secret_name": hf_secret_name,
         "grad_accum": grad_accum or None,
@@ -69,10 +71,11 @@ def train(
     asked |= more_settings
     if asked["grad_accum"] is None:
         asked.setdefault("global_batch", global_batch)
-    result = entrypoint.run_on_all_gpus(config.given(**asked))
+    settings = config.given(**asked)
+    result = entrypoint.run_on_all_gpus(settings)
     if result is None:  # of several machines, the first one reports
         return (math.nan, -1, -1)
-    best = pick_best.run([output], "val_loss_student")
+    best = pick_best.run([output], settings.get("save_best_on", "val_loss_student"))
     checkpoints.metadata.update(summary(best.meta))
     for name, value in result.metrics.items():
         metrics.log_metric(name, value)

@@ -54,10 +54,12 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
             for nothing.
 
     Raises:
-        UsageError: machines that Vertex AI would refuse.
+        UsageError: machines that the backend would refuse, or could not give.
     """
     if backend == "vertex":
         settings.check_vertex()
+    if backend == "kfp":
+        settings.check_kubeflow()
     stage = _stages(settings, backend)
 
     @dsl.pipeline(name=NAME, description="Distil a language model at a short, then a long context")
@@ -130,6 +132,7 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
             eval_every=anneal_eval_every,
             save_every=anneal_save_every,
             log_interval=anneal_log_interval,
+            save_best_on=best_metric,
             seed=seed,
             hf_secret_name=hf_secret_name,
             more_settings=anneal_more_settings,
@@ -160,6 +163,7 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
             eval_every=continue_eval_every,
             save_every=continue_save_every,
             log_interval=continue_log_interval,
+            save_best_on=best_metric,
             seed=seed,
             hf_secret_name=hf_secret_name,
             more_settings=continue_more_settings,

@@ -42,10 +42,14 @@ names), else the default. These belong to one command and are read from the envi
 """
 _MACHINES = """## Machines
 
-One set a stage: `{STAGE}_{NAME}` with STAGE one of %s. On Vertex AI the GPU stages are custom
-training jobs, which take all of these; plain tasks take CPU, memory, accelerators and retries. On
-open-source Kubeflow Pipelines GPUs are asked for as `nvidia.com/gpu`, whatever their type; a type
-with a `/`, such as `amd.com/gpu`, is taken as the resource's name.
+One set a stage: `{STAGE}_{NAME}` with STAGE one of %s.
+
+On Vertex AI the GPU stages are custom training jobs, whose CPU cores and memory are those of the
+machine type; the other stages are plain tasks, which take CPU, memory and retries. On open-source
+Kubeflow Pipelines all are plain tasks, and GPUs are asked for as `nvidia.com/gpu`, whatever their
+type; a type with a `/`, such as `amd.com/gpu`, is taken as the resource's name. Keep artifacts on
+Cloud Storage there too: a training that is retried goes on from the snapshots at its output, and on
+another store they are not there before the task has ended.
 
 """
 _CACHE = """

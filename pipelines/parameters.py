@@ -128,6 +128,14 @@ def check_parameters(values: Mapping[str, Any], processes: Mapping[str, int] | N
         asked = {_OTHER_NAMES.get(name, name): value for name, value in own.items()}
         if asked.get("grad_accum") == 0:
             del asked["grad_accum"]
+        if stage != "anneal":
+            asked["resume_gcs_uri"] = "the checkpoint of the stage before"
+        secret = [name for name in more if name in SETTINGS and SETTINGS[name].metadata["secret"]]
+        if secret:
+            raise UsageError(
+                f"PARAMS for stage {stage}: {secret[0]} would be stored with the run; give"
+                " hf_secret_name"
+            )
         try:
             resolved = resolve(given(**(asked | {"pos_resize": method} | more)), {})
             if stage == "evaluate":

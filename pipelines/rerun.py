@@ -18,6 +18,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from pipelines.anneal import STAGE_NAMES
 from pipelines.parameters import check_parameters, parameter_defaults, parse_parameters
 from pipelines.settings import Settings, load_settings
 from pipelines.submit import Switches, new_run_id
@@ -253,7 +254,27 @@ def _check_together(spec: Mapping[str, Any], original: Any, parameters: Mapping[
     values |= parameters
     # A run of another release may have other parameters
     known = parameter_defaults()
-    check_parameters({name: values[name] for name in values if name in known})
+    check_parameters({name: values[name] for name in values if name in known}, processes_of(spec))
+
+
+def processes_of(spec: Mapping[str, Any]) -> dict[str, int]:
+    """By stage, how many processes a compiled pipeline's custom training jobs run: one a GPU."""
+    found = {}
+    for task in spec["root"]["dag"]["tasks"].values():
+        component = spec["components"][task["componentRef"]["name"]]
+        inputs = component.get("inputDefinitions", {}).get("parameters", {})
+        pools = inputs.get("worker_pool_specs", {}).get("defaultValue")
+        given = task.get("inputs", {}).get("parameters", {}).get("worker_pool_specs", {})
+        pools = given.get("runtimeValue", {}).get("constant", pools)
+        for stage, name in STAGE_NAMES.items():
+            if pools and task["taskInfo"]["name"] == name:
+                found[stage] = int(
+                    sum(
+                        pool["replica_count"] * pool["machine_spec"].get("accelerator_count", 1)
+                        for pool in pools
+                    )
+                )
+    return found
 
 
 def main(argv: list[str]) -> None:

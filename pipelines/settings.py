@@ -153,6 +153,20 @@ class Settings:
         for stage, machine in self.machines.items():
             _check_custom_job(stage.upper(), machine)
 
+    def check_kubeflow(self) -> None:
+        """Find what open-source Kubeflow Pipelines would leave out without a word.
+
+        Raises:
+            UsageError: several machines, or spot machines.
+        """
+        for stage, machine in self.machines.items():
+            for key, given in (("REPLICAS", machine.replicas > 1), ("SPOT", machine.spot)):
+                if given:
+                    raise UsageError(
+                        f"{stage.upper()}_{key} is for Vertex AI; leave it out for open-source"
+                        " Kubeflow Pipelines"
+                    )
+
     def require(self, *names: str, beside: Mapping[str, str] | None = None) -> Settings:
         """Itself, if every setting named has a value.
 

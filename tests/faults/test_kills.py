@@ -153,15 +153,12 @@ def test_sigterm_saves_and_the_same_command_goes_on(
     finish(unbroken | {"local_workdir": str(tmp_path / "w2")})
     process = start(stopped)
     assert wait_for(process, "step 20/60")
-    sent = time.monotonic()
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=20)
-    took = time.monotonic() - sent
     assert process.returncode == 143, stderr[-2000:]
     last = json.loads(stderr.splitlines()[-1])
     assert last["severity"] == "ERROR"
     assert "stopped by SIGTERM at step" in last["message"]
-    assert took < 20
     (saved,) = read_sidecars(open_location(f"{gcs_bucket}/run"))
     assert 20 <= saved.step < 60
     stderr = finish(stopped)

@@ -38,7 +38,9 @@ def compiled(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, dict[str, Any], str]:
     path = tmp_path_factory.mktemp("compiled") / "pipeline.yaml"
-    compile_to(path, load_settings(MACHINES), request.param)
+    vertex_only = ("ANNEAL_SPOT", "CONTINUE_REPLICAS") if request.param == "kfp" else ()
+    machines = {name: value for name, value in MACHINES.items() if name not in vertex_only}
+    compile_to(path, load_settings(machines), request.param)
     text = path.read_text()
     return request.param, next(iter(yaml.safe_load_all(text))), text
 
@@ -161,6 +163,22 @@ def test_parameters_default_to_the_two_runs() -> None:
     }
     defaults = parameter_defaults()
     assert {name: defaults[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("name", ["ANNEAL_SPOT", "CONTINUE_REPLICAS"])
+def test_what_kubeflow_cannot_give(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name} is for Vertex AI"):
+        compile_to(tmp_path / "x.yaml", load_settings({name: MACHINES[name]}), "kfp")
+
+
+def test_both_trainings_save_what_the_picking_goes_by(
+    compiled: tuple[str, dict[str, Any], str],
+) -> None:
+    tasks = compiled[1]["root"]["dag"]["tasks"]
+    for key, name in (("train", "save_best_on"), ("pick-best", "metric")):
+        for task in (key, f"{key}-2"):
+            given = tasks[task]["inputs"]["parameters"][name]
+            assert given == {"componentInputParameter": "best_metric"}
 
 
 def test_another_name_of_the_gpu_resource(tmp_path: Path) -> None:

@@ -43,6 +43,12 @@ def test_parameters_given_as_text() -> None:
 def test_the_defaults_and_the_demonstration_are_right() -> None:
     check_parameters({})
     check_parameters(DEMO)
+    check_parameters(
+        {
+            "anneal_more_settings": {"pos_embedding": "rotary"},
+            "continue_more_settings": {"rope_scale": 2.0},
+        }
+    )
 
 
 @pytest.mark.parametrize(
@@ -66,6 +72,7 @@ def test_the_defaults_and_the_demonstration_are_right() -> None:
         ({"evaluate_micro_batch": 0}, "stage evaluate: --micro_batch=0"),
         ({"anneal_micro_batch": 7}, "stage anneal: --global_batch=64 is not divisible"),
         ({"continue_more_settings": {"global_batch": 64}}, "leave one of them out"),
+        ({"anneal_more_settings": {"hf_token_value": "hf_x"}}, "give hf_secret_name"),
     ],
 )
 def test_what_a_stage_would_refuse_is_found_at_once(values: dict[str, Any], message: str) -> None:

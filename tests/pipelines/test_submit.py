@@ -367,6 +367,7 @@ def test_rerun_errors(vertex: Loopback, environment: dict[str, str]) -> None:
         (known | {"PARAMS": "anneal_seed=1"}, 2, "unknown parameter 'anneal_seed'"),
         (known | {"PARAMS": "anneal_train_steps=9"}, 2, "skipped; give STAGE=anneal-512"),
         (known | {"PARAMS": "continue_alpha=2"}, 2, "stage continue: --alpha=2 must be between"),
+        (known | {"PARAMS": "continue_grad_accum=0 continue_micro_batch=7"}, 2, "by micro_batch 7"),
         (known | {"RUN": "absent"}, 1, "not found at localhost"),
     ):
         done = run("rerun", environment | given)

@@ -308,13 +308,22 @@ def test_dates_are_expanded_without_a_shell() -> None:
     expanded = expand_dates("gs://b/run-$(date +%Y%m%d-%H%M%S)/x", flag="f", now=MOMENT)
     assert expanded == f"gs://b/run-{local:%Y%m%d-%H%M%S}/x"
     assert expand_dates("$(date -u +%F_%T)", flag="f", now=MOMENT) == "2025-03-04_05:06:07"
-    assert expand_dates("$(date -u +'%Y')", flag="f", now=MOMENT) == "2025"
+    for quoted in ("+'%Y %m'", '+"%Y %m"', "'+%Y %m'", '"+%Y %m"'):
+        assert expand_dates(f"$(date -u {quoted})", flag="f", now=MOMENT) == "2025 03"
     assert expand_dates("$(date +%s)", flag="f", now=MOMENT) == str(int(MOMENT.timestamp()))
     assert expand_dates("gs://b/plain", flag="f") == "gs://b/plain"
 
 
 @pytest.mark.parametrize(
-    "text", ["gs://b/$(whoami)", "$(date +%Y; rm -rf x)", "`date`", "$(date +%Q)", "$(date +$(id))"]
+    "text",
+    [
+        "gs://b/$(whoami)",
+        "$(date +%Y; rm -rf x)",
+        "`date`",
+        "$(date +%Q)",
+        "$(date +$(id))",
+        "$(date '+%Y\")",
+    ],
 )
 def test_nothing_else_is_expanded(text: str) -> None:
     with pytest.raises(UsageError, match="--output_gcs_uri"):

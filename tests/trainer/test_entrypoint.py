@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -14,9 +15,13 @@ import pytest
 import torch
 
 from tests.trainer.samples import base_package_payload, save_teacher
-from trainer import entrypoint
-from trainer.checkpoint import read_checkpoint
+from trainer import entrypoint, log
+from trainer.checkpoint import Snapshot, build_meta, read_checkpoint
+from trainer.errors import StorageError
+from trainer.optimizer import build_optimizer
 from trainer.positions import resize_positions
+from trainer.start import from_scratch
+from trainer.storage import LocalLocation
 
 Settings = dict[str, Any]
 
@@ -303,7 +308,10 @@ def test_another_runs_location_is_refused_naming_what_differs(settings: Settings
     assert "seed 42 -> 1" in message
 
 
-def test_own_progress_is_preferred_over_the_resume_uri(settings: Settings, tmp_path: Path) -> None:
+def test_own_progress_is_preferred_over_the_resume_uri(
+    settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log.set_up_logging()
     entrypoint.run(settings | {"local_workdir": str(tmp_path / "source"), "train_steps": 3})
     source = str(tmp_path / "source" / "final.pt")
     phase = settings | {"resume_gcs_uri": source, "train_steps": 2, "save_every": 1}
@@ -316,6 +324,89 @@ def test_own_progress_is_preferred_over_the_resume_uri(settings: Settings, tmp_p
     result = entrypoint.run(phase)
     assert result is not None
     assert result.step == 2
+    entrypoint.run(phase | {"resume_gcs_uri": str(tmp_path / "another.pt")})
+    assert f"started from {source}, not from --resume_gcs_uri=" in capsys.readouterr().err
+
+
+def test_a_location_that_cannot_be_read_is_not_taken_for_an_empty_one(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started over, the run would write over its own best checkpoint."""
+    entrypoint.run(settings | {"train_steps": 2})
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("*.pt")}
+
+    def unreadable(self: LocalLocation, name: str, *, limit: int) -> bytes:
+        raise StorageError(f"reading {name!r} failed: 503 after 60 s")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalLocation, "read_bytes", unreadable)
+        fails(settings | {"train_steps": 2}, 1, "503 after 60 s")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("*.pt")} == before
+
+
+def test_a_stop_before_the_first_update_changes_nothing(settings: Settings, tmp_path: Path) -> None:
+    """No evaluation comes of it that the unbroken run has not made."""
+    unbroken = settings | {"local_workdir": str(tmp_path / "unbroken")}
+    entrypoint.run(unbroken)
+    resolved = entrypoint.resolve(settings, {})
+    # What a signal during the first update saves: step 0, and nothing evaluated
+    payload = torch.load(tmp_path / "unbroken" / "final.pt", weights_only=True)
+    resolved = entrypoint._with_accumulation(resolved, 1)
+    start = from_scratch(resolved, payload["model"]["embed.weight"].shape[0])
+    student = start.student
+    snapshot = Snapshot(
+        student.state_dict(),
+        build_optimizer(student, resolved.config).state_dict(),
+        {},
+        0,
+        {"best_value": math.inf, "best_step": -1, "metrics_step": -1}
+        | {"optimizer_names": payload["trainer_state"]["optimizer_names"]},
+        build_meta(
+            resolved.config,
+            student.config,
+            step=0,
+            trained_positions=32,
+            metrics={},
+            metrics_step=-1,
+        ),
+    )
+    snapshot.write(tmp_path / "work" / "ckpt_step_0.pt")
+    entrypoint.run(settings)
+    names = {path.name for path in (tmp_path / "unbroken").glob("*.pt")}
+    assert {path.name for path in (tmp_path / "work").glob("*.pt")} == names | {"ckpt_step_0.pt"}
+    ended = read_checkpoint(tmp_path / "work" / "final.pt")
+    for name, value in read_checkpoint(tmp_path / "unbroken" / "final.pt").weights.items():
+        assert torch.equal(value, ended.weights[name])
+
+
+def test_a_run_of_an_earlier_release_goes_on(settings: Settings, tmp_path: Path) -> None:
+    """It did not know a setting whose default is what it did."""
+    entrypoint.run(settings | {"train_steps": 2})
+    path = tmp_path / "work" / "final.pt"
+    payload = torch.load(path, weights_only=True)
+    del payload["meta"]["settings"]["kd_scheme"]
+    Snapshot(
+        *(payload[key] for key in ("model", "optimizer", "scheduler", "step")),
+        payload["trainer_state"],
+        payload["meta"],
+    ).write(path)
+    assert entrypoint.run(settings | {"train_steps": 2}) is not None
+    other = settings | {"train_steps": 2, "kd_scheme": "jsd"}
+    fails(other, 2, "kd_scheme 'forward_kl' -> 'jsd'")
+    fails(
+        settings | {"train_steps": 2, "resume_gcs_uri": "x.pt", "kd_scheme": "jsd"},
+        2,
+        "holds another run",
+    )
+
+
+def test_the_log_says_where_each_setting_came_from(settings: Settings) -> None:
+    settings = {name: value for name, value in settings.items() if name != "local_workdir"}
+    done = command(*flags(settings, train_steps=0))
+    said = messages(done.stderr)
+    assert any(line.startswith("local_workdir = ") and "(default)" in line for line in said)
+    assert any(line.startswith("grad_accum = 1 (derived)") for line in said)
+    assert any(line.startswith("d_model = 32 (command line)") for line in said)
 
 
 def test_a_damaged_newest_snapshot_is_passed_over(settings: Settings, tmp_path: Path) -> None:

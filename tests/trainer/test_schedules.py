@@ -16,6 +16,13 @@ def temperature(text: str, initial: float = 1.0) -> StepSchedule:
     return StepSchedule.parse(text, initial, name="temp_schedule", allowed=TEMPERATURE_RANGE)
 
 
+def test_a_value_that_no_update_takes_is_none_of_the_schedules() -> None:
+    """With alpha 0 from the start on, no teacher is needed, whatever alpha itself says."""
+    assert StepSchedule(0.5, ((0, 0.0),)).values() == {0.0}
+    assert StepSchedule(0.5, ((10, 0.0),)).values() == {0.5, 0.0}
+    assert StepSchedule(0.5).values() == {0.5}
+
+
 def test_run_a_at_every_step() -> None:
     weight, temp = alpha("0:0.7,400:0.5,800:0.3"), temperature("0:1.2,800:1.0")
     table = [(0, 400, 0.7, 1.2), (400, 800, 0.5, 1.2), (800, 1200, 0.3, 1.0)]

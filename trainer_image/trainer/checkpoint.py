@@ -218,18 +218,22 @@ def settings_from_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
     for key, name in _SETTING_OF_META.items():
         if meta.get(key) in (None, "", []):
             continue
-        try:
-            values[name] = parse_value(name, meta[key])
-        except UsageError as error:
-            raise CheckpointError(f"checkpoint metadata {key!r}: {error}") from None
+        values[name] = _setting(name, key, meta[key])
     if "global_batch" in values:
         # Says the same whatever the number of processes or the micro-batch
         values.pop("grad_accum", None)
     model = meta.get("model")
     for key in ("n_heads", "dropout"):
-        if isinstance(model, dict) and isinstance(model.get(key), int | float):
-            values[key] = model[key]
+        if isinstance(model, dict) and model.get(key) is not None:
+            values[key] = _setting(key, f"model.{key}", model[key])
     return values
+
+
+def _setting(name: str, key: str, value: Any) -> Any:
+    try:
+        return parse_value(name, value)
+    except UsageError as error:
+        raise CheckpointError(f"checkpoint metadata {key!r}: {error}") from None
 
 
 def heads_of(meta: Mapping[str, Any]) -> int | None:

@@ -9,7 +9,9 @@ from trainer.errors import UsageError
 
 _DATE = re.compile(
     r"\$\(date(?P<utc> -u)?"
-    r"(?: \+(?:(?P<plain>[\w%.:/+-]*)|'(?P<single>[^'()`$]*)'|\"(?P<double>[^\"()`$]*)\"))?\)"
+    r"(?: \+(?P<plain>[\w%.:/+-]*)"
+    r"| \+(?P<inner>['\"])(?P<part>[^'\"()`$]*)(?P=inner)"
+    r"| (?P<outer>['\"])\+(?P<whole>[^'\"()`$]*)(?P=outer))?\)"
 )
 _ALLOWED = frozenset("YmdHMSsjyFTVuZz%")
 
@@ -26,7 +28,7 @@ def expand_dates(text: str, *, flag: str, now: datetime | None = None) -> str:
     moment = (now or datetime.now(UTC)).astimezone()
 
     def expand(match: re.Match[str]) -> str:
-        pattern = match["plain"] or match["single"] or match["double"] or "%Y%m%d-%H%M%S"
+        pattern = match["plain"] or match["part"] or match["whole"] or "%Y%m%d-%H%M%S"
         for directive in re.findall(r"%(.?)", pattern):
             if directive not in _ALLOWED or not directive:
                 raise UsageError(

@@ -22,7 +22,9 @@ from trainer import checkpoint as ckpt
 from trainer.checkpoint import Checkpoint
 from trainer.config import (
     AUTO,
+    DEFAULT,
     REQUIRED,
+    SETTINGS,
     Resolved,
     TrainConfig,
     accumulation,
@@ -33,9 +35,9 @@ from trainer.config import (
     settings_from_args,
     settings_from_yaml,
 )
-from trainer.errors import UsageError
+from trainer.errors import CheckpointError, UsageError
 from trainer.hf_token import find_hf_token
-from trainer.log import log, log_values, quiet_libraries, set_up_logging
+from trainer.log import log, log_values, quiet_libraries, rank_of_process, set_up_logging
 from trainer.loop import RunResult, TrainingLoop
 from trainer.micro_batch import resolve_micro_batch
 from trainer.parallel import Processes, find_nodes, joined_processes, launch_if_needed
@@ -80,9 +82,13 @@ def run(
     if not asked.config.resume_gcs_uri:
         # Said at once; what a checkpoint's metadata gives is checked with it, below
         accumulation(asked, processes.world_size)
-    command_line = {**command_line, "local_workdir": asked.config.local_workdir}
-    if asked.config.output_gcs_uri:
-        command_line["output_gcs_uri"] = asked.config.output_gcs_uri
+    # Expanded once; a second look at the clock might give another place
+    places = {
+        name: getattr(asked.config, name)
+        for name in ("local_workdir", "output_gcs_uri")
+        if getattr(asked.config, name)
+    }
+    command_line = {**command_line, **places}
     snapshots = Snapshots(asked.config.uri, asked.config.local_workdir)
     dry = asked.config.train_steps == 0 and asked.given("train_steps")
     own = None if dry else _own_snapshot(snapshots, processes)
@@ -91,11 +97,14 @@ def run(
     else:
         resolved, foreign = _resolve_foreign(asked, command_line, config_file)
     resolved = _with_accumulation(resolved, processes.world_size)
+    resolved = replace(
+        resolved, sources={**resolved.sources, **{name: asked.sources[name] for name in places}}
+    )
     config = resolved.config
     for line in resolved.lines():
         log.info(line)
     _check_metric(config)
-    if own is not None and own.source.endswith(f"/{ckpt.FINAL}"):
+    if own is not None and own.source.rpartition("/")[2] == ckpt.FINAL:
         log.info("nothing to do: %s is at step %d of %d", own.source, own.step, config.train_steps)
         return _finished(own).checked(config)
     token = find_hf_token(config)
@@ -183,18 +192,34 @@ def _resolve_own(
     Raises:
         UsageError: naming every setting that defines the run and was given another value.
     """
-    kept = ckpt.run_settings_of(own.meta)
+    try:
+        kept = ckpt.run_settings_of(own.meta)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{own.source}: {error}, so it is no run to go on with; give another --output_gcs_uri"
+            " or --local_workdir"
+        ) from None
     resolved = resolve(command_line, config_file, kept)
     accumulated = _with_accumulation(resolved, world_size).config
     changed = []
+    defaults = TrainConfig().run_settings()
     for name, now in accumulated.run_settings().items():
-        before = own.meta["settings"].get(name)
+        # A release that did not know a setting yet did what is its default now
+        before = own.meta["settings"].get(name, defaults[name])
         if before != now:
             changed.append(f"{name} {before!r} -> {now!r}")
     if changed:
         raise UsageError(
             f"{asked.config.uri} holds another run ({', '.join(changed)}); give another"
             " --output_gcs_uri or --local_workdir, or the run's own settings to go on with it"
+        )
+    origin = (own.meta.get("origin") or {}).get("checkpoint", "scratch")
+    if asked.config.resume_gcs_uri and asked.config.resume_gcs_uri != origin:
+        log.warning(
+            "%s goes on with its own run, which started from %s, not from --resume_gcs_uri=%s",
+            asked.config.uri,
+            origin,
+            asked.config.resume_gcs_uri,
         )
     return resolved
 
@@ -244,7 +269,11 @@ def _with_accumulation(resolved: Resolved, world_size: int) -> Resolved:
         grad_accum=steps,
         global_batch=steps * resolved.config.micro_batch * world_size,
     )
-    return Resolved(config, resolved.sources)
+    derived = dict.fromkeys(
+        (name for name in ("grad_accum", "global_batch") if resolved.sources[name] == DEFAULT),
+        "derived",
+    )
+    return Resolved(config, {**resolved.sources, **derived})
 
 
 def _teacher_spec(config: TrainConfig, token: str | None) -> TeacherSpec | None:
@@ -297,7 +326,15 @@ def run_on_all_gpus(settings: Mapping[str, Any]) -> RunResult | None:
     """
     if resolve(settings, {}).config.train_steps == 0:
         raise UsageError("--train_steps=0 trains nothing; a stage needs at least 1 update")
-    flags = [f"--{name}={as_text(name, value)}" for name, value in settings.items()]
+    # Any process of the machine can read a command line
+    token = settings.get("hf_token_value")
+    if token:
+        os.environ.setdefault("HF_TOKEN", token)
+    flags = [
+        f"--{name}={as_text(name, value)}"
+        for name, value in settings.items()
+        if not SETTINGS[name].metadata["secret"]
+    ]
     if launch_if_needed("trainer.entrypoint", flags):
         if find_nodes().index:
             return None
@@ -314,7 +351,7 @@ def main(argv: list[str]) -> None:
         "python -m trainer.entrypoint", "Train a student from a teacher by distillation."
     )
     args = parser.parse_args(argv)
-    set_up_logging(rank=int(os.environ.get("RANK", "0")))
+    set_up_logging(rank=rank_of_process())
     command_line = settings_from_args(args)
     config_file = settings_from_yaml(args.config) if "config" in args else {}
     resolve(command_line, config_file).config.require(*REQUIRED)

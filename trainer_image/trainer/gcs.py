@@ -32,6 +32,7 @@ from trainer.storage import (
     Sightings,
     Source,
     StorageMissingError,
+    StorageTooLargeError,
     TransferPolicy,
     atomic_write,
     check_name,
@@ -164,7 +165,7 @@ class BucketLocation:
 
         def whole(entry: Entry) -> bytes:
             if entry.size > limit:
-                raise StorageError(
+                raise StorageTooLargeError(
                     f"{self.child(name)} has {entry.size} bytes; at most {limit} are expected here"
                 )
             buffer = bytearray(entry.size)

@@ -11,7 +11,7 @@ import traceback
 from typing import Any
 
 import trainer
-from trainer.errors import LiquidError
+from trainer.errors import LiquidError, Preempted
 from trainer.strict_json import dumps
 
 log = logging.getLogger("trainer")
@@ -78,6 +78,12 @@ def on_terminal() -> bool:
     return sys.stderr.isatty()
 
 
+def rank_of_process() -> int:
+    """This process's number as torchrun gives it; 0 alone."""
+    text = os.environ.get("RANK", "")
+    return int(text) if text.isdecimal() else 0
+
+
 def set_up_logging(*, rank: int = 0) -> None:
     """Log to stderr; processes other than rank 0 log warnings only."""
     handler = _AboveProgressBar(sys.stderr)
@@ -133,6 +139,8 @@ def report_failure(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         log.error("interrupted")
         return 130
+    if isinstance(error, Preempted) and rank_of_process() > 0:
+        return error.exit_status  # rank 0 says it for all
     if isinstance(error, LiquidError):
         log.error("%s", " ".join(str(error).split()))
         return error.exit_status

@@ -29,7 +29,7 @@ from trainer.scalars import ScalarLog
 from trainer.schedules import learning_rate
 from trainer.snapshots import Snapshots
 from trainer.start import Start
-from trainer.state_copies import StateCopies
+from trainer.state_copies import StateCopies, gather
 from trainer.step import TrainStep
 from trainer.teacher import Teacher
 from trainer.tokens import BatchSampler, TokenStreams
@@ -228,8 +228,9 @@ class TrainingLoop:
                 bar.update()
                 self._after_update(scalars)
             self._finish(scalars)
-        except TrainingError:
-            self.snapshots.finish()
+        except Exception as error:
+            if not isinstance(error, Preempted):
+                self.snapshots.rescue(error)
             raise
         finally:
             bar.close()
@@ -379,18 +380,20 @@ class TrainingLoop:
             return
         self._count_skipped(wait=True)
         with self.window.paused():
-            if self.processes.main or self.device_step.sharded:
-                snapshot = self.snapshot()
             if self.processes.main:
-                self.snapshots.save(snapshot, names)
+                self.snapshots.save(self.snapshot(), names)
+            elif self.device_step.sharded:
+                gather(self._tensors())
 
     def _catch_up(self, scalars: ScalarLog) -> None:
         """What a kill or a signal may have cut off at the very step of the run's own snapshot."""
         if not self.continued:
             return
         due = self.step % self.config.eval_every == 0 or self.step == self.config.train_steps
+        # Before a phase's first update nothing is evaluated
+        first = self.progress.metrics_step < 0 and self.step in (0, self.origin.get("step"))
         names: list[str] = []
-        if due and self.progress.metrics_step != self.step:
+        if due and not first and self.progress.metrics_step != self.step:
             names = self._evaluate(scalars)
         elif self.progress.best_step == self.step:
             names = [ckpt.BEST]
@@ -454,12 +457,7 @@ class TrainingLoop:
 
     def snapshot(self) -> ckpt.Snapshot:
         """The whole state after the last complete update, copied to the CPU."""
-        copy = self.copies.copy(
-            {
-                "model": dict(self.student.state_dict()),
-                "optimizer": self.device_step.optimizer.state_dict(),
-            }
-        )
+        copy = self.copies.copy(self._tensors())
         state = {
             **asdict(self.progress),
             "optimizer_names": self.device_step.parameter_names,
@@ -488,6 +486,12 @@ class TrainingLoop:
         )
         self.copies.free_with(snapshot, copy)
         return snapshot
+
+    def _tensors(self) -> dict[str, Any]:
+        return {
+            "model": dict(self.student.state_dict()),
+            "optimizer": self.device_step.optimizer.state_dict(),
+        }
 
     def _finish(self, scalars: ScalarLog) -> None:
         self.snapshots.finish()

@@ -5,20 +5,27 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from trainer.errors import LiquidError, UsageError
+from trainer.errors import LiquidError, Preempted, UsageError
 from trainer.log import log
 
 MASTER_PORT = 29_500
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for one another: one tokenizes or uploads while the others wait."""
+SHUTDOWN_SECONDS = 300
+"""How long a signalled process may save and upload; the platform's own limit is often shorter."""
 _CPU = torch.device("cpu")
 
 
@@ -96,7 +103,7 @@ def joined_processes(environ: Mapping[str, str] = os.environ) -> Iterator[Proces
     if gpu:
         torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
     try:
         yield Processes(rank, world_size, local, device)
     finally:
@@ -132,9 +139,9 @@ def find_nodes(environ: Mapping[str, str] = os.environ) -> Nodes:
         order = [(pool, i) for pool in sorted(pools) for i in range(len(pools[pool]))]
         index = order.index((spec["task"]["type"], int(spec["task"]["index"])))
         host, _, port = pools[order[0][0]][0].partition(":")
+        return Nodes(len(order), index, host, int(port or MASTER_PORT))
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UsageError(f"CLUSTER_SPEC cannot be understood ({error}): {text}") from None
-    return Nodes(len(order), index, host, int(port or MASTER_PORT))
 
 
 def launch_if_needed(module: str, argv: list[str], environ: Mapping[str, str] = os.environ) -> bool:
@@ -146,7 +153,8 @@ def launch_if_needed(module: str, argv: list[str], environ: Mapping[str, str] = 
         True when it has run to a good end, so that nothing is left to do.
 
     Raises:
-        LiquidError: the processes failed; theirs is the message that says why.
+        LaunchError: the processes failed; theirs is the message that says why.
+        Preempted: a signal stopped them.
     """
     if "LOCAL_RANK" in environ:
         return False
@@ -154,14 +162,21 @@ def launch_if_needed(module: str, argv: list[str], environ: Mapping[str, str] = 
     gpus = torch.cuda.device_count()
     if nodes.count * max(1, gpus) == 1:
         return False
-    from torch.distributed.run import parse_args, run
+    from torch.distributed.run import get_args_parser, parse_args, run
 
-    command = [
+    wait = f"--shutdown-timeout={SHUTDOWN_SECONDS}"
+    known = "--shutdown-timeout" in get_args_parser().format_help()  # not in older releases
+    meeting = [
         f"--nnodes={nodes.count}",
         f"--node-rank={nodes.index}",
-        f"--nproc-per-node={max(1, gpus)}",
         *("--master-addr", nodes.master),
         f"--master-port={nodes.port}",
+    ]
+    command = [
+        # Alone, a machine takes a port that is free: another job may run beside this one
+        *(meeting if nodes.count > 1 else ["--standalone"]),
+        f"--nproc-per-node={max(1, gpus)}",
+        *([wait] if known else []),
         *("-m", module, *argv),
     ]
     log.info("starting torchrun: %d machines with %d processes each", nodes.count, max(1, gpus))
@@ -173,6 +188,9 @@ def launch_if_needed(module: str, argv: list[str], environ: Mapping[str, str] = 
             f"process {rank} ended with status {first.exitcode}; its message is above",
             first.exitcode,
         ) from None
+    except SignalException as error:
+        name = signal.Signals(error.sigval).name
+        raise Preempted(f"stopped by {name}; start it again to go on", name) from None
     return True
 
 

@@ -82,8 +82,9 @@ class StepSchedule:
         return ",".join(f"{at}:{value:g}" for at, value in self.entries if at > step)
 
     def values(self) -> set[float]:
-        """Every value the schedule can take."""
-        return {self.initial, *(value for _, value in self.entries)}
+        """Every value that some update takes; an entry at 0 leaves none for ``initial``."""
+        before = () if self.entries and self.entries[0][0] == 0 else (self.initial,)
+        return {*before, *(value for _, value in self.entries)}
 
 
 def _parse_entry(piece: str, offset: int, number: int, given: str) -> tuple[int, float]:

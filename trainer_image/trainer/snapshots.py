@@ -14,11 +14,13 @@ from pathlib import Path
 
 from trainer import checkpoint as ckpt
 from trainer.checkpoint import Checkpoint, Sidecar, Snapshot
-from trainer.errors import CheckpointError, StorageError
+from trainer.errors import CheckpointError, LiquidError
 from trainer.log import log
 from trainer.storage import (
     Location,
     StorageMissingError,
+    StorageTooLargeError,
+    atomic_write,
     fetch,
     is_remote,
     open_location,
@@ -28,12 +30,18 @@ from trainer.storage import (
 from trainer.uploads import Uploader
 
 _STAGING = ".staging-"
+RESCUE_SECONDS = 600.0
 _IN_FLIGHT = 8
 """Files and removals that may be queued when a new snapshot comes, about those of one before it."""
 
 
 def read_sidecars(location: Location) -> list[Sidecar]:
-    """The sidecars of every checkpoint at a location that has one; unreadable ones are logged."""
+    """The sidecars of every checkpoint at a location that has one; damaged ones are logged.
+
+    Raises:
+        StorageError: the location cannot be listed or read. A run that took that for an empty one
+            would start over on top of what is there.
+    """
     names = {entry.name for entry in location.list()}
     found: list[Sidecar] = []
     for name in sorted(names):
@@ -42,7 +50,7 @@ def read_sidecars(location: Location) -> list[Sidecar]:
         try:
             data = location.read_bytes(ckpt.sidecar_name(name), limit=ckpt.SIDECAR_LIMIT)
             found.append(Sidecar.parse(data, name))
-        except (CheckpointError, StorageError) as error:
+        except (CheckpointError, StorageMissingError, StorageTooLargeError) as error:
             log.warning("%s is passed over: %s", name, error)
     return found
 
@@ -105,17 +113,32 @@ class _Staged:
             self._snapshot = None
         scratch = Path(self._directory.name)
         described = scratch / ckpt.sidecar_name(name)
-        described.write_bytes(replace(self._sidecar, name=name).dump())
+        with atomic_write(described) as file:
+            file.write(replace(self._sidecar, name=name).dump())
         return [(scratch / "snapshot.pt", name), (described, described.name)]
 
 
 def _remove_abandoned_staging(directory: Path) -> None:
-    """What a killed process of this machine has left behind."""
+    """What a killed process of this machine has left behind.
+
+    One of this process's own number is of a killed one too: in containers numbers come again, and
+    this process has staged nothing yet.
+    """
     pattern = re.compile(re.escape(f"{_STAGING}{socket.gethostname()}-") + r"(\d+)-.*")
     for path in directory.glob(f"{_STAGING}*"):
         match = pattern.fullmatch(path.name)
-        if match and int(match[1]) != os.getpid() and not Path(f"/proc/{match[1]}").exists():
+        if match and (int(match[1]) == os.getpid() or not _is_running(int(match[1]))):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 class Snapshots:
@@ -183,6 +206,18 @@ class Snapshots:
             self._names.remove(old)
             self._uploads.submit_delete(ckpt.sidecar_name(old))
             self._uploads.submit_delete(old)
+
+    def rescue(self, reason: Exception) -> None:
+        """For a run that ends badly: wait a while for what is queued, and log what is lost."""
+        if self._uploads is None:
+            return
+        try:
+            self._uploads.drain(RESCUE_SECONDS)
+        except LiquidError as error:
+            if error is not reason:
+                log.warning("%s", error)
+        self._uploads.close(0.0)
+        self._uploads = None
 
     def finish(self) -> None:
         """Wait until everything queued is at the location.

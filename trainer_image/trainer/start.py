@@ -94,7 +94,7 @@ def new_phase(resolved: Resolved, checkpoint: Checkpoint) -> Start:
             old_context,
             config.block_size,
         )
-    elif step >= config.train_steps:
+    elif restarts(resolved, checkpoint):
         log.info(
             "checkpoint step %d is not below train_steps %d: a new phase, step, learning rate and"
             " schedules start at 0; optimizer moments are %s",
@@ -140,8 +140,12 @@ def _resets(resolved: Resolved, checkpoint: Checkpoint) -> bool:
 
 
 def restarts(resolved: Resolved, checkpoint: Checkpoint) -> bool:
-    """Whether a new phase counts its steps from 0 instead of from the checkpoint's."""
-    return _resets(resolved, checkpoint) or checkpoint.step >= resolved.config.train_steps
+    """Whether a new phase counts its steps from 0 instead of from the checkpoint's.
+
+    With ``--train_steps=0`` the number of updates is not known, so neither is this.
+    """
+    behind = 0 < resolved.config.train_steps <= checkpoint.step
+    return _resets(resolved, checkpoint) or behind
 
 
 def stretched_student(

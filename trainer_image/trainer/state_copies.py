@@ -23,7 +23,7 @@ class StateCopies:
     def copy(self, state: Any) -> Any:
         """A copy on the CPU of nested dicts, lists and tensors, independent of later updates.
 
-        Sharded tensors are put together, for which every process has to call this.
+        Sharded tensors are put together, for which every other process has to call `gather`.
         """
         free, self._free = self._free, None
         return _copied(state, free)
@@ -34,6 +34,17 @@ class StateCopies:
 
     def _take_back(self, copy: Any) -> None:
         self._free = copy
+
+
+def gather(state: Any) -> None:
+    """Take part in putting sharded tensors together, and keep nothing."""
+    if isinstance(state, Tensor):
+        full_tensor(state.detach())
+    elif isinstance(state, dict):
+        gather(list(state.values()))
+    elif isinstance(state, list | tuple):
+        for entry in state:
+            gather(entry)
 
 
 def _copied(value: Any, free: Any) -> Any:

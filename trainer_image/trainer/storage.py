@@ -53,6 +53,10 @@ class StorageMissingError(StorageError):
     """A file, object or bucket that does not exist."""
 
 
+class StorageTooLargeError(StorageError):
+    """A file or object with more bytes than the reader allows."""
+
+
 class StorageConflictError(StorageError):
     """A name that another writer changed since this job last saw it."""
 
@@ -431,7 +435,9 @@ class LocalLocation:
             data = file.read(limit + 1)
             if len(data) > limit:
                 size = os.fstat(file.fileno()).st_size
-                raise StorageError(f"{path} has {size} bytes; at most {limit} are expected here")
+                raise StorageTooLargeError(
+                    f"{path} has {size} bytes; at most {limit} are expected here"
+                )
         return data
 
     def get(self, name: str, destination: Path) -> Entry:
