@@ -66,7 +66,7 @@ lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/mypy
 
 .PHONY: test
-test: lint ## lint, then every test that needs no GPU (JOBS=2 at a time)
+test: lint ## lint, then the tests that need no GPU, but for soak (JOBS=2 at a time)
 	@$(BIN)/python -m pytest -q -m 'not soak' -n $(JOBS) --dist loadfile
 
 .PHONY: soak

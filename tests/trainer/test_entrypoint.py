@@ -46,7 +46,7 @@ def messages(stderr: str) -> list[str]:
     return [json.loads(line)["message"] for line in stderr.splitlines()]
 
 
-# ── the smoke commands of the user's document
+# ── smoke commands
 
 
 @pytest.fixture(scope="module")
