@@ -36,11 +36,10 @@ def train(
     more_settings: dict = {},  # noqa: B006 - kfp records the value itself
 ) -> NamedTuple("Trained", [("best_loss", float), ("best_step", int), ("steps", int)]):  # type: ignore[valid-type]
     """Checkpoints of a run; started again on the same output, it goes on from its snapshots."""
-    import json
     import math
     from pathlib import Path
 
-    from trainer import config, entrypoint, log, pick_best, storage
+    from trainer import config, entrypoint, log, pick_best, storage, strict_json
     from trainer.checkpoint import summary
 
     log.start()
@@ -79,5 +78,5 @@ def train(
     checkpoints.metadata.update(summary(best.meta))
     for name, value in result.metrics.items():
         metrics.log_metric(name, value)
-    Path(metrics.path).write_text(json.dumps(result.metrics, indent=2))
+    Path(metrics.path).write_text(strict_json.dumps(result.metrics, indent=2))
     return (best.value, best.step, result.step)

@@ -1,6 +1,6 @@
 """The GPU training core: knowledge distillation of a causal language model.
 
-Knows nothing of Kubeflow or Vertex AI; ``components`` and ``pipelines`` are built on it.
+Imports nothing of Kubeflow or Vertex AI; ``components`` and ``pipelines`` are built on it.
 """
 
 import time as _time

@@ -7,8 +7,8 @@ to replace anything else. Two jobs that share one output therefore cannot silent
 other; the second ends with a `StorageConflictError` that names the first.
 
 A sidecar names the size and CRC32C of its weights and is written after them (see
-`trainer.uploads`). A reader that finds them different (`Entry.difference`) came in between two
-writes, or to a damaged file; it says so and takes the next best.
+`trainer.uploads`). A reader that finds them different (`trainer.checkpoint.verify_file`) came in
+between two writes, or to a damaged file; it says so and takes the next best.
 """
 
 from __future__ import annotations

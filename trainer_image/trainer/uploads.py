@@ -1,19 +1,19 @@
 """Uploads in the background: training goes on while a snapshot travels.
 
     with Uploader(open_location("gs://bucket/run")) as uploads:
-        uploads.submit([(weights, "best.pt"), (sidecar, "best.pt.meta.json")], key="best.pt")
+        uploads.submit_made(["best.pt", "best.pt.meta.json"], write_both, key="best.pt")
         uploads.submit_delete("ckpt_step_100.pt")
         uploads.check()
 
 One thread works through a queue, in order, one group of files at a time. Files are opened when they
-are submitted, so that a later rename over their path, or its removal, changes nothing for an upload
-that waits or runs. Their content must not be changed in place; if it is, the upload fails.
+are submitted, or as soon as they are made, so that a later rename over their path, or its removal,
+changes nothing for an upload that waits or runs. Their content must not be changed in place; if it is, the upload fails.
 
 The last file of a group vouches for the others: the sidecar of a checkpoint. When a group replaces
 an older one, the old sidecar is removed first, then the weights are replaced, then the new sidecar
 is written. At every instant a sidecar that is there describes the weights that are there, also
-after a kill. A reader that took the old sidecar just before sees a size or CRC32C that differs
-(`trainer.storage.Entry.difference`) or no file, and takes the next best.
+after a kill. A reader that took the old sidecar just before sees a size or CRC32C that differs, or
+no file, and takes the next best.
 
 The first failure ends the thread: what waits is dropped, so that nothing is removed behind an
 upload that never arrived, and every later call raises it.
