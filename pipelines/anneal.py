@@ -2,8 +2,8 @@
 
     prepare → anneal → pick best → resize and reset → continue → pick best → evaluate
 
-Parameters are named by stage and default to a run at context 512 and its continuation at 1024. No input
-holds a time or a job id, so a task whose inputs are as before is found in the cache.
+Parameters are named by stage and default to a run at context 512 and its continuation at 1024. No
+input holds a time or a job id, so a task whose inputs are as before is found in the cache.
 """
 
 import copy

@@ -240,7 +240,7 @@ def test_pick_resize_and_evaluate(
             "unknown setting 'drop_out'; did you mean 'dropout'",
         ),
         ({"train_steps": 0}, "--train_steps=0 trains nothing"),
-        ({"more_settings": {"config": "other.yaml"}}, "unknown setting 'config'"),
+        ({"more_settings": {"config": "other.yaml"}}, "'config' names a file"),
         ({"grad_accum": 2, "more_settings": {"global_batch": 64}}, "leave one of them out"),
     ],
 )

@@ -104,7 +104,7 @@ def test_accumulation_equals_one_large_batch(settings: Settings, tmp_path: Path)
 def test_schedules_and_learning_rate_reach_every_update(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The shapes of the pipeline's two default runs, a hundredth of their length, seen by the loss and by AdamW."""
+    """Both default runs of the pipeline, a hundredth as long, as the loss and AdamW see them."""
     seen: list[tuple[float, float, float]] = []
     original, real_loss = TrainStep.update, step.distill_loss
     mixes: list[Any] = []

@@ -7,7 +7,8 @@
 
 One thread works through a queue, in order, one group of files at a time. Files are opened when they
 are submitted, or as soon as they are made, so that a later rename over their path, or its removal,
-changes nothing for an upload that waits or runs. Their content must not be changed in place; if it is, the upload fails.
+changes nothing for an upload that waits or runs. Their content must not be changed in place; if it
+is, the upload fails.
 
 The last file of a group vouches for the others: the sidecar of a checkpoint. When a group replaces
 an older one, the old sidecar is removed first, then the weights are replaced, then the new sidecar
