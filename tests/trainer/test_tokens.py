@@ -2,23 +2,29 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import GPT2Config, PreTrainedTokenizerFast
 
+from pipelines import embedded
 from trainer import prepare_tokens
 from trainer.config import TrainConfig
-from trainer.errors import DataError
+from trainer.errors import DataError, UsageError
 from trainer.teacher import load_tokenizer
 from trainer.tokens import (
     IGNORED,
     BatchSampler,
+    _largest_seen,
     evaluation_batches,
     open_streams,
     streams_for,
+    tokenizer_fingerprint,
     window_count,
 )
 
@@ -113,8 +119,7 @@ def test_documents_are_joined_by_eos(tokenizer_dir: Path, tmp_path: Path) -> Non
     source = tmp_path / "data"
     source.mkdir()
     documents = ["The if statement.", "", "  \n", "A while loop."]
-    lines = [json.dumps({"text": text}) for text in documents]
-    (source / "train.jsonl").write_text("\n".join(lines))
+    (source / "train.jsonl").write_text(lines(*documents))
     (source / "validation.jsonl").write_text(json.dumps({"text": "for"}))
     streams = streams_for(config_for(source, tokenizer_dir, tmp_path / "cache"))
     tokenizer = load_tokenizer(str(tokenizer_dir))
@@ -217,14 +222,84 @@ def test_prepared_streams_serve_in_place_of_a_data_set(
     streams = streams_for(TrainConfig(tokens_dir=str(tmp_path / "tokens")))
     assert streams.info == info
     assert len(streams.train) == info.train_tokens
-    with pytest.raises(DataError, match="is not empty"):
-        prepare_tokens.run(config, str(tmp_path / "tokens"))
+
+
+def test_streams_of_another_tokenizer_are_refused(
+    corpus: Path, tokenizer_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokens, other = tmp_path / "tokens", tmp_path / "other"
+    prepare_tokens.run(config_for(corpus, tokenizer_dir, tmp_path / "cache"), str(tokens))
+    embedded.build_tokenizer(corpus, other, vocab_size=511)
+    config = TrainConfig(tokens_dir=str(tokens), teacher_name=str(other))
+    with pytest.raises(DataError, match=f"the tokenizer of '{tokenizer_dir}'.* teacher '{other}'"):
+        streams_for(config)
+    same = replace(config, teacher_name=str(tokens / "tokenizer"))
+    with caplog.at_level("WARNING"):
+        assert streams_for(same).info.tokenizer_fingerprint
+        assert not caplog.text
+        streams_for(replace(config, teacher_name=str(tmp_path / "none")))
+        assert "is not compared with the teacher's tokenizer" in caplog.text
+        described = json.loads((tokens / "tokens.json").read_text())
+        del described["tokenizer_fingerprint"]
+        (tokens / "tokens.json").write_text(json.dumps(described))
+        streams_for(config)
+        assert "does not tell the tokenizer it was made with" in caplog.text
+
+
+def gpt2_tokenizer(directory: Path, tokenizer_dir: Path) -> Path:
+    """As gpt2 has it on the hub: a vocabulary and merges, without tokenizer.json."""
+    model = json.loads((tokenizer_dir / "tokenizer.json").read_text())["model"]
+    GPT2Config(vocab_size=512, bos_token_id=0, eos_token_id=0).save_pretrained(str(directory))
+    (directory / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = "\n".join(" ".join(pair) for pair in model["merges"])
+    (directory / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    return directory
+
+
+def unigram_tokenizer(directory: Path) -> Path:
+    """As Llama and T5 have it."""
+    model = models.Unigram([("<unk>", 0.0), ("▁if", -1.0), ("f", -2.0), ("▁i", -3.0)], unk_id=0)
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.NFKC()
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    ).save_pretrained(str(directory))
+    return directory
+
+
+@pytest.mark.parametrize("kind", ["byte-level bpe", "gpt2", "unigram"])
+def test_the_tokenizers_fingerprint_outlives_saving_and_use(
+    kind: str, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    if kind == "gpt2":
+        directory = gpt2_tokenizer(tmp_path / "first", tokenizer_dir)
+    else:
+        directory = unigram_tokenizer(tmp_path / "first") if kind == "unigram" else tokenizer_dir
+    tokenizer = load_tokenizer(str(directory))
+    tokenizer.save_pretrained(str(tmp_path / "copy"))
+    before = tokenizer_fingerprint(tokenizer)
+    assert tokenizer_fingerprint(load_tokenizer(str(tmp_path / "copy"))) == before
+    state = tokenizer.backend_tokenizer.to_str()
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer(["if", "if if if if"], truncation=True, max_length=3, padding=True)
+    assert tokenizer.backend_tokenizer.to_str() != state, "the call has changed it"
+    assert tokenizer_fingerprint(tokenizer) == before
+    tokenizer.save_pretrained(str(tmp_path / "used"))
+    assert tokenizer_fingerprint(load_tokenizer(str(tmp_path / "used"))) == before
+    tokenizer.add_tokens(["more"])
+    assert tokenizer_fingerprint(tokenizer) != before
 
 
 def test_damaged_streams_are_noticed(corpus: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
     streams = streams_for(config_for(corpus, tokenizer_dir, tmp_path / "cache"))
     path = streams.directory / "train.bin"
-    path.write_bytes(path.read_bytes()[:-3])
+    whole = path.read_bytes()
+    for damage in (b"\xff" * len(whole), whole[:-2] + b"\x00\x02"):  # 512 = 0x0200
+        path.write_bytes(damage)
+        with pytest.raises(DataError, match="train.bin is damaged: it has token (65535|512), over"):
+            open_streams(streams.directory)
+    path.write_bytes(whole[:-3])
     with pytest.raises(DataError, match="is damaged"):
         open_streams(streams.directory)
     (streams.directory / "tokens.json").write_text("{")
@@ -232,26 +307,223 @@ def test_damaged_streams_are_noticed(corpus: Path, tokenizer_dir: Path, tmp_path
         open_streams(streams.directory)
 
 
-def test_data_sets_that_cannot_be_used(tokenizer_dir: Path, tmp_path: Path) -> None:
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    wrong = tmp_path / "wrong.jsonl"
-    wrong.write_text('{"body": "x"}\n{"body": "y"}')
-    broken = tmp_path / "broken.jsonl"
-    broken.write_text('{"text": ')
-    blank = tmp_path / "blank.jsonl"
-    blank.write_text('{"text": " "}\n{"text": ""}')
-    for source, message in (
-        (empty, "no file of a known kind"),
-        (wrong, "has no column 'text'; it has body; give --text_column"),
-        (broken, "cannot be loaded"),
-        (blank, "holds no text"),
-    ):
-        config = config_for(source, tokenizer_dir, tmp_path / "cache")
-        with pytest.raises(DataError, match=message) as caught:
-            streams_for(config)
-        assert "\n" not in str(caught.value)
+def test_a_large_stream_is_sampled_from_end_to_end(tmp_path: Path) -> None:
+    path = tmp_path / "train.bin"
+    tokens = (1 << 27) + 5
+    with path.open("wb") as file:
+        file.truncate(2 * tokens)  # a file of holes takes no space
+    stream = np.memmap(path, dtype=np.uint16, mode="r+")
+    assert _largest_seen(stream) == 0
+    stream[-1] = 7
+    assert _largest_seen(stream) == 7
+    stream[0] = 9
+    assert _largest_seen(stream) == 9
+    stream[tokens // 2 : tokens // 2 + (1 << 17)] = 11
+    assert _largest_seen(stream) == 11
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dtype", "foo"),
+        ("dtype", "float32"),
+        ("dtype", "uint8"),
+        ("dtype", None),
+        ("train_tokens", "12"),
+        ("validation_tokens", 0),
+        ("vocab_size", 5.5),
+        ("eos_token_id", True),
+        ("fingerprint", 3),
+    ],
+)
+def test_descriptions_that_cannot_be_true_are_refused(
+    name: str, value: object, described: Path
+) -> None:
+    path = described / "tokens.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(DataError, match=f"tokens.json: {name} is {value!r}, not") as caught:
+        open_streams(described)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def described(tokenizer_dir: Path, tmp_path: Path) -> Path:
+    """A directory of small token streams."""
+    source = tmp_path / "a.jsonl"
+    source.write_text(lines("if", "or"))
+    return streams_for(config_for(source, tokenizer_dir, tmp_path / "cache")).directory
+
+
+def write_files(directory: Path, files: dict[str, str]) -> Path:
+    directory.mkdir()
+    for name, content in files.items():
+        (directory / name).write_text(content, encoding="utf-8")
+    return directory
+
+
+def lines(*texts: object) -> str:
+    return "\n".join(json.dumps({"text": text}) for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "no file of a known kind"),
+        ({"a.txt": "x", "b.jsonl": lines("x")}, "mixes json and text files"),
+        ({"a.jsonl": '{"body": "x"}\n{"body": "y"}'}, "no column 'text'; it has body; give --text"),
+        ({"a.jsonl": '{"text": '}, "cannot be loaded: JSON parse error"),
+        (
+            {"a.jsonl": lines(" ", "")},
+            "split 'train': column 'text' .of type string. holds no text",
+        ),
+        ({"a.jsonl": lines(1, 2)}, "column 'text' .of type int64. holds no text"),
+        ({"a.jsonl": lines(None, None)}, "column 'text' .of type null. holds no text"),
+        ({"a.txt": ""}, "has no text: .*/data/a.txt is empty"),
+        (
+            {"train.jsonl": "\n", "test.jsonl": lines("x")},
+            "no training text: .*train.jsonl is empty",
+        ),
+        ({"a.txt": "x"}, "one document only, of 1 characters: too few to hold any out"),
+        (
+            {"a.jsonl": lines("x", "y"), "README.md": "---\nlicense: [\n---\n"},
+            "the YAML at the head of its README.md cannot be read: .*line 1",
+        ),
+        (
+            {"a.jsonl": lines("x"), "README.md": "---\n- a\n---\n"},
+            "metadata block should be a dict",
+        ),
+        ({"state.json": "{}", "dataset_info.json": "{}"}, "cannot be loaded: '_data_files'"),
+    ],
+)
+def test_data_sets_that_cannot_be_used(
+    files: dict[str, str], message: str, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    config = config_for(write_files(tmp_path / "data", files), tokenizer_dir, tmp_path / "cache")
+    with pytest.raises(DataError, match=message) as caught:
+        streams_for(config)
+    assert "\n" not in str(caught.value)
     assert not any((tmp_path / "cache" / "tokens").glob("*")), "nothing half-written is left"
+
+
+@pytest.mark.parametrize("name", ["/no/such", "./no", "~/no", "no/such/place"])
+def test_a_data_set_path_that_does_not_exist(
+    name: str, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    config = replace(config_for(tmp_path, tokenizer_dir, tmp_path / "cache"), dataset_name=name)
+    with pytest.raises(DataError, match="no such file or directory"):
+        streams_for(config)
+
+
+@pytest.mark.parametrize("kind", ["file", "saved"])
+def test_a_configuration_of_what_has_none_is_refused(
+    kind: str, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "a.txt"
+    if kind == "file":
+        source.write_text("x y z")
+    else:
+        datasets.Dataset.from_dict({"text": ["x", "y"]}).save_to_disk(str(source))
+    config = config_for(source, tokenizer_dir, tmp_path / "cache", dataset_config="main")
+    with pytest.raises(UsageError, match="--dataset_config=main: .*; leave it out"):
+        streams_for(config)
+
+
+def decoded(tokenizer_dir: Path, stream: np.ndarray) -> list[str]:
+    text = load_tokenizer(str(tokenizer_dir)).decode(stream.tolist())
+    return sorted(text.split("<|endoftext|>")[:-1])
+
+
+@pytest.mark.parametrize(
+    ("files", "train", "validation", "policy"),
+    [
+        # `datasets` by itself skips suffixes in capitals, and .text
+        ({"a.TXT": "if", "b.Txt": "or"}, ["or"], ["if"], "1 documents"),
+        (
+            {"train.TXT": "if", "more_train.text": "or", "validation.TXT": "and"},
+            ["if", "or"],
+            ["and"],
+            "the data set's validation split",
+        ),
+        ({"train.JSONL": lines("if"), "README.md": "# Words"}, ["i"], ["f"], "the last 1 %"),
+        # It stops at a split without rows
+        (
+            {"train.jsonl": lines("if"), "validation.jsonl": "", "test.jsonl": lines("or")},
+            ["if"],
+            ["or"],
+            "the data set's test split",
+        ),
+        ({"train.jsonl": lines("if", "or"), "validation.jsonl": ""}, ["or"], ["if"], "1 documents"),
+        (
+            {"train.jsonl": lines("if"), "validation.jsonl": lines(""), "test.jsonl": lines("or")},
+            ["if"],
+            ["or"],
+            "the data set's test split",
+        ),
+    ],
+)
+def test_files_that_the_loader_leaves_out_or_stops_at(
+    files: dict[str, str],
+    train: list[str],
+    validation: list[str],
+    policy: str,
+    tokenizer_dir: Path,
+    tmp_path: Path,
+) -> None:
+    source = write_files(tmp_path / "data", files)
+    streams = streams_for(config_for(source, tokenizer_dir, tmp_path / "cache"))
+    assert streams.info.validation_split.startswith(policy)
+    assert decoded(tokenizer_dir, streams.train) == train
+    assert decoded(tokenizer_dir, streams.validation) == validation
+
+
+@pytest.mark.parametrize(
+    ("text", "cut"),
+    [("word " * 200, 989), ("x" * 5000, 4950), ("word " * 200 + "\n" * 500, 989)],
+    ids=["words", "no whitespace near", "blank end"],
+)
+def test_the_end_of_a_single_document_is_held_out(
+    text: str, cut: int, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "book.txt"
+    source.write_text(text)
+    streams = streams_for(config_for(source, tokenizer_dir, tmp_path / "cache"))
+    kept, held = (decoded(tokenizer_dir, s) for s in (streams.train, streams.validation))
+    assert (kept, held) == ([text[:cut]], [text[cut:]])
+    assert streams.info.validation_split == (
+        f"the last 1 % ({len(text) - cut} characters) of the only document of train"
+    )
+
+
+def test_blank_rows_are_neither_held_out_nor_passed_over_in_silence(
+    tokenizer_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text(lines("if", None, " ", "", "\n", None, "or", ""))
+    with caplog.at_level("WARNING"):
+        streams = streams_for(config_for(source, tokenizer_dir, tmp_path / "cache"))
+    assert streams.info.validation_split.startswith("1 documents (1 %)")
+    found = decoded(tokenizer_dir, streams.train) + decoded(tokenizer_dir, streams.validation)
+    assert sorted(found) == ["if", "or"]
+    assert "split train: 6 of 8 rows have no text in column 'text' (of type string)" in caplog.text
+    caplog.clear()
+    source.write_text(lines("if", None, "", "or"))
+    streams_for(config_for(source, tokenizer_dir, tmp_path / "cache"))
+    assert "have no text" not in caplog.text
+
+
+def test_text_that_gives_no_tokens_is_refused(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """Its vocabulary lacks every letter of the text, and it has no token for the unknown."""
+    backend = json.loads((tokenizer_dir / "tokenizer.json").read_text())
+    backend["model"] |= {"vocab": {"<|endoftext|>": 0, "q": 1, "z": 2}, "merges": []}
+    backend["added_tokens"] = backend["added_tokens"][:1]
+    odd = tmp_path / "odd"
+    shutil.copytree(tokenizer_dir, odd)
+    (odd / "tokenizer.json").write_text(json.dumps(backend))
+    source = tmp_path / "a.jsonl"
+    source.write_text(lines("abc", "def", "abc"))
+    with pytest.raises(DataError, match="the train split gives no tokens with the tokenizer of"):
+        streams_for(config_for(source, odd, tmp_path / "cache"))
+    assert not any((tmp_path / "cache" / "tokens").glob("*"))
 
 
 def test_an_unreachable_hub_data_set_is_one_line(tokenizer_dir: Path, tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import pickle
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +18,9 @@ from trainer.errors import ModelError
 from trainer.gpt2_fp8_body import QuantizationError, quantize_teacher
 from trainer.log import log
 
+_TOKENIZER_FILES = re.compile(
+    r"(tokenizer|vocab|merges|spiece|sentencepiece|bpe|tekken).*|.*\.(model|tiktoken|spm|bpe|vocab)"
+)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -137,8 +143,31 @@ def _logit_scale(config: Any) -> float:
     return float(scale or 1.0) / float(divisor or 1.0)
 
 
+def looks_local(name: str) -> bool:
+    """Whether a name can only be a path: those of the hub are NAME or OWNER/NAME."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _location(what: str, name: str) -> str:
+    """What `transformers` is given: a hub's name as it is, a directory with its ``~`` expanded.
+
+    Raises:
+        ModelError: a path that is no directory, which would else be looked for on the hub.
+    """
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        return path
+    if os.path.exists(path):
+        raise ModelError(
+            f"{what} {name!r} cannot be loaded: it is a file; give the directory that holds it"
+        )
+    if looks_local(name):
+        raise ModelError(f"{what} {name!r} cannot be loaded: no such directory")
+    return name
+
+
 @contextlib.contextmanager
-def _readable_errors(what: str, name: str) -> Any:
+def _readable_errors(what: str, name: str) -> Iterator[None]:
     """Turn what `transformers` raises for a bad name, a bad file or no network into one line."""
     import huggingface_hub.errors
     import safetensors
@@ -149,28 +178,65 @@ def _readable_errors(what: str, name: str) -> Any:
         OSError,
         ValueError,
         KeyError,
+        TypeError,
+        AttributeError,
+        EOFError,
         ImportError,
         RuntimeError,
+        pickle.UnpicklingError,
         safetensors.SafetensorError,
         huggingface_hub.errors.HfHubHTTPError,
         huggingface_hub.errors.HFValidationError,
+        huggingface_hub.errors.StrictDataclassError,
     ) as error:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        reason = first or type(error).__name__
-        hint = "" if Path(name).exists() else "; check the name, the token and the network"
-        raise ModelError(f"{what} {name!r} cannot be loaded: {reason}{hint}") from error
+        local = os.path.isdir(os.path.expanduser(name))
+        hint = "" if local else "; check the name, the token and the network"
+        raise ModelError(f"{what} {name!r} cannot be loaded: {_reason(error)}{hint}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, in one line."""
+    import huggingface_hub.errors
+
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if "trust_remote_code" in text:
+        return "it needs code of its own, and remote code is not run; give one that needs none"
+    if isinstance(error, pickle.UnpicklingError):
+        found = re.search(r"GLOBAL (\S+)", text)
+        what = f"refers to {found[1]}" if found else "is damaged or holds more than tensors"
+        return f"a .bin file of its weights {what}, which could run code; give safetensors"
+    if isinstance(error, huggingface_hub.errors.StrictDataclassError):
+        # The first line says in which check, the last what is wrong
+        return f"its config.json does not hold together: {lines[-1]}"
+    if isinstance(error, KeyError):
+        return f"unknown or missing key {text}"
+    return lines[0] if lines else type(error).__name__
 
 
 def load_tokenizer(name: str, token: str | None = None) -> Any:
     """The tokenizer of a model.
 
     Raises:
-        ModelError: it cannot be loaded, or it has no end-of-text token to put between documents.
+        ModelError: there is none or it cannot be loaded, it has no vocabulary, or no end-of-text
+            token to put between documents.
     """
     from transformers import AutoTokenizer
 
+    location = _location("tokenizer of", name)
+    if os.path.isdir(location) and not any(map(_TOKENIZER_FILES.fullmatch, os.listdir(location))):
+        # Of some models `transformers` then makes an empty one
+        raise ModelError(
+            f"{name!r} has no tokenizer files (tokenizer.json, for example); save the teacher's"
+            " tokenizer there"
+        )
     with _readable_errors("tokenizer of", name):
-        tokenizer = AutoTokenizer.from_pretrained(name, token=token)
+        tokenizer = AutoTokenizer.from_pretrained(location, token=token, trust_remote_code=False)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    if len(tokenizer.get_vocab()) - len(added) < 2:
+        raise ModelError(
+            f"tokenizer of {name!r} has an empty vocabulary; a file of it is missing or damaged"
+        )
     if tokenizer.eos_token_id is None:
         raise ModelError(f"tokenizer of {name!r} has no EOS token; documents are joined by it")
     return tokenizer
@@ -180,15 +246,21 @@ def read_teacher_spec(name: str, token: str | None = None) -> TeacherSpec:
     """Longest context and vocabulary from the teacher's configuration alone.
 
     Raises:
-        ModelError: the configuration cannot be loaded.
+        ModelError: the configuration cannot be loaded, or tells no vocabulary.
     """
     from transformers import AutoConfig
 
+    location = _location("teacher", name)
     with _readable_errors("teacher", name):
-        config = AutoConfig.from_pretrained(name, token=token)
+        config = AutoConfig.from_pretrained(location, token=token, trust_remote_code=False)
     config = config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None)
-    return TeacherSpec(name, longest, int(config.vocab_size))
+    vocabulary = getattr(config, "vocab_size", None)
+    if not isinstance(vocabulary, int) or vocabulary < 1:
+        raise ModelError(
+            f"teacher {name!r} has vocab_size {vocabulary!r} in its configuration; give a causal LM"
+        )
+    return TeacherSpec(name, longest, vocabulary)
 
 
 def load_teacher(
@@ -197,21 +269,39 @@ def load_teacher(
     """The teacher on ``device`` in ``dtype``.
 
     Raises:
-        ModelError: the weights cannot be loaded, or are not those of a causal LM that computes
-            finite logits.
+        ModelError: the weights cannot be loaded, are of other shapes than the configuration says,
+            or are not those of a causal LM that computes finite logits.
     """
     from transformers import AutoModelForCausalLM
 
+    location = _location("teacher", spec.name)
     with _readable_errors("teacher", spec.name):
         model, info = AutoModelForCausalLM.from_pretrained(
-            spec.name, dtype=dtype, token=token, output_loading_info=True
+            location,
+            dtype=dtype,
+            token=token,
+            trust_remote_code=False,
+            output_loading_info=True,
+            # Else refused without a word on which; refused below
+            ignore_mismatched_sizes=True,
         )
-    if info["missing_keys"] or info.get("mismatched_keys"):
-        absent = sorted(map(str, info["missing_keys"] or info["mismatched_keys"]))
-        raise ModelError(
-            f"teacher {spec.name!r} lacks {len(absent)} of its weights, {absent[0]} for one"
-        )
+    _check_whole(spec.name, info)
     teacher = Teacher(model.to(device), spec)
     parameters = sum(p.numel() for p in model.parameters())
     log.info("teacher %s: %.1f M parameters in %s", spec.name, parameters / 1e6, dtype)
     return teacher
+
+
+def _check_whole(name: str, info: dict[str, Any]) -> None:
+    """Refuse weights that `transformers` has replaced by random ones."""
+    if info["missing_keys"]:
+        absent = sorted(map(str, info["missing_keys"]))
+        raise ModelError(
+            f"teacher {name!r} lacks {len(absent)} of its weights, {absent[0]} for one"
+        )
+    if info.get("mismatched_keys"):
+        tensor, found, needed = min(info["mismatched_keys"])
+        raise ModelError(
+            f"teacher {name!r}: {tensor} has shape {list(found)}, but its config.json needs"
+            f" {list(needed)}; they are of different models"
+        )

@@ -11,8 +11,10 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,14 +26,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trainer.config import TrainConfig
-from trainer.errors import DataError
+from trainer.errors import DataError, ModelError, UsageError
 from trainer.log import log, on_terminal
 from trainer.storage import is_remote, open_location
-from trainer.teacher import load_tokenizer
+from trainer.teacher import load_tokenizer, looks_local
 
 INFO_NAME = "tokens.json"
 TOKENIZER_DIR = "tokenizer"
 VALIDATION_FRACTION = 0.01
+_NEAR = 1000
+"""Characters in which a whitespace is looked for to cut a document at."""
 IGNORED = -1
 """Label of a position that fills up an evaluation batch and counts for nothing."""
 _FORMAT = 1
@@ -42,12 +46,21 @@ _BUILDERS = {
     ".jsonl": "json",
     ".parquet": "parquet",
 }
+_LOADER_SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
+"""Those of them that `datasets` takes for itself in a directory."""
 _DOCUMENTS_PER_CALL = 256
+_DTYPES = ("uint16", "uint32")
+_CHECKED_TOKENS, _CHECKED_BLOCK = 1 << 26, 1 << 16
+"""How many ids of a stream are looked at when it is opened, and how many of them in a row."""
 
 
 @dataclass(frozen=True)
 class TokenInfo:
-    """What a directory of token streams holds (its ``tokens.json``)."""
+    """What a directory of token streams holds (its ``tokens.json``).
+
+    Raises:
+        ValueError: naming a value that no token streams can have.
+    """
 
     train_tokens: int
     validation_tokens: int
@@ -59,7 +72,22 @@ class TokenInfo:
     dataset: dict[str, Any]
     validation_split: str
     fingerprint: str
+    """Digest of the tokens."""
     format: int = _FORMAT
+    tokenizer_fingerprint: str = ""
+    """See `tokenizer_fingerprint`; empty in what earlier releases wrote."""
+
+    def __post_init__(self) -> None:
+        least = {"train_tokens": 2, "validation_tokens": 2, "vocab_size": 1, "eos_token_id": 0}
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+                raise ValueError(f"{name} is {value!r}, not a whole number of at least {lowest}")
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}, not {' or '.join(_DTYPES)}")
+        for name in ("tokenizer", "fingerprint", "tokenizer_fingerprint"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, not a text")
 
 
 @dataclass(frozen=True)
@@ -82,52 +110,125 @@ def load_corpus(config: TrainConfig, token: str | None = None) -> Any:
 
     Raises:
         DataError: it cannot be found or read.
+        UsageError: a configuration is asked for of what has none.
     """
     import datasets
     import huggingface_hub.errors
+    import yaml
 
     name = str(config.dataset_name)
-    path = Path(name).expanduser()
+    path = os.path.expanduser(name)
     datasets.disable_progress_bars()
     try:
-        if path.exists():
-            loaded = _load_local(path, config)
+        if os.path.exists(path):
+            loaded = _load_local(Path(path), config)
+        elif looks_local(name):
+            raise DataError(f"data set {name!r} cannot be loaded: no such file or directory")
         else:
             loaded = datasets.load_dataset(
                 name, config.dataset_config, revision=config.dataset_revision, token=token
             )
+    except yaml.YAMLError as error:
+        raise DataError(
+            f"data set {name!r}: the YAML at the head of its README.md cannot be read:"
+            f" {textwrap.shorten(str(error), 200)}; repair or remove it"
+        ) from error
     except (
         OSError,
         ValueError,
         RuntimeError,
+        # What `datasets` lets through of damaged descriptions and of files without rows
+        LookupError,
+        TypeError,
+        AttributeError,
+        StopIteration,
         datasets.exceptions.DatasetsError,
         datasets.exceptions.DatasetGenerationError,
         huggingface_hub.errors.HfHubHTTPError,
     ) as error:
         cause = error.__cause__ or error
-        first = next((line.strip() for line in str(cause).splitlines() if line.strip()), "")
-        raise DataError(
-            f"data set {name!r} cannot be loaded: {first or type(cause).__name__}"
-        ) from error
+        told = textwrap.shorten(str(cause), 300, placeholder=" …")
+        raise DataError(f"data set {name!r} cannot be loaded: {told or _unsaid(cause)}") from error
     if isinstance(loaded, datasets.Dataset):
         loaded = datasets.DatasetDict({"train": loaded})
     return loaded
 
 
+def _unsaid(error: BaseException) -> str:
+    return "a split has no rows" if isinstance(error, StopIteration) else type(error).__name__
+
+
 def _load_local(path: Path, config: TrainConfig) -> Any:
     import datasets
 
-    if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
+    saved = path.is_dir() and any(
+        (path / name).exists() for name in ("dataset_dict.json", "state.json")
+    )
+    if config.dataset_config and (saved or path.is_file()):
+        raise UsageError(
+            f"--dataset_config={config.dataset_config}: {str(path)!r} is"
+            f" {'a saved data set' if saved else 'a single file'}, which has no configurations;"
+            " leave it out"
+        )
+    if saved:
         return datasets.load_from_disk(str(path))
-    kinds = {_BUILDERS[file.suffix.lower()] for file in corpus_files(path)}
+    files = corpus_files(path)
+    kinds = {_BUILDERS[file.suffix.lower()] for file in files}
     if len(kinds) > 1:
         raise DataError(f"data set {str(path)!r} mixes {' and '.join(sorted(kinds))} files")
+    empty = [file for file in files if _is_empty(file)]
+    if len(empty) == len(files):
+        raise DataError(f"data set {config.dataset_name!r} has no text: {empty[0]} is empty")
     options: dict[str, Any] = {"cache_dir": str(Path(config.cache_dir).expanduser() / "datasets")}
     if kinds == {"text"}:
         options["sample_by"] = "document"
     if path.is_file():
         return datasets.load_dataset(*kinds, data_files=str(path), **options)
+    unusual = [file for file in files if file.suffix not in _LOADER_SUFFIXES] + empty
+    if unusual and not config.dataset_config and not _describes_files(path):
+        return datasets.load_dataset(*kinds, data_files=_split_files(path, empty), **options)
     return datasets.load_dataset(str(path), config.dataset_config, **options)
+
+
+def _is_empty(file: Path) -> bool:
+    size = file.stat().st_size
+    return size == 0 or (size < 1024 and not file.read_bytes().strip())
+
+
+def _describes_files(directory: Path) -> bool:
+    """Whether the data set itself says which files are which split."""
+    card = directory / "README.md"
+    return (directory / ".huggingface.yaml").exists() or (
+        card.is_file() and bool(re.search(rb"^configs:", card.read_bytes(), re.MULTILINE))
+    )
+
+
+def _split_files(directory: Path, empty: list[Path]) -> dict[str, list[str]]:
+    """Files by split, told apart by their names as `datasets` does, without the empty ones.
+
+    Left to itself `datasets` skips suffixes in capitals and stops at a split without rows.
+
+    Raises:
+        DataError: no training file has text.
+    """
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    patterns = get_data_patterns(str(directory))
+    found = DataFilesDict.from_patterns(patterns, base_path=str(directory))
+    known = {
+        str(split): [str(file) for file in files if Path(file).suffix.lower() in _BUILDERS]
+        for split, files in found.items()
+    }
+    without = {str(file.resolve()) for file in empty}
+    filled = {
+        split: [file for file in files if str(Path(file).resolve()) not in without]
+        for split, files in known.items()
+    }
+    if known.get("train") and not filled["train"]:
+        raise DataError(
+            f"data set {str(directory)!r} has no training text: {known['train'][0]} is empty"
+        )
+    return {split: files for split, files in filled.items() if files}
 
 
 def corpus_files(path: Path) -> list[Path]:
@@ -173,9 +274,17 @@ def cache_key(config: TrainConfig, tokenizer: Any) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """A digest of everything that decides how text becomes ids."""
+    """A digest of everything that decides how text becomes ids, and of the EOS id between them.
+
+    The same for a tokenizer, its saved copy, and one that a call has set to truncate or to pad.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    described = backend.to_str() if backend else json.dumps(sorted(tokenizer.get_vocab().items()))
+    if backend is None:
+        described = json.dumps(sorted(tokenizer.get_vocab().items()))
+    else:
+        parts = json.loads(backend.to_str())
+        deciding = ("added_tokens", "normalizer", "pre_tokenizer", "model")
+        described = json.dumps([parts.get(name) for name in deciding], sort_keys=True)
     return hashlib.sha256(f"{described}|{tokenizer.eos_token_id}".encode()).hexdigest()[:24]
 
 
@@ -183,7 +292,9 @@ def prepare_streams(config: TrainConfig, output: Path, tokenizer: Any, token: st
     """Tokenize the corpus into ``output``, which appears complete or not at all.
 
     Raises:
-        DataError: the corpus cannot be read, has no such text column, or is too small.
+        DataError: the corpus cannot be read, has no such text column or no text in it, or is too
+            small, or the tokenizer makes no tokens of it.
+        UsageError: a configuration is asked for of a data set that has none.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     corpus = load_corpus(config, token)
@@ -191,8 +302,7 @@ def prepare_streams(config: TrainConfig, output: Path, tokenizer: Any, token: st
         raise DataError(
             f"data set {config.dataset_name!r} has no train split; it has {list(corpus)}"
         )
-    train, validation, policy = _split(corpus)
-    _check_column(config, train)
+    train, validation, policy = _split(config, corpus)
     log.info("validation split of %s: %s", config.dataset_name, policy)
     dtype = np.uint16 if len(tokenizer) <= np.iinfo(np.uint16).max + 1 else np.uint32
     scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
@@ -218,6 +328,7 @@ def prepare_streams(config: TrainConfig, output: Path, tokenizer: Any, token: st
             },
             validation_split=policy,
             fingerprint=_content_fingerprint(scratch),
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         )
         tokenizer.save_pretrained(str(scratch / TOKENIZER_DIR))
         (scratch / INFO_NAME).write_text(json.dumps(asdict(info), indent=2), encoding="utf-8")
@@ -238,15 +349,32 @@ def _publish(scratch: Path, output: Path) -> None:
             raise
 
 
-def _split(corpus: Any) -> tuple[Any, Any, str]:
-    """Train rows, validation rows and a sentence on where the latter come from."""
-    train = corpus["train"]
+def _split(config: TrainConfig, corpus: Any) -> tuple[Any, Any, str]:
+    """Train rows, validation rows and a sentence on where the latter come from.
+
+    Raises:
+        DataError: there is no text to train on, or too little to hold any out.
+    """
+    import datasets
+
+    train = _rows_with_text(config, "train", corpus["train"])
+    if not len(train):
+        column = config.text_column
+        raise DataError(
+            f"data set {config.dataset_name!r}, split 'train': column {column!r} (of type"
+            f" {_column_type(train, column)}) holds no text; give --text_column"
+        )
     for name in ("validation", "test"):
         if name in corpus and len(corpus[name]):
-            return train, corpus[name], f"the data set's {name} split"
+            rows = _rows_with_text(config, name, corpus[name])
+            if len(rows):
+                return train, rows, f"the data set's {name} split"
+    if len(train) == 1:
+        head, tail = _cut(config, train[0][config.text_column])
+        policy = f"the last 1 % ({len(tail)} characters) of the only document of train"
+        parts = [datasets.Dataset.from_dict({config.text_column: [text]}) for text in (head, tail)]
+        return parts[0], parts[1], policy
     held_out = max(1, math.ceil(len(train) * VALIDATION_FRACTION))
-    if len(train) < 2:
-        raise DataError("the train split has one document only; add a validation split")
     order = np.random.default_rng(0).permutation(len(train))
     policy = (
         f"{held_out} documents (1 %) drawn from train, which has no validation or test beside it"
@@ -254,12 +382,49 @@ def _split(corpus: Any) -> tuple[Any, Any, str]:
     return train.select(np.sort(order[held_out:])), train.select(np.sort(order[:held_out])), policy
 
 
-def _check_column(config: TrainConfig, rows: Any) -> None:
-    if config.text_column not in rows.column_names:
+def _rows_with_text(config: TrainConfig, split: str, rows: Any) -> Any:
+    """The rows of a split that are neither null nor blank, with their text column alone."""
+    column = config.text_column
+    if column not in rows.column_names:
         raise DataError(
-            f"data set {config.dataset_name!r} has no column {config.text_column!r}; it has"
-            f" {', '.join(rows.column_names)}; give --text_column"
+            f"data set {config.dataset_name!r}, split {split!r}: it has no column {column!r}; it"
+            f" has {', '.join(rows.column_names)}; give --text_column"
         )
+    rows = rows.select_columns([column])
+    texts = (text for batch in _documents(rows, column) for text in batch)
+    kept = np.flatnonzero(np.fromiter((bool(text.strip()) for text in texts), bool, len(rows)))
+    dropped = len(rows) - len(kept)
+    if dropped > len(rows) / 2:
+        log.warning(
+            "data set %s, split %s: %d of %d rows have no text in column %r (of type %s) and are"
+            " left out",
+            config.dataset_name,
+            split,
+            dropped,
+            len(rows),
+            column,
+            _column_type(rows, column),
+        )
+    return rows.select(kept) if dropped else rows
+
+
+def _column_type(rows: Any, column: str) -> str:
+    feature = rows.features[column]
+    return str(getattr(feature, "dtype", feature))
+
+
+def _cut(config: TrainConfig, text: str) -> tuple[str, str]:
+    """A document and its last 1 %, cut before a whitespace where there is one near."""
+    end = len(text.rstrip())
+    place = end - max(1, math.ceil(end * VALIDATION_FRACTION))
+    near = range(place, max(0, place - _NEAR), -1)
+    place = next((index for index in near if text[index].isspace()), place)
+    if not text[:place].strip():
+        raise DataError(
+            f"data set {config.dataset_name!r} has one document only, of {end} characters: too few"
+            " to hold any out; add a validation split"
+        )
+    return text[:place], text[place:]
 
 
 def _documents(rows: Any, column: str) -> Iterator[list[str]]:
@@ -276,29 +441,31 @@ def _write_stream(
     dtype: type[np.unsignedinteger[Any]],
     split: str,
 ) -> int:
-    """Append each non-empty document's ids and an EOS; returns the number of tokens."""
+    """Append each document's ids and an EOS; returns the number of tokens.
+
+    Raises:
+        DataError: no document gives any token.
+    """
     total = 0
     bar = tqdm(
         total=rows, desc=f"tokenizing {split}", unit="doc", disable=not on_terminal(), leave=False
     )
     with path.open("wb") as file, bar:
-        for number, batch in enumerate(batches):
-            texts = [text for text in batch if text.strip()]
-            encoded = (
-                tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-                if texts
-                else []
-            )
-            for ids in encoded:
-                np.asarray([*ids, tokenizer.eos_token_id], dtype=dtype).tofile(file)
-                total += len(ids) + 1
-            bar.update(len(batch))
+        for number, texts in enumerate(batches):
+            for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+                if ids:
+                    np.asarray([*ids, tokenizer.eos_token_id], dtype=dtype).tofile(file)
+                    total += len(ids) + 1
+            bar.update(len(texts))
             if not on_terminal() and number % 400 == 399:
                 log.info("tokenizing %s: %d of %d documents", split, bar.n, rows)
         file.flush()
         os.fsync(file.fileno())
-    if total < 2:
-        raise DataError(f"the {split} split holds no text")
+    if not total:
+        raise DataError(
+            f"the text of the {split} split gives no tokens with the tokenizer of"
+            f" {tokenizer.name_or_path!r}; give a teacher whose tokenizer is whole"
+        )
     return total
 
 
@@ -314,7 +481,8 @@ def open_streams(directory: Path) -> TokenStreams:
     """Map the streams of a prepared directory.
 
     Raises:
-        DataError: it is not one, or its files are not as long as its description says.
+        DataError: it is not one, its files are not as long as its description says, or they hold
+            ids that its tokenizer does not have.
     """
     try:
         described = json.loads((directory / INFO_NAME).read_text(encoding="utf-8"))
@@ -324,7 +492,7 @@ def open_streams(directory: Path) -> TokenStreams:
                 f" {_FORMAT}; prepare them again"
             )
         info = TokenInfo(**described)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{directory} does not hold token streams ({INFO_NAME}: {error}); write them with"
             " python -m trainer.prepare_tokens"
@@ -338,13 +506,40 @@ def open_streams(directory: Path) -> TokenStreams:
                 f"{path} is damaged: {size} bytes for {expected} tokens; delete {directory}"
             )
         streams[split] = np.memmap(path, dtype=info.dtype, mode="r")
+        if (largest := _largest_seen(streams[split])) >= info.vocab_size:
+            raise DataError(
+                f"{path} is damaged: it has token {largest}, over a vocabulary of"
+                f" {info.vocab_size}; delete {directory}"
+            )
     return TokenStreams(directory, info, streams["train"], streams["validation"])
 
 
+def _largest_seen(stream: np.ndarray) -> int:
+    """The largest id of a stream ``[tokens]``, or of a sample of a large one.
+
+    Preparation writes only ids of the tokenizer, so this is about files damaged since. Up to 64 Mi
+    tokens are read whole, in well under a second. More are read in 1024 blocks from end to end:
+    enough for a file that was overwritten, without minutes at every start for tens of gigabytes.
+    """
+    blocks = -(-len(stream) // _CHECKED_BLOCK)
+    read = min(blocks, _CHECKED_TOKENS // _CHECKED_BLOCK)
+    starts = np.linspace(0, blocks - 1, read, dtype=np.int64) * _CHECKED_BLOCK
+    return max(int(stream[start : start + _CHECKED_BLOCK].max()) for start in starts)
+
+
 def streams_for(config: TrainConfig, token: str | None = None) -> TokenStreams:
-    """The streams of ``--tokens_dir``, or of the data set, tokenized now or kept from before."""
+    """The streams of ``--tokens_dir``, or of the data set, tokenized now or kept from before.
+
+    Raises:
+        DataError: they cannot be made or read, or were made with another tokenizer than the
+            teacher's.
+        ModelError: the tokenizer that they are to be made with cannot be loaded.
+        UsageError: a configuration is asked for of a data set that has none.
+    """
     if config.tokens_dir:
-        return open_streams(_local_tokens(config.tokens_dir, config.local_workdir))
+        streams = open_streams(_local_tokens(config.tokens_dir, config.local_workdir))
+        _check_tokenizer(streams.info, config, token)
+        return streams
     tokenizer = load_tokenizer(config.teacher, token)
     directory = Path(config.cache_dir).expanduser() / "tokens" / cache_key(config, tokenizer)
     if (directory / INFO_NAME).exists():
@@ -360,6 +555,35 @@ def streams_for(config: TrainConfig, token: str | None = None) -> TokenStreams:
         streams.info.validation_tokens,
     )
     return streams
+
+
+def _check_tokenizer(info: TokenInfo, config: TrainConfig, token: str | None) -> None:
+    """Compare the tokenizer of prepared streams with the teacher's, where both are known.
+
+    Their ids mean something else to a teacher with another one, though they may well be in range.
+    """
+    if config.teacher_name is None:
+        return
+    if not info.tokenizer_fingerprint:
+        log.warning(
+            "%s does not tell the tokenizer it was made with, other than by its name %r; prepare it"
+            " again to have it compared with the teacher's",
+            config.tokens_dir,
+            info.tokenizer,
+        )
+        return
+    try:
+        tokenizer = load_tokenizer(config.teacher, token)
+    except ModelError as error:
+        # A student that trains alone needs no tokenizer, and other teachers are told of later
+        log.warning("%s is not compared with the teacher's tokenizer: %s", config.tokens_dir, error)
+        return
+    if tokenizer_fingerprint(tokenizer) != info.tokenizer_fingerprint:
+        raise DataError(
+            f"{config.tokens_dir} was made with the tokenizer of {info.tokenizer!r}, which is not"
+            f" that of teacher {config.teacher!r}; prepare it again with the teacher's, or give"
+            " the other teacher"
+        )
 
 
 def _local_tokens(uri: str, workdir: str) -> Path:
