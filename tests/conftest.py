@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -17,7 +18,7 @@ from tests.faults.proxy import FaultProxy
 from tests.faults.server import ObjectServer
 from tests.trainer.samples import save_teacher
 from trainer import entrypoint, export_hf
-from trainer.log import quiet_libraries
+from trainer.log import log, quiet_libraries
 
 _numbers = itertools.count(1)
 
@@ -30,6 +31,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if long:
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in long]
+
+
+@pytest.fixture(autouse=True)
+def _log_as_it_was() -> Iterator[None]:
+    """A command called in process sets up the log; the next test has another stderr."""
+    handlers, propagate, level, hook = log.handlers[:], log.propagate, log.level, sys.excepthook
+    yield
+    log.handlers[:], log.propagate, sys.excepthook = handlers, propagate, hook
+    log.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -52,7 +51,6 @@ def test_a_token_found_is_hidden_from_every_log_line(
     assert "hf_planted_token" not in shown
     assert len([json.loads(line) for line in shown.splitlines()]) == 4
     assert shown.count("***") == 4
-    logging.getLogger("trainer").handlers.clear()
 
 
 def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
