@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from trainer.checkpoint import Snapshot, build_meta
+from trainer.config import TrainConfig
 from trainer.student import Student, StudentConfig
 
 
@@ -70,3 +72,44 @@ def base_package_payload(*, trained: int, rows: int, step: int = 68150) -> dict[
         "scheduler": scheduler.state_dict(),
         "step": step,
     }
+
+
+def save_student(
+    path: Path,
+    *,
+    described: bool = True,
+    teacher: Path | None = None,
+    trained: int | None = None,
+    **shapes: Any,
+) -> Student:
+    """Write a checkpoint of a student far from its trivial start; returns the student.
+
+    Args:
+        path: the file.
+        described: with metadata; else a bare state dict.
+        teacher: whose tokenizer the metadata names.
+        trained: rows of the table that its metadata calls trained; default is all.
+        shapes: of `StudentConfig`, where they are not these: 512 tokens, 40 wide, 2 blocks, 5
+            heads, 32 positions.
+    """
+    common = {"vocab_size": 512, "d_model": 40, "n_layers": 2, "n_heads": 5, "positions": 32}
+    config = StudentConfig(**common | shapes)
+    student = Student(config).initialize(1).eval().requires_grad_(False)
+    for parameter in student.parameters():
+        parameter.mul_(5.0)
+    if not described:
+        torch.save(student.state_dict(), path)
+        return student
+    run = TrainConfig(
+        teacher_name=None if teacher is None else str(teacher),
+        block_size=32,
+        d_model=config.d_model,
+        n_heads=config.n_heads,
+        pos_embedding=config.pos_embedding,
+        rope_scale=config.rope_scale,
+    )
+    meta = build_meta(
+        run, config, step=7, trained_positions=trained or 32, metrics={}, metrics_step=-1
+    )
+    Snapshot(student.state_dict(), None, {}, 7, {}, meta).write(path)
+    return student

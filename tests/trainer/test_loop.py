@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from trainer import entrypoint, step
+from trainer import entrypoint, evaluate, step
 from trainer.checkpoint import Checkpoint, read_checkpoint
 from trainer.config import resolve
-from trainer.errors import TrainingError
+from trainer.errors import Preempted, TrainingError, UsageError
 from trainer.evaluate import Evaluator
 from trainer.loop import RunResult, TrainingLoop
 from trainer.precision import choose_precision
@@ -232,6 +235,86 @@ def test_contexts_past_the_teacher_are_evaluated_for_the_student_only(
     assert "val_loss_student@96" in result.metrics
     assert "val_loss_teacher@32" in result.metrics
     assert "val_loss_teacher@96" not in result.metrics
+
+
+def test_contexts_longer_than_the_validation_split(settings: Settings, tmp_path: Path) -> None:
+    tokens = len(streams_for(resolve(settings, {}).config).validation)
+    message = f"--eval_ctx_lens={tokens + 1} is longer than the validation split of {tokens} tokens"
+    with pytest.raises(UsageError, match=message):
+        train(settings, eval_ctx_lens=(32, tokens + 1))
+    assert not list((tmp_path / "work").glob("*.pt")), "told before the first update"
+    result = train(settings, eval_ctx_lens=(32, tokens), train_steps=1)
+    assert math.isfinite(result.metrics[f"val_loss_student@{tokens}"])
+
+
+def test_a_validation_split_shorter_than_the_training_context_is_used(
+    settings: Settings, corpus: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "corpus"
+    source.mkdir()
+    (source / "train.jsonl").write_bytes((corpus / "train.jsonl").read_bytes())
+    (source / "validation.jsonl").write_text('{"text": "The if statement."}')
+    result = train(settings, dataset_name=str(source), train_steps=1)
+    assert math.isfinite(result.metrics["val_loss_student@32"])
+
+
+# ── signals during evaluation
+
+
+def stop_at_batch(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
+    """Send SIGTERM to this process before an evaluation batch; the list fills with all of them."""
+    real, seen = evaluate.evaluation_batches, list[int]()
+
+    def watched(*args: Any, **kwargs: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch in real(*args, **kwargs):
+            seen.append(len(seen) + 1)
+            if len(seen) == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(evaluate, "evaluation_batches", watched)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("batch", "at"), [(3, 3), (12, 3), (19, 6)], ids=["student", "teacher", "last-step"]
+)
+def test_a_signal_breaks_an_evaluation_off_and_a_resumed_run_makes_it(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int, at: int
+) -> None:
+    """An evaluation has 8 batches of the student and 8 of the teacher."""
+    settings |= {"save_every": 1000}
+    train(settings, local_workdir=str(tmp_path / "whole"))
+    with monkeypatch.context() as patched:
+        seen = stop_at_batch(patched, batch)
+        with pytest.raises(Preempted, match=f"stopped by SIGTERM at step {at};") as caught:
+            train(settings)
+    assert seen[-1] == batch, "none after the signal"
+    assert caught.value.exit_status == 143
+    (saved,) = (tmp_path / "work").glob("ckpt_step_*.pt")
+    assert read_checkpoint(saved).meta["metrics_step"] == (-1 if at == 3 else 3)
+    result = train(settings)
+    assert_same(final(tmp_path / "whole"), final(tmp_path / "work"))
+    assert (result.best_step, result.metrics) == (
+        final(tmp_path / "whole").trainer_state["best_step"],
+        final(tmp_path / "whole").meta["metrics"],
+    )
+
+
+def test_a_phase_stopped_at_the_step_it_came_from_still_evaluates_it(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 3 of a phase that began at 0, from a checkpoint at step 3."""
+    train(settings, local_workdir=str(tmp_path / "before"), train_steps=3)
+    source = str(tmp_path / "before" / "final.pt")
+    phase = settings | {"resume_gcs_uri": source, "train_steps": 3}
+    train(phase, local_workdir=str(tmp_path / "whole"))
+    with monkeypatch.context() as patched:
+        stop_at_batch(patched, 3)
+        with pytest.raises(Preempted, match="at step 3;"):
+            train(phase)
+    train(phase)
+    assert_same(final(tmp_path / "whole"), final(tmp_path / "work"))
 
 
 # ── bad numbers

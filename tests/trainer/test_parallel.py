@@ -144,6 +144,60 @@ def test_a_signal_to_the_launcher_of_several_machines_is_a_stop(
     assert read_checkpoint(snapshot).step >= 10
 
 
+SIGNAL_IN_EVALUATION = """
+import os
+import signal
+import sys
+
+from trainer import entrypoint, evaluate
+from trainer.config import run_command
+
+real, seen = evaluate.evaluation_batches, []
+
+def watched(*args, **kwargs):
+    for batch in real(*args, **kwargs):
+        seen.append(batch)
+        if os.environ["RANK"] == "1" and len(seen) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield batch
+        if len(seen) > 3:
+            print("one more batch", file=sys.stderr)
+
+evaluate.evaluation_batches = watched
+sys.exit(run_command(entrypoint.main))
+"""
+
+
+@pytest.mark.parametrize("scheme", ["ddp", "fsdp"])
+def test_a_signal_to_one_process_breaks_the_evaluation_off_in_all(
+    batched: Settings, tmp_path: Path, scheme: str
+) -> None:
+    """The other one must not wait for it in a collective, or go on alone."""
+    settings = batched | {"grad_accum": 1, "parallel": scheme, "save_every": 1000}
+    script = tmp_path / "signal_in_evaluation.py"
+    script.write_text(SIGNAL_IN_EVALUATION)
+    broken = torchrun(settings | {"local_workdir": str(tmp_path / "work")})
+    place = broken.index("trainer.entrypoint")
+    broken[place - 1 : place + 1] = [str(script)]
+    done = subprocess.run(
+        broken,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("SIGTERM: saving step 2 and stopping") == 2, done.stderr[-4000:]
+    assert "one more batch" not in done.stderr
+    (snapshot,) = (tmp_path / "work").glob("ckpt_step_*.pt")
+    assert read_checkpoint(snapshot).step == 2
+    run(settings | {"local_workdir": str(tmp_path / "work")})
+    entrypoint.run(settings | {"grad_accum": 2, "local_workdir": str(tmp_path / "whole")})
+    ended, whole = (read_checkpoint(tmp_path / name / "final.pt") for name in ("work", "whole"))
+    close(ended, whole)
+    assert ended.trainer_state["best_step"] == whole.trainer_state["best_step"]
+
+
 VERTEX = {
     "cluster": {
         "workerpool0": ["cmle-training-workerpool0-ab-0:2222"],

@@ -105,10 +105,12 @@ def build_meta(
     metrics: Mapping[str, float],
     metrics_step: int,
     origin: Mapping[str, Any] | None = None,
+    tokens: str | None = None,
 ) -> dict[str, Any]:
     """The metadata of a checkpoint taken after ``step`` updates.
 
     ``metrics`` are those of the last evaluation, which was after ``metrics_step`` updates.
+    ``tokens`` is the fingerprint of the token streams that the run is trained on.
 
     ``settings`` holds everything that defines the run, so that the same run can go on and another
     one is told apart; the fields beside it are the format's.
@@ -149,6 +151,7 @@ def build_meta(
             "name": config.dataset_name,
             "config": config.dataset_config,
             "revision": config.dataset_revision,
+            "fingerprint": tokens,
         },
         "seed": config.seed,
         "settings": config.run_settings(),
@@ -241,6 +244,13 @@ def heads_of(meta: Mapping[str, Any]) -> int | None:
     model = meta.get("model")
     heads = model.get("n_heads") if isinstance(model, dict) else None
     return heads if isinstance(heads, int) and not isinstance(heads, bool) and heads > 0 else None
+
+
+def tokens_of(meta: Mapping[str, Any]) -> str | None:
+    """The fingerprint of the token streams that a run was trained on; None in older snapshots."""
+    dataset = meta.get("dataset")
+    found = dataset.get("fingerprint") if isinstance(dataset, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def run_settings_of(meta: Mapping[str, Any]) -> dict[str, Any]:

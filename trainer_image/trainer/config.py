@@ -15,7 +15,7 @@ import os
 import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -641,6 +641,27 @@ def _in_home(name: str, path: str) -> str:
         return str(Path(path).expanduser())
     except RuntimeError:
         raise UsageError(f"--{name}={path!r}: there is no such home directory") from None
+
+
+def for_evaluation(config: TrainConfig) -> TrainConfig:
+    """The settings that the evaluation stage goes by.
+
+    Raises:
+        UsageError: one is missing, or is not for that stage.
+    """
+    if not config.eval_ctx_lens:
+        raise UsageError("missing: --eval_ctx_lens; give contexts in tokens, for example 512,1024")
+    if config.teacher_precision == "fp8":
+        raise UsageError(
+            "--teacher_precision=fp8 is for training, where it is fast; the losses of this stage"
+            " are the teacher's own: give fp32, bf16, fp16 or auto"
+        )
+    config = replace(
+        config,
+        block_size=max(config.eval_ctx_lens),
+        micro_batch=config.micro_batch or DEFAULT_MICRO_BATCH,
+    )
+    return config.require("teacher_name", "dataset_name")
 
 
 def accumulation(resolved: Resolved, world_size: int) -> int:

@@ -45,6 +45,7 @@ from trainer.precision import choose_device, choose_precision
 from trainer.snapshots import Snapshots, read_from
 from trainer.start import (
     Start,
+    check_tokens,
     check_vocabularies,
     from_own_snapshot,
     from_scratch,
@@ -140,6 +141,7 @@ def _train(
         streams_for(config, token)
     processes.barrier()
     streams = streams_for(config, token)
+    check_tokens(start, streams.info.fingerprint)
     check_vocabularies(
         start.student.config.vocab_size,
         streams.info.vocab_size,

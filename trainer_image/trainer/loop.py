@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from trainer import checkpoint as ckpt
 from trainer.config import TrainConfig
 from trainer.distill import DistillLoss, Mix
 from trainer.errors import CheckpointError, Preempted, TrainingError
-from trainer.evaluate import Evaluator
+from trainer.evaluate import EvaluationStopped, Evaluator, check_contexts
 from trainer.log import log, log_values, on_terminal, seconds_since_start
 from trainer.parallel import Processes
 from trainer.precision import Precision
@@ -51,6 +51,8 @@ class Progress:
     """Updates done at the last evaluation; -1 before the first."""
     metrics: dict[str, float] = field(default_factory=dict)
     """What that evaluation gave."""
+    first_step: int = -1
+    """Updates done where this phase began; -1 in snapshots of releases that did not say."""
 
     @classmethod
     def load(cls, state: dict[str, Any]) -> Progress:
@@ -146,6 +148,10 @@ class TrainingLoop:
         precision: device and compute types.
         snapshots: where checkpoints go; only the main process writes.
         processes: this process among those of the run; alone by default.
+
+    Raises:
+        UsageError: a context to evaluate at is longer than the validation split.
+        CheckpointError: the optimizer's state does not fit the student.
     """
 
     def __init__(
@@ -159,6 +165,7 @@ class TrainingLoop:
         processes: Processes | None = None,
     ) -> None:
         assert config.grad_accum is not None, "accumulation() was not called"
+        check_contexts(config.contexts, config.context, streams)
         self.config = config
         self.accumulation = config.grad_accum
         self.processes = processes or Processes(device=precision.device)
@@ -170,6 +177,8 @@ class TrainingLoop:
         self.step = start.step
         self.continued = bool(start.trainer_state)
         self.progress = Progress.load(start.trainer_state)
+        if not self.continued:
+            self.progress.first_step = start.step
         try:
             self.device_step = TrainStep(
                 config, start.student, teacher, precision, self.processes, start.optimizer_state
@@ -179,7 +188,14 @@ class TrainingLoop:
         self.student = self.device_step.student
         if precision.loss_scaling and "loss_scale" in start.trainer_state:
             self.device_step.scaler.load_state_dict(start.trainer_state["loss_scale"])
-        self.evaluator = Evaluator(config, streams, teacher, precision, self.processes)
+        self.evaluator = Evaluator(
+            config,
+            streams,
+            teacher,
+            precision,
+            self.processes,
+            stopping=lambda: self.stop_signal is not None,
+        )
         self.sampler = BatchSampler(
             streams.train,
             block_size=config.context,
@@ -391,7 +407,9 @@ class TrainingLoop:
             return
         due = self.step % self.config.eval_every == 0 or self.step == self.config.train_steps
         # Before a phase's first update nothing is evaluated
-        first = self.progress.metrics_step < 0 and self.step in (0, self.origin.get("step"))
+        began = self.progress.first_step
+        beginnings = (began,) if began >= 0 else (0, self.origin.get("step"))
+        first = self.progress.metrics_step < 0 and self.step in beginnings
         names: list[str] = []
         if due and not first and self.progress.metrics_step != self.step:
             names = self._evaluate(scalars)
@@ -427,10 +445,18 @@ class TrainingLoop:
         self.window.clear()
 
     def _evaluate(self, scalars: ScalarLog) -> list[str]:
-        """Metrics at every context; returns the names of best checkpoints to write."""
+        """Metrics at every context; returns the names of best checkpoints to write.
+
+        Raises:
+            Preempted: a signal asked to stop. What was evaluated is dropped: started again, the
+                run evaluates this step first.
+        """
         began = time.perf_counter()
-        with self.window.paused():
-            metrics = self.evaluator.metrics(self.student, self.trained_positions)
+        try:
+            with self.window.paused():
+                metrics = self.evaluator.metrics(self.student, self.trained_positions)
+        except EvaluationStopped:
+            self._stop()
         took = time.perf_counter() - began
         self.progress.metrics, self.progress.metrics_step = metrics, self.step
         shown = ", ".join(
@@ -482,6 +508,7 @@ class TrainingLoop:
                 metrics=self.progress.metrics,
                 metrics_step=self.progress.metrics_step,
                 origin=self.origin,
+                tokens=self.streams.info.fingerprint,
             ),
         )
         self.copies.free_with(snapshot, copy)
@@ -509,7 +536,7 @@ class TrainingLoop:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stop_signal = number
 
-    def _stop(self) -> None:
+    def _stop(self) -> NoReturn:
         """Save the last complete update and leave; started again, the run goes on from there."""
         name = signal.Signals(self.stop_signal or signal.SIGTERM).name
         log.warning("%s: saving step %d and stopping", name, self.step)

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer.checkpoint import Checkpoint, heads_of
-from trainer.config import Resolved
-from trainer.errors import CheckpointError, ModelError, UsageError
+from trainer.checkpoint import Checkpoint, heads_of, tokens_of
+from trainer.config import Resolved, TrainConfig
+from trainer.errors import CheckpointError, DataError, ModelError, UsageError
 from trainer.log import log
 from trainer.positions import resize_positions
 from trainer.student import Student, StudentConfig
@@ -31,6 +31,8 @@ class Start:
     """Checkpoint, step and context that the phase came from; empty from scratch."""
     source: str = ""
     """Where the state was read from; empty from scratch."""
+    tokens: str | None = None
+    """Fingerprint of the tokens that the run must go on with; None at the start of a phase."""
 
 
 def from_scratch(resolved: Resolved, vocab_size: int) -> Start:
@@ -71,6 +73,7 @@ def from_own_snapshot(resolved: Resolved, checkpoint: Checkpoint) -> Start:
         trainer_state=checkpoint.trainer_state,
         origin=checkpoint.meta.get("origin") or {},
         source=checkpoint.source,
+        tokens=tokens_of(checkpoint.meta),
     )
 
 
@@ -187,18 +190,57 @@ def _stretch_moments(
             moments[key] = resize_positions(moments[key], trained, length, method)
 
 
+def trained_rows(checkpoint: Checkpoint, asked: int | None) -> int | None:
+    """Trained rows of a checkpoint's position table.
+
+    Args:
+        checkpoint: as read.
+        asked: ``--trained_positions``, which wins over what the checkpoint tells.
+
+    Returns:
+        The rows; None for a rotary student, and where nothing tells.
+
+    Raises:
+        UsageError: the table has no such number of rows.
+    """
+    table = checkpoint.weights.get("pos.weight")
+    if asked is None:
+        return None if table is None else checkpoint.trained_positions()
+    if table is None:
+        raise UsageError(
+            f"--trained_positions={asked}: {checkpoint.source} has rotary positions, no table;"
+            " leave it out"
+        )
+    if not 1 <= asked <= table.shape[0]:
+        raise UsageError(
+            f"--trained_positions={asked}: the table of {checkpoint.source} has"
+            f" {table.shape[0]} rows; give 1 to {table.shape[0]}"
+        )
+    return asked
+
+
+def known_trained_rows(checkpoint: Checkpoint, asked: int | None) -> int | None:
+    """As `trained_rows`, where guessing would be wrong; None for a rotary student.
+
+    Raises:
+        UsageError: the table has no such number of rows.
+        CheckpointError: nothing tells how many rows were trained.
+    """
+    trained = trained_rows(checkpoint, asked)
+    if trained is None and "pos.weight" in checkpoint.weights:
+        raise CheckpointError(
+            f"{checkpoint.source} does not tell how many of its"
+            f" {checkpoint.weights['pos.weight'].shape[0]} position rows were trained; give"
+            " --trained_positions"
+        )
+    return trained
+
+
 def _trained_positions(resolved: Resolved, checkpoint: Checkpoint) -> int | None:
-    """Trained rows of the table; None for a rotary student."""
-    if "pos.weight" not in checkpoint.weights:
-        return None
-    rows = checkpoint.weights["pos.weight"].shape[0]
-    asked = resolved.config.trained_positions
-    if asked is not None:
-        if asked > rows:
-            raise UsageError(f"--trained_positions={asked}: the checkpoint's table has {rows} rows")
-        return asked
-    found = checkpoint.trained_positions()
-    if found is None:
+    """Trained rows of the table, assumed where nothing tells; None for a rotary student."""
+    found = trained_rows(checkpoint, resolved.config.trained_positions)
+    if found is None and "pos.weight" in checkpoint.weights:
+        rows = checkpoint.weights["pos.weight"].shape[0]
         found = min(rows, resolved.config.context)
         log.warning(
             "%s does not tell how many of its %d position rows were trained; assuming %d. Give"
@@ -213,8 +255,12 @@ def _trained_positions(resolved: Resolved, checkpoint: Checkpoint) -> int | None
 def _student_config(resolved: Resolved, checkpoint: Checkpoint) -> StudentConfig:
     """Shapes from the weights; a flag that contradicts them is an error, not a wish."""
     config = resolved.config
-    found = checkpoint.student_config(
-        n_heads=config.n_heads, rope_scale=config.rope_scale, dropout=config.dropout
+    _check_heads(checkpoint, config.n_heads if resolved.given("n_heads") else None)
+    found = _shapes(
+        checkpoint,
+        n_heads=config.n_heads,
+        rope_scale=config.rope_scale,
+        dropout=config.dropout,
     )
     for name in ("d_model", "n_layers", "pos_embedding"):
         asked, has = getattr(config, name), getattr(found, name)
@@ -222,13 +268,67 @@ def _student_config(resolved: Resolved, checkpoint: Checkpoint) -> StudentConfig
             raise UsageError(
                 f"--{name}={asked}: the checkpoint {checkpoint.source} has {has}; leave it out"
             )
+    return found
+
+
+def student_config(checkpoint: Checkpoint, n_heads: int | None = None) -> StudentConfig:
+    """A checkpoint's own shapes: what its weights do not tell is in its metadata.
+
+    Args:
+        checkpoint: as read.
+        n_heads: attention heads where the metadata does not tell; default is that of the setting.
+
+    Raises:
+        UsageError: the checkpoint has other heads.
+        CheckpointError: the weights are not a student's, or the metadata has values that no run
+            can have.
+    """
+    _check_heads(checkpoint, n_heads)
+    told = checkpoint.settings()
+    default = TrainConfig()
+    return _shapes(
+        checkpoint,
+        n_heads=n_heads or told.get("n_heads", default.n_heads),
+        rope_scale=told.get("rope_scale", default.rope_scale),
+        dropout=told.get("dropout", default.dropout),
+    )
+
+
+def _check_heads(checkpoint: Checkpoint, asked: int | None) -> None:
     heads = heads_of(checkpoint.meta)
-    if resolved.given("n_heads") and heads is not None and config.n_heads != heads:
+    if asked is not None and asked < 1:
+        raise UsageError(f"--n_heads={asked} must be at least 1")
+    if asked is not None and heads is not None and asked != heads:
         raise UsageError(
-            f"--n_heads={config.n_heads}: the checkpoint {checkpoint.source} has {heads}; leave it"
-            " out"
+            f"--n_heads={asked}: the checkpoint {checkpoint.source} has {heads}; leave it out"
+        )
+
+
+def _shapes(
+    checkpoint: Checkpoint, *, n_heads: int, rope_scale: float, dropout: float
+) -> StudentConfig:
+    """Shapes that a student can be made of."""
+    found = checkpoint.student_config(n_heads=n_heads, rope_scale=rope_scale, dropout=dropout)
+    if found.pos_embedding == "rotary" and found.d_model // n_heads % 2:
+        raise CheckpointError(
+            f"{checkpoint.source}: rotary positions need an even head width, not {found.d_model}/"
+            f"{n_heads} = {found.d_model // n_heads}; give --n_heads"
         )
     return found
+
+
+def check_tokens(start: Start, found: str) -> None:
+    """A run goes on with its own tokens: the same settings may name data that has changed.
+
+    Raises:
+        DataError: the token streams of fingerprint ``found`` are others.
+    """
+    if start.tokens is not None and start.tokens != found:
+        raise DataError(
+            f"{start.source} was trained on other tokens (fingerprint {start.tokens}, now {found}):"
+            " the data set or its tokenizer has changed; give the tokens it was trained on, or"
+            " another --output_gcs_uri or --local_workdir"
+        )
 
 
 def check_vocabularies(

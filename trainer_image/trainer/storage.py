@@ -206,6 +206,26 @@ def open_location(uri: str, policy: TransferPolicy | None = None) -> Location:
     return BucketLocation(uri, policy or TransferPolicy())
 
 
+def check_output(uri: str) -> None:
+    """Fail now if a directory or prefix could not be written later; leaves nothing behind.
+
+    Args:
+        uri: ``gs://`` prefix or local directory, which need not exist.
+
+    Raises:
+        UsageError: the URI has another scheme or is malformed.
+        StorageError: it cannot be made or written.
+    """
+    _check_scheme(uri)
+    if is_remote(uri):
+        open_location(uri).check_writable()
+        return
+    there = Path(uri)
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent  # what is missing is made when it is needed
+    open_location(str(there)).check_writable()
+
+
 def split_uri(uri: str) -> tuple[str, str]:
     """A file's URI as the URI of its location and its name there.
 
