@@ -12,11 +12,20 @@ import json
 import math
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from pipelines.anneal import build_pipeline
 from pipelines.settings import Settings
-from trainer.config import REQUIRED, SETTINGS, TrainConfig, accumulation, given, resolve
+from trainer.config import (
+    REQUIRED,
+    SETTINGS,
+    TrainConfig,
+    accumulation,
+    for_evaluation,
+    given,
+    resolve,
+)
 from trainer.errors import UsageError
 
 TRAINING_STAGES = ("anneal", "continue")
@@ -139,9 +148,7 @@ def check_parameters(values: Mapping[str, Any], processes: Mapping[str, int] | N
         try:
             resolved = resolve(given(**(asked | {"pos_resize": method} | more)), {})
             if stage == "evaluate":
-                resolved.config.require("teacher_name")
-                if not resolved.config.eval_ctx_lens:
-                    raise UsageError("eval_ctx_lens is empty; give contexts such as 512,1024")
+                for_evaluation(replace(resolved.config, tokens_dir="those of the first stage"))
                 continue
             _check_training(resolved.config, metric)
             accumulation(resolved, (processes or {}).get(stage, 1))

@@ -64,7 +64,11 @@ def test_the_defaults_and_the_demonstration_are_right() -> None:
         ({"resize_method": "cubic"}, "--pos_resize='cubic': choose one of linear, copy"),
         ({"best_metric": "val_loss_studnt"}, "did you mean val_loss_student?"),
         ({"best_metric": "val_loss_student@64"}, "is not evaluated there"),
-        ({"eval_ctx_lens": ""}, "stage evaluate: eval_ctx_lens is empty"),
+        ({"eval_ctx_lens": ""}, "stage evaluate: missing: --eval_ctx_lens"),
+        (
+            {"evaluate_more_settings": {"teacher_precision": "fp8"}},
+            "stage evaluate: --teacher_precision=fp8 is for training",
+        ),
         ({"eval_ctx_lens": "512,0"}, "is not a positive whole number"),
         ({"teacher_name": ""}, "missing: --teacher_name"),
         ({"dataset_name": ""}, "missing: --dataset_name"),

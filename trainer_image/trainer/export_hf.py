@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -17,14 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.checkpoint import Checkpoint
-from trainer.config import TrainConfig, run_command
-from trainer.errors import CheckpointError, UsageError
+from trainer.config import TrainConfig, build_parser, resolve, run_command, settings_from_args
+from trainer.errors import CheckpointError, ModelError, UsageError
 from trainer.hf_token import find_hf_token
 from trainer.log import log, quiet_libraries, set_up_logging
 from trainer.snapshots import read_from
+from trainer.start import known_trained_rows, student_config
+from trainer.storage import check_output, is_remote, open_location
 from trainer.student import StudentConfig
 from trainer.teacher import load_tokenizer
+
+FLAGS = ["n_heads", "trained_positions", "local_workdir"]
 
 
 def gpt2_weights(weights: Mapping[str, Tensor], positions: int) -> dict[str, Tensor]:
@@ -99,53 +101,74 @@ def run(
     n_heads: int | None = None,
     trained_positions: int | None = None,
     workdir: str = "/tmp/liquid_work",  # noqa: S108 - the default of --local_workdir
-) -> Path:
+) -> str:
     """Export a checkpoint with its tokenizer; the trained positions become the model's maximum.
 
     Args:
         checkpoint: path or ``gs://`` URI.
-        output: a new or empty local directory.
+        output: a new or empty local directory or ``gs://`` prefix.
         tokenizer: name or directory; default is what the checkpoint was trained with.
         n_heads: where the metadata does not tell (default 12).
         trained_positions: where neither metadata nor optimizer state tells.
         workdir: scratch directory.
 
+    Returns:
+        ``output``.
+
     Raises:
-        LiquidError: the checkpoint or the tokenizer cannot be read, or the directory is in use.
+        LiquidError: the checkpoint or the tokenizer cannot be read or do not fit together, or the
+            output is in use or cannot be written.
     """
-    directory = Path(output)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UsageError(f"{output} is in use; give a new directory to export to")
+    _check_new(output)
+    check_output(output if is_remote(output) else str(Path(output).parent))
     source = read_from(checkpoint, Path(workdir))
-    described = source.meta.get("model") or {}
-    config = source.student_config(
-        n_heads=n_heads or described.get("n_heads") or 12, dropout=described.get("dropout") or 0.0
-    )
-    if config.pos_embedding == "absolute":
-        positions = trained_positions or source.trained_positions() or config.positions
-    else:
-        positions = 0
-    model = gpt2_model(source.weights, config, positions)
+    config = student_config(source, n_heads)
     name = tokenizer or source.meta.get("tokenizer")
     if not name:
         raise CheckpointError(f"{checkpoint} does not name its tokenizer; give --tokenizer")
+    positions = known_trained_rows(source, trained_positions) or 0
     loaded = load_tokenizer(name, find_hf_token(TrainConfig()))
-    _save(model, loaded, source, directory)
+    if len(loaded) > config.vocab_size:
+        raise ModelError(
+            f"the tokenizer of {name!r} has {len(loaded)} tokens, {checkpoint} a vocabulary of"
+            f" {config.vocab_size}; give --tokenizer with the one it was trained with"
+        )
+    model = gpt2_model(source.weights, config, positions)
+    if is_remote(output):
+        _upload(model, loaded, output, Path(workdir))
+    else:
+        _save(model, loaded, Path(output))
     log.info("%s written to %s: %d positions", checkpoint, output, positions)
-    return directory
+    return output
 
 
-def _save(model: Any, tokenizer: Any, source: Checkpoint, directory: Path) -> None:
-    """Write beside the target, then rename, so that the directory is whole or absent."""
+def _check_new(output: str) -> None:
+    """Raises `UsageError` where something is at the output already, or where it is no place."""
+    location = open_location(output)
+    if is_remote(output):
+        used = bool(location.list())
+    else:
+        directory = Path(output)
+        used = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+    if used:
+        raise UsageError(f"{output} is in use; give a new directory to export to")
+
+
+def _write(model: Any, tokenizer: Any, directory: Path) -> None:
     model.config.eos_token_id = model.config.bos_token_id = tokenizer.eos_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.bos_token_id = tokenizer.eos_token_id
+    tokenizer.model_max_length = model.config.n_positions
+    model.save_pretrained(str(directory))
+    tokenizer.save_pretrained(str(directory))
+
+
+def _save(model: Any, tokenizer: Any, directory: Path) -> None:
+    """Write beside the target, then rename, so that the directory is whole or absent."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
-        tokenizer.model_max_length = model.config.n_positions
-        model.save_pretrained(str(scratch))
-        tokenizer.save_pretrained(str(scratch))
+        _write(model, tokenizer, scratch)
         scratch.chmod(0o755)
         if directory.is_dir():
             directory.rmdir()
@@ -154,23 +177,37 @@ def _save(model: Any, tokenizer: Any, source: Checkpoint, directory: Path) -> No
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _upload(model: Any, tokenizer: Any, output: str, workdir: Path) -> None:
+    """Write to scratch space, then upload; without the model's configuration nothing loads it."""
+    with tempfile.TemporaryDirectory(prefix="export-", dir=workdir) as scratch:
+        _write(model, tokenizer, Path(scratch))
+        files = [path for path in Path(scratch).rglob("*") if path.is_file()]
+        last = Path(scratch, "config.json")
+        for path in sorted(files, key=lambda path: (path == last, path)):
+            folder = path.parent.relative_to(scratch).as_posix()
+            place = output if folder == "." else f"{output.rstrip('/')}/{folder}"
+            open_location(place).put(path, path.name)
+
+
 def main(argv: list[str]) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.export_hf", description=__doc__)
+    parser = build_parser("python -m trainer.export_hf", str(__doc__), only=FLAGS)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="path or gs:// URI")
-    parser.add_argument("output", metavar="OUT_DIR", help="a new or empty directory")
-    parser.add_argument("--tokenizer", help="name or directory [the checkpoint's]")
-    parser.add_argument("--n_heads", type=int, help="where the metadata does not tell [12]")
-    parser.add_argument("--trained_positions", type=int, help="where nothing else tells")
+    parser.add_argument("output", metavar="OUT_DIR", help="a new or empty directory or gs:// URI")
+    parser.add_argument("--tokenizer", help="name or directory [the checkpoint's]", default=None)
     args = parser.parse_args(argv)
     set_up_logging()
     quiet_libraries()
+    # With the name of a checkpoint its shapes are not held against defaults
+    asked = {**settings_from_args(args), "resume_gcs_uri": args.checkpoint}
+    resolved = resolve(asked, {})
     run(
         args.checkpoint,
         args.output,
         tokenizer=args.tokenizer,
-        n_heads=args.n_heads,
-        trained_positions=args.trained_positions,
+        n_heads=resolved.config.n_heads if resolved.given("n_heads") else None,
+        trained_positions=resolved.config.trained_positions,
+        workdir=resolved.config.local_workdir,
     )
 
 

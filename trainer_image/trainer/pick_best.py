@@ -5,14 +5,13 @@ python -m trainer.pick_best gs://BUCKET/run --metric=val_loss_student@512
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from trainer.checkpoint import metric_of
-from trainer.config import run_command
+from trainer.config import build_parser, run_command
 from trainer.errors import CheckpointError
 from trainer.log import log, set_up_logging
 from trainer.snapshots import read_sidecars
@@ -78,9 +77,13 @@ def run(sources: Sequence[str], metric: str) -> Picked:
 
 def main(argv: list[str]) -> None:
     """The command line; prints the URI picked."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.pick_best", description=__doc__)
-    parser.add_argument("sources", nargs="+", metavar="DIR_OR_URI")
-    parser.add_argument("--metric", default="val_loss_student")
+    parser = build_parser("python -m trainer.pick_best", str(__doc__), only=())
+    parser.add_argument(
+        "sources", nargs="+", metavar="DIR_OR_URI", help="where checkpoints and sidecars lie"
+    )
+    parser.add_argument(
+        "--metric", default="val_loss_student", help="lower is better [val_loss_student]"
+    )
     args = parser.parse_args(argv)
     set_up_logging()
     print(run(args.sources, args.metric).uri)

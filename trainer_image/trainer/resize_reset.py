@@ -10,15 +10,21 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from trainer.checkpoint import Snapshot, reset_meta, sidecar_name
 from trainer.config import build_parser, resolve, run_command, settings_from_args
-from trainer.errors import CheckpointError
+from trainer.errors import UsageError
 from trainer.log import log, set_up_logging
 from trainer.snapshots import read_from
-from trainer.start import stretched_student
-from trainer.storage import is_remote, open_location
+from trainer.start import known_trained_rows, stretched_student, student_config
+from trainer.storage import check_name, check_output, is_remote, open_location, split_uri
 
 FLAGS = ["block_size", "pos_resize", "trained_positions", "n_heads", "local_workdir"]
+_BYTES_PER_ELEMENT = 16
+"""Of a table while it is stretched: in fp64, in fp32, and in order."""
+_MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Where Linux tells a container's limit, in bytes or ``max``."""
 
 
 def run(
@@ -46,21 +52,17 @@ def run(
         The metadata written; ``origin`` in it says where the weights came from.
 
     Raises:
+        UsageError: the checkpoint has other heads or fewer positions than given, or a table for
+            ``block_size`` does not fit into memory.
         CheckpointError: the checkpoint cannot be read, or its trained positions are not known.
+        StorageError: the output cannot be written.
     """
+    _check_file(output)
     source = read_from(checkpoint, Path(workdir))
-    model = source.meta.get("model") or {}
-    config = source.student_config(
-        n_heads=n_heads or model.get("n_heads") or 12,
-        rope_scale=float(source.meta.get("rope_scale") or 1.0),
-        dropout=float(model.get("dropout") or 0.0),
-    )
-    trained = trained_positions or source.trained_positions()
-    if trained is None and "pos.weight" in source.weights:
-        raise CheckpointError(
-            f"{checkpoint} does not tell how many of its {config.positions} position rows were"
-            " trained; give --trained_positions"
-        )
+    config = student_config(source, n_heads)
+    trained = known_trained_rows(source, trained_positions)
+    if trained is not None and block_size > trained:
+        _check_memory(source.weights["pos.weight"], block_size)
     weights, config = stretched_student(source.weights, config, trained, block_size, method)
     old_context = source.meta.get("block_size") or trained
     origin = {
@@ -80,6 +82,44 @@ def run(
     _write(Snapshot(weights, None, {}, 0, {}, meta), output, workdir)
     log.info("%s at context %s -> %s at context %d", checkpoint, old_context, output, block_size)
     return meta
+
+
+def _check_file(output: str) -> None:
+    """Fail now where the file could not be written after all the work."""
+    parent, name = split_uri(output)
+    if is_remote(output):
+        check_name(name)
+    elif Path(output).is_dir():
+        raise UsageError(f"{output!r} is a directory; give the path of the file to write")
+    check_output(parent)
+
+
+def _check_memory(table: Tensor, rows: int) -> None:
+    """Refuse a table that the system would end the process for."""
+    need, free = rows * table.shape[1] * _BYTES_PER_ELEMENT, _free_memory()
+    if free is not None and need > free:
+        raise UsageError(
+            f"--block_size={rows}: stretching {table.shape[0]} positions to as many takes"
+            f" {need / 2**30:.1f} GiB of memory, of which {free / 2**30:.1f} GiB are free; give a"
+            " smaller one"
+        )
+
+
+def _free_memory() -> int | None:
+    """Bytes that this process may still take; None where the system does not tell."""
+    found = []
+    try:
+        described = Path("/proc/meminfo").read_text().splitlines()
+        lines = dict(line.split(":", 1) for line in described)
+        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    except (OSError, ValueError, KeyError):
+        pass  # not Linux
+    for limit in _MEMORY_LIMITS:
+        try:
+            found.append(int(Path(limit).read_text()))
+        except (OSError, ValueError):
+            continue  # no such controller, or no limit
+    return min(found, default=None)
 
 
 def _write(snapshot: Snapshot, output: str, workdir: str) -> None:
@@ -107,7 +147,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("output", metavar="OUT", help="path or gs:// URI of the file to write")
     args = parser.parse_args(argv)
     set_up_logging()
-    resolved = resolve(settings_from_args(args), {})
+    # With the name of a checkpoint its shapes are not held against defaults
+    resolved = resolve({**settings_from_args(args), "resume_gcs_uri": args.checkpoint}, {})
     config = resolved.config.require("block_size")
     run(
         args.checkpoint,
