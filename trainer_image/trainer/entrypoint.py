@@ -93,6 +93,7 @@ def run(
     snapshots = Snapshots(asked.config.uri, asked.config.local_workdir)
     dry = asked.config.train_steps == 0 and asked.given("train_steps")
     own = None if dry else _own_snapshot(snapshots, processes)
+    foreign = None
     if own is not None:
         resolved = _resolve_own(own, asked, command_line, config_file, processes.world_size)
     else:
@@ -110,12 +111,7 @@ def run(
         return _finished(own).checked(config)
     token = find_hf_token(config)
     spec = _teacher_spec(config, token)
-    if own is not None:
-        start = from_own_snapshot(resolved, own)
-    elif foreign is not None:
-        start = new_phase(resolved, foreign)
-    else:
-        start = from_scratch(resolved, len(load_tokenizer(config.teacher, token)))
+    start = _start(resolved, own, foreign, token)
     vocabulary = start.student.config.vocab_size
     check_vocabularies(
         vocabulary, None, spec.vocab_size if spec else None, config.resume_gcs_uri or "student"
@@ -124,6 +120,17 @@ def run(
         log.info("--train_steps=0: settings resolved and checkpoint read, nothing trained")
         return None
     return _train(config, start, spec, snapshots, token, processes)
+
+
+def _start(
+    resolved: Resolved, own: Checkpoint | None, foreign: Checkpoint | None, token: str | None
+) -> Start:
+    """From the run's own snapshot, else from the checkpoint asked for, else from scratch."""
+    if own is not None:
+        return from_own_snapshot(resolved, own)
+    if foreign is not None:
+        return new_phase(resolved, foreign)
+    return from_scratch(resolved, len(load_tokenizer(resolved.config.teacher, token)))
 
 
 def _train(

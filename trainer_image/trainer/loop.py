@@ -244,7 +244,7 @@ class TrainingLoop:
                 bar.update()
                 self._after_update(scalars)
             self._finish(scalars)
-        except Exception as error:
+        except Exception as error:  # whatever it is, what is trained so far is saved
             if not isinstance(error, Preempted):
                 self.snapshots.rescue(error)
             raise
