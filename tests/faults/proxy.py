@@ -116,6 +116,8 @@ class FaultProxy:
         self.bandwidth = bandwidth
         # (status, message) that every request gets
         self.refusal: tuple[int, str] | None = None
+        # What every chunk of a resumable upload is answered with, nothing of it being kept
+        self.chunk_status: int | None = None
         # Requests wait while this is clear
         self.gate = threading.Event()
         self.gate.set()
@@ -325,8 +327,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self.proxy.repeated += len(body)
                 return upload.answer
             match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", self.headers["Content-Range"])
-            if match is None:
+            if match is None or self.proxy.chunk_status == 308:
                 return self._progress(upload)
+            if self.proxy.chunk_status is not None:
+                return self.proxy.chunk_status, {}, b""
             first, total = int(match[1]), int(match[3])
             if first > upload.held:
                 return 503, {}, b""

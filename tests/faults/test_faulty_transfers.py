@@ -219,6 +219,43 @@ def test_an_own_write_that_was_given_up_is_no_foreign_one(
     assert open_location(gcs_bucket, FAST).read_bytes("best.pt", limit=10) == b"next"
 
 
+@pytest.mark.parametrize("status", [308, 503])
+@pytest.mark.timeout(60)
+def test_an_upload_that_gets_nowhere_is_given_up(
+    status: int, gcs_proxy: FaultProxy, gcs_bucket: str, tmp_path: Path
+) -> None:
+    """The server answers every chunk, and every question where it stands; it just takes nothing."""
+    source = tmp_path / "weights.pt"
+    source.write_bytes(os.urandom(600 * KIB))
+    location = open_location(gcs_bucket, replace(FAST, deadline=0.3))
+    location.list()
+    gcs_proxy.chunk_status = status
+    with pytest.raises(StorageError, match=r"weights\.pt was given up after repeated tries"):
+        location.put(source, "weights.pt")
+    gcs_proxy.chunk_status = None
+    assert location.put(source, "weights.pt").crc32c == crc32c_of(source)
+
+
+def test_a_transfer_that_moves_is_not_given_up(
+    gcs_proxy: FaultProxy, gcs_bucket: str, tmp_path: Path
+) -> None:
+    """Each try breaks off, and all of them together take many times the deadline."""
+    source = tmp_path / "weights.pt"
+    source.write_bytes(os.urandom(1000 * KIB))
+    policy = replace(FAST, range_bytes=1024 * KIB, first_delay=0.02, deadline=0.05)
+    location = open_location(gcs_bucket, policy)
+    location.put(source, "weights.pt")
+    asked = gcs_proxy.ask
+
+    def ask(method: str, path: str, body: bytes, headers: dict[str, str]):  # type: ignore[no-untyped-def]
+        status, answer_headers, answer = asked(method, path, body, headers)
+        return status, answer_headers, answer[: 20 * KIB] if "alt=media" in path else answer
+
+    gcs_proxy.ask = ask  # type: ignore[method-assign]
+    location.get("weights.pt", tmp_path / "copy.pt")
+    assert (tmp_path / "copy.pt").read_bytes() == source.read_bytes()
+
+
 def test_a_shortened_answer_is_continued_where_it_ended(
     gcs_proxy: FaultProxy, gcs_bucket: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -231,6 +231,13 @@ def test_a_writable_place_is_left_as_it_was(uri: str) -> None:
     assert [entry.name for entry in at(uri).list()] == ["x"]
 
 
+def test_the_probe_of_a_bucket_is_removed(gcs_bucket: str) -> None:
+    from google.cloud import storage
+
+    at(f"{gcs_bucket}/run").check_writable()
+    assert list(storage.Client().list_blobs(gcs_bucket.removeprefix("gs://"))) == []
+
+
 BAD_NAMES = ["", ".", "..", "../x", "a/b", "/etc/passwd", "a\\b", "a\nb", "a\0b", ".hid", "ä" * 101]
 
 
@@ -428,6 +435,34 @@ def test_a_file_changed_during_its_upload_is_not_vouched_for(
     assert at(gcs_bucket).list() == []
 
 
+@pytest.mark.parametrize("size", [1_000, 600_000])
+def test_an_upload_that_the_server_finds_damaged_is_sent_again(
+    size: int, gcs_bucket: str, gcs_proxy: FaultProxy, tmp_path: Path
+) -> None:
+    """Cloud Storage compares the checksums itself; the fake does not."""
+    data = random.Random(2).randbytes(size)
+    source = file_of(tmp_path / "source", data)
+    asked, damages = gcs_proxy.ask, 2
+    message = 'Provided CRC32C "AAAAAA==" doesn\'t match calculated CRC32C "n03x6A==".'
+    refusal = json.dumps({"error": {"code": 400, "message": message}}).encode()
+
+    def ask(method: str, path: str, body: bytes, headers: dict[str, str]):  # type: ignore[no-untyped-def]
+        nonlocal damages
+        if "upload_id" in path or "uploadType=multipart" in path:
+            damages -= 1
+            if damages >= 0:
+                return 400, {"Content-Type": "application/json"}, refusal
+        return asked(method, path, body, headers)
+
+    gcs_proxy.ask = ask  # type: ignore[method-assign]
+    assert at(gcs_bucket).put(source, "w.pt").size == size
+    assert at(gcs_bucket).read_bytes("w.pt", limit=size) == data
+    damages = 10**6
+    with pytest.raises(StorageError, match=r"other\.pt arrived damaged 3 times") as caught:
+        at(gcs_bucket).put(source, "other.pt")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("status", "line"),
     [
@@ -454,6 +489,31 @@ def test_a_refusal_is_one_line(
         assert gcs_bucket in str(caught.value)
         assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("right", ["create", "delete"])
+def test_each_right_to_write_is_tried_at_the_start(
+    right: str, gcs_bucket: str, gcs_proxy: FaultProxy
+) -> None:
+    """To replace an object is to delete the one before; Storage Object Creator may not."""
+    asked = gcs_proxy.ask
+    message = f"robot does not have storage.objects.{right} access"
+    refusal = json.dumps({"error": {"code": 403, "message": message}}).encode()
+
+    def ask(method: str, path: str, body: bytes, headers: dict[str, str]):  # type: ignore[no-untyped-def]
+        replacing = "ifGenerationMatch=" in path and "ifGenerationMatch=0" not in path
+        used = "delete" if replacing else "create"
+        if method in ("POST", "DELETE") and used == right:
+            return 403, {"Content-Type": "application/json"}, refusal
+        return asked(method, path, body, headers)
+
+    gcs_proxy.ask = ask  # type: ignore[method-assign]
+    with pytest.raises(
+        StorageError, match=f"objects.{right} access.*Storage Object User"
+    ) as caught:
+        at(f"{gcs_bucket}/run").check_writable()
+    assert f"{gcs_bucket}/run" in str(caught.value)
+    assert at(f"{gcs_bucket}/run").list() == []
 
 
 def test_a_missing_bucket_is_named(gcs_bucket: str, gcs_proxy: FaultProxy, tmp_path: Path) -> None:
@@ -675,6 +735,25 @@ def test_a_young_unlocked_temporary_file_is_left(tmp_path: Path) -> None:
     at(str(tmp_path)).check_writable()
     assert young.exists()
     assert other.exists()
+
+
+def test_a_rename_may_change_inode_and_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on mounts of object stores, where it is a copy."""
+    rename = os.replace
+
+    def copying(source: str, target: Path) -> None:
+        rename(shutil.copy(source, f"{source}.copy"), target)
+        os.utime(target, ns=(0, 1_700_000_000_123_456_789))
+        os.unlink(source)
+
+    monkeypatch.setattr(os, "replace", copying)
+    place = at(str(tmp_path))
+    for data in (b"1", b"22", b"333"):
+        entry = place.put_bytes(data, "best.pt")
+        assert entry == replace(at(str(tmp_path)).stat("best.pt"), crc32c=entry.crc32c)
+    place.delete("best.pt")
 
 
 def test_a_broken_list_of_writers_costs_only_the_name(tmp_path: Path) -> None:

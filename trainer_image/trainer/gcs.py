@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -210,40 +211,17 @@ class BucketLocation:
 
     def delete(self, name: str) -> None:
         """See `Location.delete`."""
-        for _ in range(_RESTARTS):
-            try:
-                blob = self._look(check_name(name))
-            except StorageMissingError:
-                self._sightings.wrote(name, 0)
-                return
-            entry = _entry(name, blob)
-            self._sightings.look(entry)
-            if entry.generation != self._sightings.expected(name):
-                self._refuse_foreign(name, blob)
-            remove = partial(
-                self._blob(name).delete,
-                if_generation_match=entry.generation,
-                retry=None,
-                timeout=self._timeout,
-            )
-            try:
-                self._retrying("removing", self.child(name), remove)
-            except (exceptions.NotFound, exceptions.PreconditionFailed):
-                continue  # an answer was lost or somebody was faster; the next look tells
-            self._sightings.wrote(name, 0)
-            return
-        raise StorageError(f"removing {self.child(name)} failed: it changes all the time")
+        self._remove(check_name(name))
 
     def check_writable(self) -> None:
-        """Begin an upload and give it up: bucket, rights and network are tried, nothing is left."""
-        blob = self._blob(f".probe-{self._id}")
-        try:
-            url = self._begin(blob, 1, 0)
-        except exceptions.NotFound:
-            raise self._no_bucket() from None
-        # An upload that is not given up is forgotten by the server after a week
-        give_up = partial(requests.delete, url, timeout=self._timeout)
-        self._retrying("writing to", self._uri, give_up)
+        """Write, replace and remove a small object: bucket, network and each right are tried.
+
+        An account that may only create objects leaves the probe there, which no listing shows.
+        """
+        probe = f".probe-{self._id}"
+        for data in (b"1", b"2"):
+            self._write(io.BytesIO(data), len(data), probe)
+        self._remove(probe)
 
     # Writing
 
@@ -265,12 +243,16 @@ class BucketLocation:
             except _SessionLost:
                 log.warning("%s: the server lost the upload; starting anew", self.child(name))
                 continue
+            except _Damaged:
+                self._arrived_damaged(name, attempt)
+                continue
             except exceptions.NotFound:
                 raise self._no_bucket() from None
             self._sightings.wrote(name, entry.generation)
             if (entry.size, entry.crc32c) == (size, crc32c):
                 return entry
-            self._discard(name, entry, attempt)
+            self.delete(name)
+            self._arrived_damaged(name, attempt)
         raise StorageError(f"uploading {self.child(name)} failed {_RESTARTS} times from its start")
 
     def _send(
@@ -296,10 +278,8 @@ class BucketLocation:
         url = self._begin(blob, size, expected)
         with requests.Session() as http:
             session = _Session(http, url, file, size, self._policy)
-            done = None
-            while done is None:
-                # Each chunk has the whole deadline, however long the file takes
-                done = self._retrying("uploading", uri, session.advance)
+            # However long the file takes: what ends it is a silence, or answers without progress
+            done = self._retrying("uploading", uri, session.finish, lambda: session.furthest)
         return _entry_of_resource(name, done)
 
     def _begin(self, blob: storage.Blob, size: int, expected: int) -> str:
@@ -336,15 +316,38 @@ class BucketLocation:
             raise conflict(self.child(name), writer, blob.updated.timestamp())
         self._sightings.wrote(name, blob.generation)
 
-    def _discard(self, name: str, entry: Entry, attempt: int) -> None:
-        """Remove an own upload that did not arrive as it was sent."""
-        log.warning("%s arrived damaged; uploading it again", self.child(name))
-        self.delete(name)
+    def _remove(self, name: str) -> None:
+        for _ in range(_RESTARTS):
+            try:
+                blob = self._look(name)
+            except StorageMissingError:
+                self._sightings.wrote(name, 0)
+                return
+            entry = _entry(name, blob)
+            self._sightings.look(entry)
+            if entry.generation != self._sightings.expected(name):
+                self._refuse_foreign(name, blob)
+            remove = partial(
+                self._blob(name).delete,
+                if_generation_match=entry.generation,
+                retry=None,
+                timeout=self._timeout,
+            )
+            try:
+                self._retrying("removing", self.child(name), remove)
+            except (exceptions.NotFound, exceptions.PreconditionFailed):
+                continue  # an answer was lost or somebody was faster; the next look tells
+            self._sightings.wrote(name, 0)
+            return
+        raise StorageError(f"removing {self.child(name)} failed: it changes all the time")
+
+    def _arrived_damaged(self, name: str, attempt: int) -> None:
         if attempt >= _DAMAGED:
             raise StorageError(
-                f"{self.child(name)} arrived damaged {attempt} times"
-                f" (CRC32C {entry.crc32c}); is the local file being changed?"
+                f"{self.child(name)} arrived damaged {attempt} times, its CRC32C another than that"
+                " of what was sent; is the local file being changed?"
             )
+        log.warning("%s arrived damaged; uploading it again", self.child(name))
 
     # Reading
 
@@ -376,7 +379,8 @@ class BucketLocation:
         uri = self.child(entry.name)
 
         def fetch(part: _Range) -> None:
-            self._retrying("downloading", uri, partial(self._fetch, entry, part))
+            request = partial(self._fetch, entry, part)
+            self._retrying("downloading", uri, request, lambda: part.position)
 
         if len(ranges) <= 1:
             for part in ranges:
@@ -448,26 +452,51 @@ class BucketLocation:
             f"the bucket gs://{self._bucket_name} does not exist; check the name or create it"
         )
 
-    def _retrying(self, action: str, uri: str, request: Callable[[], Result]) -> Result:
+    def _retrying(
+        self,
+        action: str,
+        uri: str,
+        request: Callable[[], Result],
+        position: Callable[[], int] = int,
+    ) -> Result:
         """The result of a request, repeated after passing faults with growing waits.
 
+        Args:
+            action: what is being done to `uri`, for messages.
+            uri: the object or location.
+            request: one try; it goes on from where the one before it got.
+            position: how far the tries have got, in bytes. Whenever it has grown, waits and
+                deadline start anew.
+
         Raises:
-            StorageError: it did not succeed before the deadline, or cannot.
+            StorageError: it made no progress before the deadline, or cannot succeed.
             google.api_core.exceptions.NotFound: left to the caller, who knows what is missing.
             google.api_core.exceptions.PreconditionFailed: left to the caller.
+            _Damaged: the server found another CRC32C than it was told.
         """
         policy = self._policy
-        again = retry.Retry(
-            predicate=_is_passing,
-            initial=policy.first_delay,
-            maximum=policy.longest_delay,
-            timeout=policy.deadline if self._answered else policy.first_deadline,
-            on_error=lambda error: log.warning(
-                "%s %s: %s; trying again", action, uri, _one_line(error)
-            ),
-        )
+        deadline = policy.deadline if self._answered else policy.first_deadline
+        reached = -1
         with self._translated(action, uri):
-            result = again(request)()
+            while True:
+                try:
+                    result = request()
+                    break
+                except Exception as error:
+                    if not _is_passing(error):
+                        raise
+                    if position() > reached:
+                        reached, since = position(), time.monotonic()
+                        waits = retry.exponential_sleep_generator(
+                            policy.first_delay, policy.longest_delay
+                        )
+                    wait = next(waits)
+                    if time.monotonic() + wait > since + deadline:
+                        raise StorageError(
+                            f"{action} {uri} was given up after repeated tries: {_one_line(error)}"
+                        ) from None
+                    log.warning("%s %s: %s; trying again", action, uri, _one_line(error))
+                    time.sleep(wait)
         self._answered = True
         return result
 
@@ -478,11 +507,11 @@ class BucketLocation:
         except (exceptions.NotFound, exceptions.PreconditionFailed):
             self._answered = True
             raise
-        except exceptions.RetryError as error:
-            cause = error.cause or error
-            raise StorageError(
-                f"{action} {uri} was given up after repeated tries: {_one_line(cause)}"
-            ) from None
+        except exceptions.BadRequest as error:
+            # Provided CRC32C "…" doesn't match calculated CRC32C "…"
+            if "doesn't match calculated" in _server_message(error):
+                raise _Damaged from None
+            raise _explained(action, uri, error) from None
         except (
             exceptions.GoogleAPIError,
             auth_exceptions.GoogleAuthError,
@@ -492,7 +521,7 @@ class BucketLocation:
 
 
 class _Session:
-    """One resumable upload. `advance` sends one chunk, or finds out where the server stands."""
+    """One resumable upload, sent chunk by chunk from where the server stands."""
 
     def __init__(
         self, http: requests.Session, url: str, file: BinaryIO, size: int, policy: TransferPolicy
@@ -502,14 +531,28 @@ class _Session:
         self._timeout = (policy.connect_timeout, policy.read_timeout)
         self._offset = 0
         self._offset_known = True
+        self.furthest = 0
+        """bytes that the server has said to hold, at most"""
 
-    def advance(self) -> dict[str, Any] | None:
-        """One request; the object's resource if it was the last one.
+    def finish(self) -> dict[str, Any]:
+        """Send what the server lacks; the object's resource. Called again, it goes on.
 
         Raises:
+            _Transient: the server took nothing of a chunk.
             _SessionLost: the server does not know the upload any more.
             google.api_core.exceptions.GoogleAPICallError: any other refusal.
         """
+        while True:
+            was_chunk = self._offset_known
+            done = self._advance()
+            if done is not None:
+                return done
+            if was_chunk and self._offset <= self.furthest:
+                raise _Transient(f"the server took nothing beyond byte {self.furthest}")
+            self.furthest = max(self.furthest, self._offset)
+
+    def _advance(self) -> dict[str, Any] | None:
+        """One request, a chunk or the question where the server stands; the end's resource."""
         if self._offset_known:
             end = min(self._offset + self._chunk, self._size)
             content_range = f"bytes {self._offset}-{end - 1}/{self._size}"

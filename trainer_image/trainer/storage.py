@@ -256,7 +256,7 @@ def fetch(uri: str, destination: str | os.PathLike[str]) -> Path:
     parent, name = split_uri(uri)
     if not is_remote(uri):
         path = Path(uri).expanduser()
-        with _os_errors("reading", path):
+        with os_errors("reading", path):
             if not path.is_file():
                 code = errno.EISDIR if path.is_dir() else errno.ENOENT
                 raise OSError(code, os.strerror(code))
@@ -310,7 +310,7 @@ def crc32c_of(source: str | os.PathLike[str] | BinaryIO) -> str:
     Raises:
         StorageError: the file cannot be read.
     """
-    with _os_errors("reading", _shown(source)), opened(source) as file:
+    with os_errors("reading", _shown(source)), opened(source) as file:
         checksum = google_crc32c.Checksum()
         file.seek(0)
         while block := file.read(_BLOCK):
@@ -335,7 +335,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         StorageError: the disk is full, the directory is read-only, and so on.
     """
     path = Path(path)
-    with _os_errors("writing", path):
+    with os_errors("writing", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with _temporary_beside(path) as file:
             try:
@@ -355,7 +355,7 @@ def remove_abandoned(directory: str | os.PathLike[str]) -> None:
 
     A running writer holds a lock on its temporary file; one that can be locked has lost it.
     """
-    with _os_errors("cleaning", directory), _temporary_beside(Path(directory, "clock")) as probe:
+    with os_errors("cleaning", directory), _temporary_beside(Path(directory, "clock")) as probe:
         now = os.fstat(probe.fileno()).st_mtime
         for path in Path(directory).iterdir():
             if _TEMPORARY.fullmatch(path.name) and path != Path(probe.name):
@@ -428,7 +428,7 @@ class LocalLocation:
     def list(self) -> list[Entry]:
         """See `Location.list`."""
         entries = []
-        with self._lock, _os_errors("listing", self._root):
+        with self._lock, os_errors("listing", self._root):
             try:
                 found = sorted(item.name for item in os.scandir(self._root) if item.is_file())
             except FileNotFoundError:
@@ -442,7 +442,7 @@ class LocalLocation:
     def stat(self, name: str, *, checksum: bool = False) -> Entry:
         """See `Location.stat`."""
         path = self._root / check_name(name)
-        with self._lock, _os_errors("reading", path):
+        with self._lock, os_errors("reading", path):
             entry = _entry(path)
             self._sightings.look(entry)
         return replace(entry, crc32c=crc32c_of(path)) if checksum else entry
@@ -450,7 +450,7 @@ class LocalLocation:
     def read_bytes(self, name: str, *, limit: int) -> bytes:
         """See `Location.read_bytes`."""
         path = self._root / check_name(name)
-        with _os_errors("reading", path), open(path, "rb") as file:
+        with os_errors("reading", path), open(path, "rb") as file:
             self._sightings.look(_entry_of_open(name, file))
             data = file.read(limit + 1)
             if len(data) > limit:
@@ -464,7 +464,7 @@ class LocalLocation:
         """See `Location.get`."""
         path = self._root / check_name(name)
         with contextlib.ExitStack() as stack:
-            with _os_errors("reading", path):
+            with os_errors("reading", path):
                 source = stack.enter_context(open(path, "rb"))
                 entry = _entry_of_open(path.name, source)
             with atomic_write(destination) as file:
@@ -475,7 +475,7 @@ class LocalLocation:
     def put(self, source: Source, name: str) -> Entry:
         """See `Location.put`."""
         path = self._root / check_name(name)
-        with _os_errors("reading", _shown(source)), contextlib.ExitStack() as stack:
+        with os_errors("reading", _shown(source)), contextlib.ExitStack() as stack:
             file = stack.enter_context(opened(source))
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return self._take_over(path, file)
@@ -489,7 +489,7 @@ class LocalLocation:
     def delete(self, name: str) -> None:
         """See `Location.delete`."""
         path = self._root / check_name(name)
-        with self._lock, _os_errors("removing", path):
+        with self._lock, os_errors("removing", path):
             if not path.exists():
                 return
             with self._writers() as writers:
@@ -504,7 +504,7 @@ class LocalLocation:
 
     def check_writable(self) -> None:
         """Write and remove a small file, and remove what killed writers left behind."""
-        with _os_errors("writing to", self._root):
+        with os_errors("writing to", self._root):
             self._root.mkdir(parents=True, exist_ok=True)
             with _temporary_beside(self._root / "probe") as file:
                 file.write(b"\0" * 4096)
@@ -512,15 +512,16 @@ class LocalLocation:
         remove_abandoned(self._root)
 
     def _write(self, path: Path, source: BinaryIO) -> Entry:
-        with _os_errors("writing", path):
+        with os_errors("writing", path):
             self._root.mkdir(parents=True, exist_ok=True)
             with _temporary_beside(path) as file:
                 crc32c = _copy(source, file)
                 _to_disk(file)
                 with self._lock, self._writers() as writers:
                     self._check_unchanged(path, writers)
-                    entry = _entry_of_open(path.name, file)
                     os.replace(file.name, path)
+                    # Some user-space file systems give a renamed file another inode or time
+                    entry = _entry(path)
                     writers[path.name] = describe_writer()
                     self._sightings.wrote(path.name, entry.generation)
             _directory_to_disk(self._root)
@@ -577,7 +578,7 @@ def conflict(uri: str, writer: str, updated: float) -> StorageConflictError:
 def opened(source: Source) -> Iterator[BinaryIO]:
     """A path opened for reading, or the open file itself, which stays open."""
     if isinstance(source, (str, os.PathLike)):
-        with _os_errors("reading", source):
+        with os_errors("reading", source):
             file = open(source, "rb")  # noqa: SIM115
         with file:
             yield file
@@ -675,7 +676,7 @@ def _directory_to_disk(directory: Path) -> None:
 
 
 @contextmanager
-def _os_errors(action: str, path: str | os.PathLike[str]) -> Iterator[None]:
+def os_errors(action: str, path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn the operating system's errors into one line: what was done to what, and why not."""
     try:
         yield
