@@ -126,6 +126,25 @@ def test_gradient_scales_with_what_flows_in() -> None:
     assert torch.allclose(head.grad, expected[1], atol=1e-6)
 
 
+def test_small_probabilities_reach_fp16_gradients() -> None:
+    """Each is 6e-5 of one in 2,048 tokens: fp16 holds that only with the loss scaler's factor."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, vocabulary = 2048, 16_384
+    hidden = torch.randn(tokens, 8, generator=generator).half().requires_grad_()
+    head = (torch.randn(vocabulary, 8, generator=generator) * 0.02).requires_grad_()
+    labels = torch.randint(0, 50, (tokens,), generator=generator)
+    (distill_loss(hidden, head, None, None, labels, Mix(0.0, 1.0)).loss * 65_536).backward()
+    wide, rounded = hidden.detach().double(), head.detach().half().double()
+    by_logit = torch.softmax(wide @ rounded.T, -1)
+    by_logit[torch.arange(tokens), labels] -= 1
+    grad_hidden, grad_head = by_logit @ rounded / tokens, by_logit.T @ wide / tokens
+    assert hidden.grad is not None
+    assert head.grad is not None
+    assert hidden.grad.dtype == torch.float16
+    assert error(hidden.grad.double() / 65_536, grad_hidden) <= 2e-3
+    assert error(head.grad[50:].double() / 65_536, grad_head[50:]) <= 2e-3, "of tokens never seen"
+
+
 def test_full_logits_never_exist() -> None:
     """Peak memory of the loss stays below what the logits alone would take."""
     from torch.utils._python_dispatch import TorchDispatchMode

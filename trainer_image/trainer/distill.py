@@ -80,7 +80,7 @@ def distill_loss(
     Raises:
         ValueError: shapes that do not agree, or no teacher although ``alpha`` > 0.
     """
-    _check_shapes(student_hidden, student_head, teacher_hidden, teacher_head, labels, mix)
+    check_shapes(student_hidden, student_head, teacher_hidden, teacher_head, labels, mix)
     if mix.alpha == 0.0:
         teacher_hidden = teacher_head = teacher_bias = None
     elif teacher_head is not None:
@@ -100,7 +100,7 @@ def distill_loss(
     return DistillLoss(loss, ce, kd)
 
 
-def _check_shapes(
+def check_shapes(
     student_hidden: Tensor,
     student_head: Tensor,
     teacher_hidden: Tensor | None,
@@ -108,6 +108,11 @@ def _check_shapes(
     labels: Tensor,
     mix: Mix,
 ) -> None:
+    """Refuse operands that do not fit together.
+
+    Raises:
+        ValueError: shapes that do not agree, no teacher although alpha > 0, or no such divergence.
+    """
     if mix.scheme not in KD_SCHEMES:
         raise ValueError(f"unknown divergence {mix.scheme!r}; known: {', '.join(KD_SCHEMES)}")
     if student_hidden.ndim != 2 or student_hidden.shape[1] != student_head.shape[1]:
@@ -184,6 +189,44 @@ def _divergence(log_p: Tensor, log_q: Tensor, scheme: str) -> tuple[Tensor, Tens
     return total, 0.5 * q * (ratio - student_part)
 
 
+def gradient_scale(kind: torch.dtype, mix: Mix) -> float:
+    """A power of two that keeps fp16 gradients by logits from underflowing.
+
+    A probability of 1 / V would lie at the edge of what fp16 holds in full. By a logit, CE has a
+    gradient of at most 1, the divergences one of about alpha · T; reverse KL's may be larger by a
+    log ratio of probabilities, for which 2^8 are left.
+    """
+    if kind != torch.float16:
+        return 1.0
+    return 2.0 ** (8 - math.ceil(math.log2(max(1.0, mix.alpha * mix.temperature))))
+
+
+def product(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> None:
+    """``out = left @ right``, added to what ``out`` holds if ``add``."""
+    beta = 1 if add else 0
+    if left.dtype == out.dtype:
+        torch.addmm(out, left, right, beta=beta, out=out)
+    elif out.device.type == "cuda":
+        # fp32 results of narrow operands: chunks add up without rounding in between
+        torch.addmm(out, left, right, beta=beta, out_dtype=out.dtype, out=out)
+    else:
+        torch.addmm(out, left.to(out.dtype), right.to(out.dtype), beta=beta, out=out)
+
+
+def scaled_gradients(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+    """What a backward pass returns that only scales the gradients which its forward has kept.
+
+    They are those of the sum over tokens in fp32, to be divided by ``ctx.divisor`` and rounded to
+    ``ctx.dtypes`` once: fp16 gradients need the loss scaler's factor first.
+    """
+    scale = incoming / ctx.divisor
+    gradients = (
+        None if kept is None else (kept * scale).to(kind)
+        for kept, kind in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    )
+    return (*gradients, *(None,) * 6)
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Loss and gradients chunk by chunk; backward only scales what forward has computed."""
 
@@ -206,7 +249,7 @@ class _ChunkedLoss(torch.autograd.Function):
         if teacher_hidden is not None and teacher_head is not None:
             teacher_head = teacher_head.to(teacher_hidden.dtype)
         need_hidden, need_head = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        grad_hidden = torch.empty_like(student_hidden) if need_hidden else None
+        grad_hidden = torch.empty_like(student_hidden, dtype=wide) if need_hidden else None
         grad_head = torch.zeros_like(student_head, dtype=wide) if need_head else None
         ce_sum = student_hidden.new_zeros((), dtype=wide)
         kd_sum = student_hidden.new_zeros((), dtype=wide)
@@ -221,14 +264,14 @@ class _ChunkedLoss(torch.autograd.Function):
             )
             ce_sum += 0.0 if ce is None else ce
             kd_sum += 0.0 if kd is None else kd
-            grad = grad.div_(tokens).to(head.dtype)
+            grad = grad.mul_(gradient_scale(head.dtype, mix)).to(head.dtype)
             if grad_hidden is not None:
-                grad_hidden[part] = grad @ head
+                product(grad_hidden[part], grad, head)
             if grad_head is not None:
-                grad_head += (grad.T @ hidden).to(wide)
-        ctx.save_for_backward(
-            grad_hidden, None if grad_head is None else grad_head.to(student_head.dtype)
-        )
+                product(grad_head, grad.T, hidden, add=True)
+        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.divisor = tokens * gradient_scale(head.dtype, mix)
+        ctx.dtypes = student_hidden.dtype, student_head.dtype
         ce_mean = ce_sum / tokens if mix.alpha < 1.0 else torch.full_like(ce_sum, math.nan)
         kd_mean = kd_sum / tokens if mix.alpha > 0.0 else torch.full_like(kd_sum, math.nan)
         loss = (1.0 - mix.alpha) * (ce_sum / tokens)
@@ -238,10 +281,4 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_head = ctx.saved_tensors
-        scale = grads[0]
-        return (
-            None if grad_hidden is None else grad_hidden * scale,
-            None if grad_head is None else grad_head * scale,
-            *(None,) * 6,
-        )
+        return scaled_gradients(ctx, grads[0])

@@ -34,7 +34,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.distill import KD_SCHEMES, DistillLoss, Mix, _check_shapes
+from trainer.distill import (
+    KD_SCHEMES,
+    DistillLoss,
+    Mix,
+    check_shapes,
+    gradient_scale,
+    product,
+    scaled_gradients,
+)
 
 WORKSPACE_BYTES = 600 << 20
 """Upper bound on the logits of one chunk, student's and teacher's together."""
@@ -101,7 +109,7 @@ def distill_loss(
     Raises:
         ValueError: shapes that do not agree, or no teacher although ``alpha`` > 0.
     """
-    _check_shapes(student_hidden, student_head, teacher_hidden, teacher_head, labels, mix)
+    check_shapes(student_hidden, student_head, teacher_hidden, teacher_head, labels, mix)
     if mix.alpha == 0.0:
         teacher_hidden = teacher_head = teacher_bias = None
     loss, ce, kd = _FusedLoss.apply(
@@ -148,7 +156,7 @@ class _FusedLoss(torch.autograd.Function):
                 needs=(ctx.needs_input_grad[0], ctx.needs_input_grad[1]),
             )
         ctx.save_for_backward(grad_hidden, grad_head)
-        ctx.divisor = tokens * _gradient_scale(student, mix)
+        ctx.divisor = tokens * gradient_scale(student.weight.dtype, mix)
         ctx.dtypes = student_hidden.dtype, student_head.dtype
         ce_mean, kd_mean = ce.sum() / tokens, kd.sum() / tokens
         loss = torch.zeros_like(ce_mean)
@@ -161,14 +169,7 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_head = ctx.saved_tensors
-        # Scaled in fp32, then rounded once: fp16 gradients need the loss scaler's factor first
-        scale = grads[0] / ctx.divisor
-        return (
-            None if grad_hidden is None else (grad_hidden * scale).to(ctx.dtypes[0]),
-            None if grad_head is None else (grad_head * scale).to(ctx.dtypes[1]),
-            *(None,) * 6,
-        )
+        return scaled_gradients(ctx, grads[0])
 
 
 @functools.cache
@@ -217,18 +218,6 @@ def _chunk_tokens(student: _Head, teacher: _Head | None) -> int:
     return -(-tokens // chunks)
 
 
-def _gradient_scale(student: _Head, mix: Mix) -> float:
-    """A power of two that keeps fp16 gradients by logits from underflowing.
-
-    A probability of 1 / V would lie at the edge of what fp16 holds in full. By a logit, CE has a
-    gradient of at most 1, the divergences one of about alpha · T; reverse KL's may be larger by a
-    log ratio of probabilities, for which 2^8 are left.
-    """
-    if student.weight.dtype != torch.float16:
-        return 1.0
-    return 2.0 ** (8 - math.ceil(math.log2(max(1.0, mix.alpha * mix.temperature))))
-
-
 def _over_chunks(
     student: _Head,
     teacher: _Head | None,
@@ -242,7 +231,7 @@ def _over_chunks(
 
     Returns:
         CE and divergence ``[N]`` (NaN where not computed), and the gradients of hidden state
-        ``[N, D]`` and head ``[V, D]`` times `_gradient_scale`, each None where not needed; all
+        ``[N, D]`` and head ``[V, D]`` times `gradient_scale`, each None where not needed; all
         in fp32.
     """
     from trainer import fused_loss_kernel
@@ -257,9 +246,9 @@ def _over_chunks(
     for start in range(0, tokens, size):
         part = slice(start, min(start + size, tokens))
         hidden, gradient = student.chunk(part), logits[: part.stop - start]
-        _product(gradient, hidden, student.weight.T)
+        product(gradient, hidden, student.weight.T)
         if teacher is not None and targets is not None:
-            _product(targets[: part.stop - start], teacher.chunk(part), teacher.weight.T)
+            product(targets[: part.stop - start], teacher.chunk(part), teacher.weight.T)
         fused_loss_kernel.launch(
             gradient,
             targets,
@@ -268,24 +257,12 @@ def _over_chunks(
             per_token[:, part],
             mix,
             vocabulary,
-            gradient_scale=_gradient_scale(student, mix),
+            gradient_scale=gradient_scale(student.weight.dtype, mix),
         )
         # From here on the gradient stands where the student's logits stood
         if grad_hidden is not None:
-            _product(grad_hidden[part], gradient, student.weight)
+            product(grad_hidden[part], gradient, student.weight)
         if grad_head is not None:
-            _product(grad_head, gradient.T, hidden, add=start > 0)
+            product(grad_head, gradient.T, hidden, add=start > 0)
     head_part = None if grad_head is None else grad_head[:vocabulary]
     return per_token[0], per_token[1], grad_hidden, head_part
-
-
-def _product(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> None:
-    """``out = left @ right``, added to what ``out`` holds if ``add``."""
-    beta = 1 if add else 0
-    if left.dtype == out.dtype:
-        torch.addmm(out, left, right, beta=beta, out=out)
-    elif out.device.type == "cuda":
-        # fp32 results of narrow operands: chunks add up without rounding in between
-        torch.addmm(out, left, right, beta=beta, out_dtype=out.dtype, out=out)
-    else:
-        torch.addmm(out, left.to(out.dtype), right.to(out.dtype), beta=beta, out=out)
