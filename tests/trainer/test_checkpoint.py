@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -18,7 +19,7 @@ import torch
 from tests.trainer.samples import base_package_payload
 from trainer import checkpoint as ckpt
 from trainer.checkpoint import Sidecar, Snapshot, metric_of, read_checkpoint, verify_file
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, StorageError
 from trainer.snapshots import read_from
 from trainer.student import Student, StudentConfig
 
@@ -182,6 +183,12 @@ def hostile_files(directory: Path) -> dict[str, tuple[Path, str]]:
     made["zip bomb"] = (directory / "compressed.pt", "it is a compressed archive")
     lie_about_size(directory / "lying.pt")
     made["lying size"] = (directory / "lying.pt", "")
+    meta_device = torch.zeros(64, 16, device="meta")
+    saved("no values", with_weights({"embed.weight": meta_device}), "a shape but no values")
+    float8 = torch.zeros(64, 16).to(torch.float8_e4m3fn)
+    saved("float8", with_weights({"embed.weight": float8}), "float8_e4m3fn tensor, not a dense")
+    rows = torch.zeros(64, 16).to_sparse_csr()
+    saved("sparse rows", with_weights({"embed.weight": rows}), "not a dense float one")
     saved("a list", [1, 2], "holds a list, not a checkpoint's dict")
     saved("no model", {"step": 3, "other": 1}, "has no 'model' with named tensors")
     saved("model of strings", {"model": {"embed.weight": "x"}, "step": 3}, "has no 'model'")
@@ -207,6 +214,7 @@ def hostile_files(directory: Path) -> dict[str, tuple[Path, str]]:
     return made
 
 
+@pytest.mark.filterwarnings("ignore:Sparse")
 def test_hostile_files_get_one_line_each_and_run_nothing(tmp_path: Path) -> None:
     table = hostile_files(tmp_path)
     assert len(table) >= 20
@@ -224,6 +232,15 @@ def test_hostile_files_get_one_line_each_and_run_nothing(tmp_path: Path) -> None
     assert (tmp_path / "canary").exists()
 
 
+def test_a_fault_of_the_machine_is_no_damage(tmp_path: Path) -> None:
+    loop = tmp_path / "best.pt"
+    loop.symlink_to(loop)
+    with pytest.raises(StorageError, match=f"best.pt' failed: {os.strerror(errno.ELOOP)}"):
+        read_checkpoint(loop)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        read_checkpoint(tmp_path / "absent.pt")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -235,6 +252,10 @@ def test_hostile_files_get_one_line_each_and_run_nothing(tmp_path: Path) -> None
         (b'{"size": 1, "crc32c": "x", "step": true, "metrics": {}}', "no valid 'step'"),
         (b'{"size": 1, "crc32c": "x", "step": -1, "metrics": {}}', "negative"),
         (b'{"size": 1, "crc32c": "x", "step": 1, "metrics": {"a": "b"}}', "not numbers"),
+        (
+            b'{"size": 1, "crc32c": "x", "step": 1, "metrics": {"a": 1%s}}' % (b"0" * 400),
+            "not numbers",
+        ),
     ],
 )
 def test_sidecars_that_are_not_one(content: bytes, message: str) -> None:
@@ -275,6 +296,10 @@ def test_optimizer_state_of_another_student_is_refused(tmp_path: Path) -> None:
         (lambda o: o["param_groups"][0]["params"].append("x"), "groups are damaged"),
         (lambda o: o["state"].update({99: {}}), "state is of other parameters"),
         (lambda o: o["state"].update({0: 1.0}), "state is of other parameters"),
+        (
+            lambda o: o["state"][0].update(exp_avg_sq=torch.zeros(4, device="meta")),
+            "the optimizer's state has tensors without values",
+        ),
     ],
 )
 def test_damaged_optimizer_state_is_refused(
@@ -287,6 +312,14 @@ def test_damaged_optimizer_state_is_refused(
         read_checkpoint(tmp_path / "base.pt").optimizer_by_name()
 
 
+@pytest.mark.parametrize("names", [5, {"a": 1}, [1, 2], "embed.weight"])
+def test_damaged_names_of_the_optimizer_are_refused(tmp_path: Path, names: Any) -> None:
+    payload = base_package_payload(trained=24, rows=100)
+    torch.save(payload | {"trainer_state": {"optimizer_names": names}}, tmp_path / "base.pt")
+    with pytest.raises(CheckpointError, match=r"base.pt: its optimizer_names are not a list"):
+        read_checkpoint(tmp_path / "base.pt").optimizer_by_name()
+
+
 def test_metrics_that_are_not_finite_survive_standard_json() -> None:
     meta = {"step": 1, "metrics": {"a": math.nan, "b": math.inf, "c": 1.0}}
     data = Sidecar("x.pt", 1, "AAAA", meta).dump()
@@ -296,3 +329,4 @@ def test_metrics_that_are_not_finite_survive_standard_json() -> None:
     assert math.isnan(metrics["a"])
     assert metrics["c"] == 1.0
     assert metric_of({"metrics": metrics}, "b") == math.inf
+    assert metric_of({"metrics": {"b": 10**400}}, "b") == math.inf

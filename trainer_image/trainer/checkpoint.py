@@ -8,6 +8,7 @@ compared and trusted without reading any weights.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import pickle
@@ -22,9 +23,9 @@ import torch
 from torch import Tensor
 
 from trainer.config import SETTINGS, TrainConfig, parse_value
-from trainer.errors import CheckpointError, UsageError
+from trainer.errors import CheckpointError, StorageError, UsageError
 from trainer.schedules import learning_rate
-from trainer.storage import atomic_write, crc32c_of
+from trainer.storage import atomic_write, crc32c_of, os_errors
 from trainer.strict_json import dumps
 from trainer.student import StudentConfig, expected_shapes, student_config_from_weights
 
@@ -39,6 +40,8 @@ TIME_EVERY_SECONDS = 30 * 60
 _STEP_NAME = re.compile(r"ckpt_step_(\d+)\.pt")
 _BEST_NAME = re.compile(r"ckpt_best_step(\d+)_vl[-+.\dnaif]+\.pt")
 _TIME_NAME = re.compile(r"ckpt_time_(\d+)\.pt")
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 # ── names and retention ───────────────────────────────────────────────────────────────────────
@@ -314,7 +317,7 @@ class Sidecar:
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise CheckpointError(f"sidecar of {name} has no valid {key!r}: {value!r}")
         metrics = content["metrics"]
-        if not all(value is None or isinstance(value, int | float) for value in metrics.values()):
+        if not all(value is None or _is_number(value) for value in metrics.values()):
             raise CheckpointError(f"sidecar of {name} has metrics that are not numbers")
         # JSON has no word for what is not finite
         content["metrics"] = {k: math.nan if v is None else v for k, v in metrics.items()}
@@ -443,7 +446,7 @@ class Checkpoint:
         """How many rows of the position table were trained; None where nothing tells.
 
         Metadata says it. Else AdamW's second moment does: a row that no batch ever used has had
-        a gradient of exactly zero, so its moment is zero.
+        a gradient of exactly zero, so its moment is zero. Else the context trained at does.
         """
         table = self.weights.get("pos.weight")
         if table is None:
@@ -454,10 +457,12 @@ class Checkpoint:
             return said
         moments = self.optimizer_by_name().get("pos.weight", {})
         second = moments.get("exp_avg_sq")
-        if not isinstance(second, Tensor) or second.shape != table.shape:
-            return None
-        used = second.abs().sum(dim=1).nonzero()
-        return int(used[-1]) + 1 if len(used) else None
+        if isinstance(second, Tensor) and second.shape == table.shape:
+            used = second.abs().sum(dim=1).nonzero()
+            if len(used):
+                return int(used[-1]) + 1
+        context = self.meta.get("block_size")
+        return context if isinstance(context, int) and 1 <= context <= table.shape[0] else None
 
     def optimizer_by_name(self) -> dict[str, dict[str, Any]]:
         """AdamW's state by parameter name; empty where the checkpoint has none.
@@ -475,6 +480,8 @@ class Checkpoint:
                 f"{self.source}: the optimizer state has no state and param_groups"
             )
         names = self.trainer_state.get("optimizer_names") or list(self.weights)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise CheckpointError(f"{self.source}: its optimizer_names are not a list of names")
         try:
             indices = sorted(index for group in groups for index in group.get("params", []))
         except (AttributeError, TypeError):
@@ -486,6 +493,11 @@ class Checkpoint:
             )
         if not set(state) <= set(indices) or not all(isinstance(e, dict) for e in state.values()):
             raise CheckpointError(f"{self.source}: the optimizer's state is of other parameters")
+        moments = [value for entry in state.values() for value in entry.values()]
+        if any(isinstance(value, Tensor) and not _is_held(value) for value in moments):
+            raise CheckpointError(
+                f"{self.source}: the optimizer's state has tensors without values"
+            )
         return {names[index]: entry for index, entry in state.items()}
 
 
@@ -499,11 +511,25 @@ def read_checkpoint(path: Path, source: str | None = None) -> Checkpoint:
     Raises:
         CheckpointError: it is truncated, not a checkpoint, carries code, claims more memory than
             it has bytes, or holds weights that are not finite.
+        StorageError: this machine cannot read it, or has too little memory for it.
     """
     source = source or str(path)
-    _check_archive(path, source)
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        with os_errors("reading", source):
+            _check_archive(path, source)
+            return _interpret(_load(path, source), source)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise StorageError(
+            f"reading {source!r} failed: out of memory{_first_line(error, ' ({})')}; stop what else"
+            " takes memory on this machine, or take one with more"
+        ) from None
+
+
+def _load(path: Path, source: str) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         detail = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it refers to {detail[1]}" if detail else "it holds more than tensors and numbers"
@@ -518,9 +544,27 @@ def read_checkpoint(path: Path, source: str | None = None) -> Checkpoint:
         AttributeError,
         OSError,
     ) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if _is_out_of_memory(error) or _is_machine_fault(error):
+            raise
+        first = _first_line(error) or type(error).__name__
         raise CheckpointError(f"{source} cannot be read as a checkpoint: {first}") from None
-    return _interpret(payload, source)
+
+
+def _first_line(error: Exception, form: str = "{}") -> str:
+    """The beginning of a message in a form; empty where there is none."""
+    lines = str(error).strip().splitlines()
+    return form.format(lines[0]) if lines else ""
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch's allocator for the CPU has no type of error of its own
+    signs = ("DefaultCPUAllocator", "can't allocate memory", "bad_alloc")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+
+
+def _is_machine_fault(error: Exception) -> bool:
+    # An offset in a damaged archive may lie before its start, which is an invalid argument
+    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
 
 
 def _check_archive(path: Path, source: str) -> None:
@@ -532,6 +576,8 @@ def _check_archive(path: Path, source: str) -> None:
     except FileNotFoundError:
         raise CheckpointError(f"{source} does not exist") from None
     except (zipfile.BadZipFile, OSError, ValueError) as error:
+        if _is_machine_fault(error):
+            raise
         raise CheckpointError(
             f"{source} is not a checkpoint of torch.save, or it was cut short: {error}"
         ) from None
@@ -573,12 +619,19 @@ def _interpret(payload: Any, source: str) -> Checkpoint:
     return Checkpoint(source, dict(weights), optimizer, step, dict(state or {}), dict(meta or {}))
 
 
+def _is_held(tensor: Tensor) -> bool:
+    # A tensor of the meta device is not moved by map_location
+    return tensor.device.type == "cpu"
+
+
 def _check_weights(weights: Mapping[str, Tensor], source: str) -> None:
     for name, tensor in weights.items():
-        if not tensor.is_floating_point() or tensor.is_sparse or tensor.is_quantized:
+        if tensor.dtype not in _FLOATS or tensor.layout != torch.strided:
             raise CheckpointError(
                 f"{source}: {name} is a {tensor.dtype} tensor, not a dense float one"
             )
+        if not _is_held(tensor):
+            raise CheckpointError(f"{source}: {name} has a shape but no values")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise CheckpointError(f"{source}: {name} claims more elements than it holds")
         if not bool(torch.isfinite(tensor).all()):
@@ -600,7 +653,18 @@ def summary(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 def metric_of(meta: Mapping[str, Any], key: str) -> float:
     """A metric from metadata, infinity where it is absent or not a number."""
-    value = (meta.get("metrics") or {}).get(key)
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    return math.inf
+    value: Any = (meta.get("metrics") or {}).get(key)
+    if not _is_number(value) or isinstance(value, bool) or not math.isfinite(value):
+        return math.inf
+    return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one that a float can hold; JSON's whole numbers have no bound."""
+    if not isinstance(value, int | float):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True

@@ -5,8 +5,6 @@ python -m trainer.resize_reset gs://BUCKET/run/best.pt OUT.pt --block_size=1024
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from trainer.checkpoint import Snapshot, reset_meta, sidecar_name
 from trainer.config import build_parser, resolve, run_command, settings_from_args
 from trainer.errors import UsageError
 from trainer.log import log, set_up_logging
+from trainer.scratch import scratch_directory
 from trainer.snapshots import read_from
 from trainer.start import known_trained_rows, stretched_student, student_config
 from trainer.storage import check_name, check_output, is_remote, open_location, split_uri
@@ -128,16 +127,13 @@ def _write(snapshot: Snapshot, output: str, workdir: str) -> None:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         snapshot.write(Path(output))
         return
-    scratch = Path(tempfile.mkdtemp(prefix="resize-", dir=workdir))
-    try:
-        path = scratch / name
+    with scratch_directory("resize", Path(workdir)) as scratch:
+        path = Path(scratch) / name
         snapshot.write(path)
         location = open_location(parent)
         location.list()  # what is there now may be replaced
         location.put(path, name)
         location.put(path.with_name(sidecar_name(name)), sidecar_name(name))
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def main(argv: list[str]) -> None:

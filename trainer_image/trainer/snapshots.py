@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-import socket
 import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
@@ -16,6 +12,7 @@ from trainer import checkpoint as ckpt
 from trainer.checkpoint import Checkpoint, Sidecar, Snapshot
 from trainer.errors import CheckpointError, LiquidError
 from trainer.log import log
+from trainer.scratch import remove_abandoned_scratch, scratch_directory
 from trainer.storage import (
     Location,
     StorageMissingError,
@@ -24,12 +21,12 @@ from trainer.storage import (
     fetch,
     is_remote,
     open_location,
+    os_errors,
     remove_abandoned,
     split_uri,
 )
 from trainer.uploads import Uploader
 
-_STAGING = ".staging-"
 RESCUE_SECONDS = 600.0
 _IN_FLIGHT = 8
 """Files and removals that may be queued when a new snapshot comes, about those of one before it."""
@@ -42,8 +39,14 @@ def read_sidecars(location: Location) -> list[Sidecar]:
         StorageError: the location cannot be listed or read. A run that took that for an empty one
             would start over on top of what is there.
     """
+    return _read_sidecars(location)[0]
+
+
+def _read_sidecars(location: Location) -> tuple[list[Sidecar], dict[str, str]]:
+    """Also the checkpoints whose sidecars cannot be used, and why."""
     names = {entry.name for entry in location.list()}
     found: list[Sidecar] = []
+    refused: dict[str, str] = {}
     for name in sorted(names):
         if not ckpt.is_checkpoint_name(name) or ckpt.sidecar_name(name) not in names:
             continue
@@ -52,7 +55,9 @@ def read_sidecars(location: Location) -> list[Sidecar]:
             found.append(Sidecar.parse(data, name))
         except (CheckpointError, StorageMissingError, StorageTooLargeError) as error:
             log.warning("%s is passed over: %s", name, error)
-    return found
+            if not isinstance(error, StorageMissingError):  # which was removed meanwhile
+                refused[name] = str(error)
+    return found, refused
 
 
 def read_verified(location: Location, sidecar: Sidecar, workdir: Path) -> Checkpoint:
@@ -63,7 +68,7 @@ def read_verified(location: Location, sidecar: Sidecar, workdir: Path) -> Checkp
         StorageError: it cannot be fetched.
     """
     uri = location.child(sidecar.name)
-    with tempfile.TemporaryDirectory(prefix="fetch-", dir=workdir) as scratch:
+    with scratch_directory("fetch", workdir) as scratch:
         path = fetch(uri, Path(scratch))
         ckpt.verify_file(path, sidecar)
         checkpoint = ckpt.read_checkpoint(path, uri)
@@ -82,14 +87,14 @@ def read_from(uri: str, workdir: Path) -> Checkpoint:
     """
     parent, name = split_uri(uri)
     location = open_location(parent)
-    workdir.mkdir(parents=True, exist_ok=True)
+    remove_abandoned_scratch(workdir)
     try:
         data = location.read_bytes(ckpt.sidecar_name(name), limit=ckpt.SIDECAR_LIMIT)
     except StorageMissingError:
         data = None
     if data is not None:
         return read_verified(location, Sidecar.parse(data, name), workdir)
-    with tempfile.TemporaryDirectory(prefix="fetch-", dir=workdir) as scratch:
+    with scratch_directory("fetch", workdir) as scratch:
         return ckpt.read_checkpoint(fetch(uri, Path(scratch)), uri)
 
 
@@ -106,9 +111,7 @@ class _Staged:
         """Local paths of weights and sidecar under a name."""
         if self._directory is None or self._sidecar is None:
             assert self._snapshot is not None
-            self._parent.mkdir(parents=True, exist_ok=True)
-            prefix = f"{_STAGING}{socket.gethostname()}-{os.getpid()}-"
-            self._directory = tempfile.TemporaryDirectory(prefix=prefix, dir=self._parent)
+            self._directory = scratch_directory("staging", self._parent)
             self._sidecar = self._snapshot.write(Path(self._directory.name) / "snapshot.pt")
             self._snapshot = None
         scratch = Path(self._directory.name)
@@ -116,29 +119,6 @@ class _Staged:
         with atomic_write(described) as file:
             file.write(replace(self._sidecar, name=name).dump())
         return [(scratch / "snapshot.pt", name), (described, described.name)]
-
-
-def _remove_abandoned_staging(directory: Path) -> None:
-    """What a killed process of this machine has left behind.
-
-    One of this process's own number is of a killed one too: in containers numbers come again, and
-    this process has staged nothing yet.
-    """
-    pattern = re.compile(re.escape(f"{_STAGING}{socket.gethostname()}-") + r"(\d+)-.*")
-    for path in directory.glob(f"{_STAGING}*"):
-        match = pattern.fullmatch(path.name)
-        if match and (int(match[1]) == os.getpid() or not _is_running(int(match[1]))):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)  # sends nothing
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
 
 
 class Snapshots:
@@ -162,15 +142,36 @@ class Snapshots:
         self._names: set[str] = set()
 
     def newest(self) -> Checkpoint | None:
-        """The newest whole checkpoint of this location; damaged ones are logged and passed over."""
-        candidates = read_sidecars(self.location)
+        """The newest whole checkpoint; damaged ones are logged and passed over. None: no run yet.
+
+        Weights without a sidecar are what a kill leaves of an upload, and no snapshot.
+
+        Raises:
+            CheckpointError: there are snapshots, but none can be used; a run that started over
+                would do so on top of them.
+            StorageError: the location or this machine keeps one from being read.
+        """
+        candidates, unreadable = _read_sidecars(self.location)
         candidates.sort(key=lambda one: (one.step, one.name == ckpt.FINAL), reverse=True)
-        self.workdir.mkdir(parents=True, exist_ok=True)
+        with os_errors("making", self.workdir):
+            self.workdir.mkdir(parents=True, exist_ok=True)
+        remove_abandoned_scratch(self.workdir)
+        refused: dict[str, str] = {}
         for sidecar in candidates:
             try:
                 return read_verified(self.location, sidecar, self.workdir)
             except (CheckpointError, StorageMissingError) as error:
                 log.warning("%s; the next newest is tried", error)
+                if not isinstance(error, StorageMissingError):
+                    refused[sidecar.name] = str(error)
+        refused |= unreadable
+        if refused:
+            names, newest = ", ".join(refused), next(iter(refused.values()))
+            raise CheckpointError(
+                f"{self.uri} holds snapshots of a run, but none can be used ({names}): {newest};"
+                " put a whole one there, or give another --output_gcs_uri or --local_workdir to"
+                " start over"
+            )
         return None
 
     def check_writable(self) -> None:
@@ -180,8 +181,9 @@ class Snapshots:
             StorageError: the location does not exist or may not be written.
         """
         self.location.check_writable()
-        self._staging.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned_staging(self._staging)
+        with os_errors("making", self._staging):
+            self._staging.mkdir(parents=True, exist_ok=True)
+        remove_abandoned_scratch(self._staging)
         if not is_remote(self.uri):
             remove_abandoned(self._staging)
 
