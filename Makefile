@@ -67,10 +67,10 @@ lint: $(STAMP) ## ruff and mypy
 
 .PHONY: test
 test: lint ## lint, then the tests that need no GPU, but for soak (JOBS=2 at a time)
-	@$(BIN)/python -m pytest -q -m 'not soak' -n $(JOBS) --dist loadfile
+	@$(BIN)/python -m pytest -q -m 'not soak' -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: soak
-soak: $(STAMP) ## the long fault tests: a thousand storage faults
+soak: $(STAMP) ## the long fault tests: 50 kills, 1,000 storage faults, 50 races
 	@$(BIN)/python -m pytest -q -m soak
 
 .PHONY: clean

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,13 +35,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in long]
 
 
-@pytest.fixture(autouse=True)
-def _log_as_it_was() -> Iterator[None]:
-    """A command called in process sets up the log; the next test has another stderr."""
+@contextlib.contextmanager
+def log_as_it_was() -> Iterator[None]:
+    """A command called in process sets up log and signals; the next test has another stderr."""
     handlers, propagate, level, hook = log.handlers[:], log.propagate, log.level, sys.excepthook
-    yield
-    log.handlers[:], log.propagate, sys.excepthook = handlers, propagate, hook
-    log.setLevel(level)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        log.handlers[:], log.propagate, sys.excepthook = handlers, propagate, hook
+        log.setLevel(level)
+        signal.signal(signal.SIGTERM, on_sigterm)
+
+
+@pytest.fixture(autouse=True)
+def _log_of_one_test() -> Iterator[None]:
+    with log_as_it_was():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -146,7 +158,8 @@ def trained_teacher(root: Path) -> tuple[Path, Path]:
         "train_steps": 250,
         "eval_every": 250,
     }
-    entrypoint.main([f"--{name}={value}" for name, value in flags.items()])
+    with log_as_it_was():
+        entrypoint.main([f"--{name}={value}" for name, value in flags.items()])
     target = root / "trained-teacher"
     export_hf.run(str(work / "run" / "best.pt"), str(target), tokenizer=str(tokenizer))
     return corpus, target

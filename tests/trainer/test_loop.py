@@ -19,7 +19,7 @@ from trainer.config import resolve
 from trainer.errors import Preempted, TrainingError, UsageError
 from trainer.evaluate import Evaluator
 from trainer.loop import RunResult, TrainingLoop
-from trainer.precision import choose_precision
+from trainer.precision import Precision, choose_precision
 from trainer.start import from_scratch
 from trainer.step import TrainStep
 from trainer.student import Student
@@ -242,8 +242,10 @@ def test_contexts_longer_than_the_validation_split(settings: Settings, tmp_path:
     message = f"--eval_ctx_lens={tokens + 1} is longer than the validation split of {tokens} tokens"
     with pytest.raises(UsageError, match=message):
         train(settings, eval_ctx_lens=(32, tokens + 1))
+    with pytest.raises(UsageError, match="--eval_ctx_lens=1001 is longer than --eval_max_tokens="):
+        train(settings, eval_ctx_lens=(32, 1001))
     assert not list((tmp_path / "work").glob("*.pt")), "told before the first update"
-    result = train(settings, eval_ctx_lens=(32, tokens), train_steps=1)
+    result = train(settings, eval_ctx_lens=(32, tokens), eval_max_tokens=0, train_steps=1)
     assert math.isfinite(result.metrics[f"val_loss_student@{tokens}"])
 
 
@@ -315,6 +317,41 @@ def test_a_phase_stopped_at_the_step_it_came_from_still_evaluates_it(
             train(phase)
     train(phase)
     assert_same(final(tmp_path / "whole"), final(tmp_path / "work"))
+
+
+def test_a_stop_right_after_a_resume_leaves_the_snapshot_alone(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written again, it would have no sidecar for a while, and the process may be killed then."""
+    work = tmp_path / "work"
+    with monkeypatch.context() as patched:
+        stop_at_batch(patched, 3)
+        with pytest.raises(Preempted, match=f"its output at {work}, it goes on"):
+            train(settings | {"save_every": 1000})
+    before = {path.name: path.stat() for path in work.glob("ckpt_*")}
+    assert set(before) == {"ckpt_step_3.pt", "ckpt_step_3.pt.meta.json"}
+    with monkeypatch.context() as patched:
+        stop_at_batch(patched, 1)
+        with pytest.raises(Preempted, match="at step 3;"):
+            train(settings | {"save_every": 1000})
+    after = {path.name: path.stat() for path in work.glob("ckpt_*")}
+    assert {name: (one.st_ino, one.st_mtime_ns) for name, one in after.items()} == {
+        name: (one.st_ino, one.st_mtime_ns) for name, one in before.items()
+    }
+
+
+def test_a_run_goes_on_where_fp16_is_what_the_machine_has(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine before needed no loss scaling, and saved none."""
+    with monkeypatch.context() as patched:
+        stop_at_batch(patched, 3)
+        with pytest.raises(Preempted, match="at step 3;"):
+            train(settings)
+    half = Precision(torch.device("cpu"), torch.float16, torch.float32)
+    monkeypatch.setattr(entrypoint, "choose_precision", lambda *_: half)
+    assert train(settings).step == 6
+    assert final(tmp_path / "work").trainer_state["loss_scale"]["scale"] > 0
 
 
 # ── bad numbers

@@ -198,6 +198,40 @@ def test_a_signal_to_one_process_breaks_the_evaluation_off_in_all(
     assert ended.trainer_state["best_step"] == whole.trainer_state["best_step"]
 
 
+CLOCKS_THAT_DIFFER = """
+import os
+import sys
+
+from trainer import checkpoint, entrypoint
+from trainer.config import run_command
+
+checkpoint.TIME_EVERY_SECONDS = 0.05 if os.environ["RANK"] == "1" else 1e9
+sys.exit(run_command(entrypoint.main))
+"""
+
+
+@pytest.mark.parametrize("scheme", ["ddp", "fsdp"])
+def test_snapshots_by_time_need_no_equal_clocks(
+    batched: Settings, tmp_path: Path, scheme: str
+) -> None:
+    """It is time in the second process alone, and both gather the sharded state."""
+    settings = batched | {"grad_accum": 1, "parallel": scheme, "save_every": 1000}
+    script = tmp_path / "clocks.py"
+    script.write_text(CLOCKS_THAT_DIFFER)
+    command = torchrun(settings | {"local_workdir": str(tmp_path / "work")})
+    place = command.index("trainer.entrypoint")
+    command[place - 1 : place + 1] = [str(script)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert list((tmp_path / "work").glob("ckpt_time_*.pt"))
+
+
 VERTEX = {
     "cluster": {
         "workerpool0": ["cmle-training-workerpool0-ab-0:2222"],

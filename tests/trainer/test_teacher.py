@@ -88,6 +88,28 @@ def test_a_teacher_that_caps_its_logits_is_refused(tmp_path: Path) -> None:
         load(directory)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_logits_too_small_for_their_cap_to_show_are_refused(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    config = Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=30.0)
+    directory = saved(Gemma2ForCausalLM(config), tmp_path / "gemma")
+    with pytest.raises(ModelError, match="does more to its logits than a linear head"):
+        load(directory, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [0.25, 1.0, 3.0])
+def test_a_linear_head_passes_in_half_precision(
+    dtype: torch.dtype, scale: float, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = CohereForCausalLM(CohereConfig(**SMALL, logit_scale=scale))
+    with torch.no_grad():
+        model.lm_head.weight *= 20.0
+    load(saved(model, tmp_path / "teacher"), dtype)
+
+
 def test_precision_is_the_one_asked_for(tmp_path: Path) -> None:
     directory = saved(LlamaForCausalLM(LlamaConfig(**SMALL)), tmp_path / "teacher")
     teacher = load(directory, torch.bfloat16)
@@ -137,6 +159,12 @@ def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(name: str) -> N
     for read in (read_teacher_spec, load_tokenizer):
         with pytest.raises(ModelError, match=f"{name}' cannot be loaded: no such directory$"):
             read(name)
+
+
+def test_a_bucket_is_not_read_and_the_line_says_what_to_give() -> None:
+    for read in (read_teacher_spec, load_tokenizer):
+        with pytest.raises(ModelError, match=r"no such directory; .* /gcs/bucket/teacher, where"):
+            read("gs://bucket/teacher")
 
 
 def test_a_file_is_not_a_teacher(tmp_path: Path) -> None:

@@ -234,6 +234,7 @@ def test_streams_of_another_tokenizer_are_refused(
     with pytest.raises(DataError, match=f"the tokenizer of '{tokenizer_dir}'.* teacher '{other}'"):
         streams_for(config)
     same = replace(config, teacher_name=str(tokens / "tokenizer"))
+    caplog.clear()
     with caplog.at_level("WARNING"):
         assert streams_for(same).info.tokenizer_fingerprint
         assert not caplog.text
@@ -410,7 +411,10 @@ def test_a_data_set_path_that_does_not_exist(
     name: str, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     config = replace(config_for(tmp_path, tokenizer_dir, tmp_path / "cache"), dataset_name=name)
-    with pytest.raises(DataError, match="no such file or directory"):
+    with pytest.raises(DataError, match="no such file or directory$"):
+        streams_for(config)
+    config = replace(config, dataset_name="gs://bucket/text")
+    with pytest.raises(DataError, match=r"no such file or directory; .* /gcs/bucket/text, where"):
         streams_for(config)
 
 

@@ -180,8 +180,8 @@ class TrainConfig:
     rope_scale: float = setting(1.0, "divides the positions of a rotary student")
     trained_positions: int | None = setting(
         None,
-        "rows of the checkpoint's position table that were trained, where its metadata and its"
-        " optimizer state do not tell",
+        "rows of the checkpoint's position table that were trained, in place of what its metadata"
+        " or its optimizer state tell",
     )
 
     # Optimization
@@ -492,10 +492,15 @@ def parse_value(name: str, value: Any) -> Any:
     return parsed
 
 
-class _OneLineParser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """argparse, with errors in one line that shows no value of a secret."""
 
+    def __init__(self, prog: str, **options: Any) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(prog, **options)
+
     def error(self, message: str) -> NoReturn:
+        """Raise a `UsageError` where argparse prints its usage and exits."""
         raise UsageError(f"{message} (see --help)")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -526,12 +531,11 @@ def build_parser(
 
     A flag that is not given is absent from the namespace, so that the layers can be told apart.
     """
-    parser = _OneLineParser(
+    parser = OneLineParser(
         prog=prog,
         description=description,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for name in SETTINGS if only is None else only:
         spec = SETTINGS[name]
@@ -624,6 +628,11 @@ def resolve(
         # One quantity under two names: the layer that gives either decides both
         for name, rival in (("grad_accum", "global_batch"), ("lr_peak", "lr")):
             if rival in layer and name not in layer and sources[name] != DEFAULT:
+                values.pop(name, None)
+                sources[name] = DEFAULT
+        # A checkpoint's schedule would leave nothing of the constant that a user gives
+        for name, constant in (("alpha_schedule", "alpha"), ("temp_schedule", "T")):
+            if source != CHECKPOINT and constant in layer and sources[name] == CHECKPOINT:
                 values.pop(name, None)
                 sources[name] = DEFAULT
     for name in ("output_gcs_uri", "local_workdir", "cache_dir"):
@@ -721,9 +730,11 @@ def _check_auto(resolved: Resolved, world_size: int) -> None:
 def run_command(command: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
     """Run a command's body; turn its failure into one line on stderr and an exit status."""
     from trainer.log import report_failure
+    from trainer.signals import ending_on_sigterm
 
     try:
-        command(sys.argv[1:] if argv is None else argv)
+        with ending_on_sigterm():
+            command(sys.argv[1:] if argv is None else argv)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - reported, or raised again
         return report_failure(error)
     return os.EX_OK

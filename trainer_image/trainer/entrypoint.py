@@ -89,6 +89,7 @@ def run(
         for name in ("local_workdir", "output_gcs_uri")
         if getattr(asked.config, name)
     }
+    _warn_of_dates({**config_file, **command_line}, places)
     command_line = {**command_line, **places}
     snapshots = Snapshots(asked.config.uri, asked.config.local_workdir)
     dry = asked.config.train_steps == 0 and asked.given("train_steps")
@@ -120,6 +121,17 @@ def run(
         log.info("--train_steps=0: settings resolved and checkpoint read, nothing trained")
         return None
     return _train(config, start, spec, snapshots, token, processes)
+
+
+def _warn_of_dates(given: Mapping[str, Any], places: Mapping[str, str]) -> None:
+    """A place with the time in its name is another one when the run is started again."""
+    for name, place in places.items():
+        if place != os.path.expanduser(str(given.get(name) or place)):
+            log.warning(
+                "--%s is %s for this start; to go on after a stop, give that, not the date",
+                name,
+                place,
+            )
 
 
 def _start(
@@ -278,10 +290,12 @@ def _with_accumulation(resolved: Resolved, world_size: int) -> Resolved:
         grad_accum=steps,
         global_batch=steps * resolved.config.micro_batch * world_size,
     )
-    derived = dict.fromkeys(
-        (name for name in ("grad_accum", "global_batch") if resolved.sources[name] == DEFAULT),
-        "derived",
-    )
+    derived = {
+        name: "derived"
+        for name in ("grad_accum", "global_batch")
+        if resolved.sources[name] == DEFAULT
+        or getattr(config, name) != getattr(resolved.config, name)
+    }
     return Resolved(config, {**resolved.sources, **derived})
 
 

@@ -263,7 +263,9 @@ class Evaluator:
         )
 
 
-def check_contexts(contexts: Iterable[int], trained_at: int, streams: TokenStreams) -> None:
+def check_contexts(
+    contexts: Iterable[int], trained_at: int, streams: TokenStreams, max_tokens: int
+) -> None:
     """Refuse contexts that no token of the validation split can have before it.
 
     They would take memory, and far from their loss would be that of a shorter one. What was
@@ -273,9 +275,10 @@ def check_contexts(contexts: Iterable[int], trained_at: int, streams: TokenStrea
         contexts: to evaluate at, in tokens.
         trained_at: the longest context trained at, in tokens.
         streams: the validation tokens among them.
+        max_tokens: ``eval_max_tokens``; 0 takes them all.
 
     Raises:
-        UsageError: one is longer than the validation split.
+        UsageError: one is longer than what is evaluated.
     """
     tokens = len(streams.validation)
     for context in sorted(contexts):
@@ -283,6 +286,11 @@ def check_contexts(contexts: Iterable[int], trained_at: int, streams: TokenStrea
             raise UsageError(
                 f"--eval_ctx_lens={context} is longer than the validation split of {tokens} tokens;"
                 " leave it out"
+            )
+        if 0 < max_tokens < context and context > trained_at:
+            raise UsageError(
+                f"--eval_ctx_lens={context} is longer than --eval_max_tokens={max_tokens};"
+                " leave it out, or evaluate on more"
             )
 
 
@@ -345,7 +353,7 @@ def run(
     loaded = [_load_student(uri, config, n_heads) for uri in checkpoints]
     streams = streams_for(config, token)
     longest = max((max(one.trained_at or 0, one.trained_positions) for one in loaded), default=0)
-    check_contexts(config.eval_ctx_lens, longest, streams)
+    check_contexts(config.eval_ctx_lens, longest, streams, config.eval_max_tokens)
     spec = read_teacher_spec(config.teacher, token)
     for one in loaded:
         size = one.student.config.vocab_size

@@ -111,9 +111,13 @@ def start() -> None:
     """Set up what a stage wants that another program calls in process.
 
     A failure that nobody catches ends the process as it ends a command: in one line of the log,
-    with its exit status. Cloud Logging would make an entry of each line of a traceback.
+    with its exit status. Cloud Logging would make an entry of each line of a traceback. SIGTERM
+    ends it too.
     """
+    from trainer.signals import end_on_sigterm
+
     set_up_logging()
+    end_on_sigterm()
     quiet_libraries()
     sys.excepthook = _report_and_exit
 

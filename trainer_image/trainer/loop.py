@@ -6,6 +6,7 @@ import contextlib
 import math
 import resource
 import signal
+import sys
 import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -165,7 +166,7 @@ class TrainingLoop:
         processes: Processes | None = None,
     ) -> None:
         assert config.grad_accum is not None, "accumulation() was not called"
-        check_contexts(config.contexts, config.context, streams)
+        check_contexts(config.contexts, config.context, streams, config.eval_max_tokens)
         self.config = config
         self.accumulation = config.grad_accum
         self.processes = processes or Processes(device=precision.device)
@@ -186,7 +187,8 @@ class TrainingLoop:
         except CheckpointError as error:
             raise CheckpointError(f"{start.source}: {error}") from None
         self.student = self.device_step.student
-        if precision.loss_scaling and "loss_scale" in start.trainer_state:
+        # Empty where the machine before needed no scaling
+        if precision.loss_scaling and start.trainer_state.get("loss_scale"):
             self.device_step.scaler.load_state_dict(start.trainer_state["loss_scale"])
         self.evaluator = Evaluator(
             config,
@@ -212,6 +214,8 @@ class TrainingLoop:
         self.copies = StateCopies()
         self.stop_signal: int | None = None
         self._next_time_snapshot = time.monotonic() + ckpt.TIME_EVERY_SECONDS
+        self._saved = start.step if self.continued else -1
+        """The step of the newest snapshot at the run's location; -1 where there is none."""
 
     # ── the run ───────────────────────────────────────────────────────────────────────────────
 
@@ -374,7 +378,11 @@ class TrainingLoop:
 
     def _after_update(self, scalars: ScalarLog) -> None:
         config, last = self.config, self.step == self.config.train_steps
-        if self.processes.any(self.stop_signal is not None):
+        # Clocks differ, and a sharded snapshot is every process's work
+        stop, timed = self.processes.any_of(
+            self.stop_signal is not None, time.monotonic() >= self._next_time_snapshot
+        )
+        if stop:
             self._stop()
         if self.step % config.log_interval == 0 or last:
             self._log(scalars)
@@ -383,7 +391,7 @@ class TrainingLoop:
             names += self._evaluate(scalars)
         if self.step % config.save_every == 0:
             names.append(ckpt.step_name(self.step))
-        if time.monotonic() >= self._next_time_snapshot:
+        if timed:
             self._next_time_snapshot += ckpt.TIME_EVERY_SECONDS
             names.append(ckpt.time_name(time.time()))
         if last:
@@ -400,6 +408,7 @@ class TrainingLoop:
                 self.snapshots.save(self.snapshot(), names)
             elif self.device_step.sharded:
                 gather(self._tensors())
+        self._saved = self.step
 
     def _catch_up(self, scalars: ScalarLog) -> None:
         """What a kill or a signal may have cut off at the very step of the run's own snapshot."""
@@ -424,7 +433,9 @@ class TrainingLoop:
             torch.cuda.synchronize()
             memory = torch.cuda.max_memory_allocated() / 2**30
         else:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            # In KiB, but on macOS in bytes: getrusage(2) of either
+            unit = 2**30 if sys.platform == "darwin" else 2**20
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
         last = self.step - 1
         values: dict[str, float] = {
             **self.window.means(self.processes),
@@ -539,7 +550,14 @@ class TrainingLoop:
     def _stop(self) -> NoReturn:
         """Save the last complete update and leave; started again, the run goes on from there."""
         name = signal.Signals(self.stop_signal or signal.SIGTERM).name
-        log.warning("%s: saving step %d and stopping", name, self.step)
-        self._save([ckpt.step_name(self.step)])
+        # Sent again, it would not be whole for a while, and the process may be killed meanwhile
+        saved = self._saved == self.step
+        log.warning("%s: %s step %d and stopping", name, "has" if saved else "saving", self.step)
+        if not saved:
+            self._save([ckpt.step_name(self.step)])
         self.snapshots.finish()
-        raise Preempted(f"stopped by {name} at step {self.step}; start it again to go on", name)
+        raise Preempted(
+            f"stopped by {name} at step {self.step}; started again with its output at"
+            f" {self.config.uri}, it goes on",
+            name,
+        )

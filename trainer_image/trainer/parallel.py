@@ -56,12 +56,16 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process."""
+        return self.any_of(flag)[0]
+
+    def any_of(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is set on any process; one exchange for all."""
         if self.world_size == 1:
-            return flag
+            return list(flags)
         # On the CPU, through gloo: the GPU's queue is not waited for
-        seen = torch.tensor(float(flag))
+        seen = torch.tensor(flags, dtype=torch.uint8)
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-        return bool(seen)
+        return [bool(flag) for flag in seen.tolist()]
 
     def min(self, value: int) -> int:
         """The smallest of the processes' numbers."""

@@ -86,7 +86,7 @@ def new_phase(resolved: Resolved, checkpoint: Checkpoint) -> Start:
     config = resolved.config
     student_config = _student_config(resolved, checkpoint)
     trained = _trained_positions(resolved, checkpoint)
-    old_context = _old_context(checkpoint)
+    old_context = _old_context(resolved, checkpoint)
     reset = _resets(resolved, checkpoint)
     optimizer_state = {} if reset else checkpoint.optimizer_by_name()
     step = checkpoint.step
@@ -130,14 +130,15 @@ def new_phase(resolved: Resolved, checkpoint: Checkpoint) -> Start:
     )
 
 
-def _old_context(checkpoint: Checkpoint) -> int | None:
+def _old_context(resolved: Resolved, checkpoint: Checkpoint) -> int | None:
     """The context a checkpoint was trained at, in tokens; None where nothing tells."""
-    return checkpoint.meta.get("block_size") or checkpoint.trained_positions()
+    asked = resolved.config.trained_positions
+    return checkpoint.meta.get("block_size") or trained_rows(checkpoint, asked)
 
 
 def _resets(resolved: Resolved, checkpoint: Checkpoint) -> bool:
     """Whether ``--reset_optim_on_ctx_change`` applies."""
-    old = _old_context(checkpoint)
+    old = _old_context(resolved, checkpoint)
     changed = old is not None and old != resolved.config.block_size
     return resolved.config.reset_optim_on_ctx_change and changed
 
@@ -268,6 +269,11 @@ def _student_config(resolved: Resolved, checkpoint: Checkpoint) -> StudentConfig
             raise UsageError(
                 f"--{name}={asked}: the checkpoint {checkpoint.source} has {has}; leave it out"
             )
+    if resolved.given("rope_scale") and config.rope_scale != 1.0 and found.positions:
+        raise UsageError(
+            f"--rope_scale={config.rope_scale:g}: the checkpoint {checkpoint.source} has learned"
+            " positions; leave it out"
+        )
     return found
 
 

@@ -92,7 +92,8 @@ class Block(nn.Module):
 class Student(nn.Module):
     """Token ids to the last hidden state; `lm_head` turns that into logits.
 
-    The two are apart because the loss takes hidden state and head: see `trainer.distill`.
+    The two are apart because the loss takes hidden state and head: see `trainer.distill`. Weights
+    are arbitrary, and need not be finite, until `initialize` or a state dict sets them.
     """
 
     def __init__(self, config: StudentConfig) -> None:

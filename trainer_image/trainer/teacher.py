@@ -121,19 +121,26 @@ class Teacher:
     @torch.no_grad()
     def _check_decomposition(self) -> None:
         """Some models change their logits after the head; taking hidden · headᵀ would be wrong."""
+        if getattr(self.model.config.get_text_config(), "final_logit_softcapping", None):
+            # In half precision, small logits hardly show it
+            raise self._no_linear_head()
         ids = torch.arange(1, 9, device=self.head.device)[None] % self.spec.vocab_size
         expected = self.model(input_ids=ids, use_cache=False).logits.float()
         found = torch.nn.functional.linear(self.hidden(ids), self.head, self.bias).float()
         if not bool(torch.isfinite(expected).all()):
             raise ModelError(f"teacher {self.spec.name!r} computes logits that are not finite")
-        tolerance = 1e-4 if self.head.dtype == torch.float32 else 5e-2
+        # The same product of the same operands, rounded once: a step of bf16 is 0.8 %
+        tolerance = 1e-4 if self.head.dtype == torch.float32 else 1e-2
         if found.shape != expected.shape or not torch.allclose(
             found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
         ):
-            raise ModelError(
-                f"teacher {self.spec.name!r} does more to its logits than a linear head (soft"
-                " capping, for example); such a teacher is not supported"
-            )
+            raise self._no_linear_head()
+
+    def _no_linear_head(self) -> ModelError:
+        return ModelError(
+            f"teacher {self.spec.name!r} does more to its logits than a linear head (soft"
+            " capping, for example); such a teacher is not supported"
+        )
 
 
 def _logit_scale(config: Any) -> float:
@@ -146,6 +153,18 @@ def _logit_scale(config: Any) -> float:
 def looks_local(name: str) -> bool:
     """Whether a name can only be a path: those of the hub are NAME or OWNER/NAME."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def bucket_advice(name: str) -> str:
+    """What to give in place of a bucket, whose files `transformers` and `datasets` are not given.
+
+    Vertex AI mounts the project's buckets:
+    https://cloud.google.com/vertex-ai/docs/training/cloud-storage-file-system
+    """
+    bucket, _, place = name.partition("://")
+    if bucket != "gs":
+        return ""
+    return f"; give a local copy, or on Vertex AI /gcs/{place}, where it mounts the bucket"
 
 
 def _location(what: str, name: str) -> str:
@@ -162,7 +181,8 @@ def _location(what: str, name: str) -> str:
             f"{what} {name!r} cannot be loaded: it is a file; give the directory that holds it"
         )
     if looks_local(name):
-        raise ModelError(f"{what} {name!r} cannot be loaded: no such directory")
+        advice = bucket_advice(name)
+        raise ModelError(f"{what} {name!r} cannot be loaded: no such directory{advice}")
     return name
 
 

@@ -29,7 +29,7 @@ from trainer.config import TrainConfig
 from trainer.errors import DataError, ModelError, UsageError
 from trainer.log import log, on_terminal
 from trainer.storage import is_remote, open_location
-from trainer.teacher import load_tokenizer, looks_local
+from trainer.teacher import bucket_advice, load_tokenizer, looks_local
 
 INFO_NAME = "tokens.json"
 TOKENIZER_DIR = "tokenizer"
@@ -123,7 +123,10 @@ def load_corpus(config: TrainConfig, token: str | None = None) -> Any:
         if os.path.exists(path):
             loaded = _load_local(Path(path), config)
         elif looks_local(name):
-            raise DataError(f"data set {name!r} cannot be loaded: no such file or directory")
+            raise DataError(
+                f"data set {name!r} cannot be loaded: no such file or directory"
+                f"{bucket_advice(name)}"
+            )
         else:
             loaded = datasets.load_dataset(
                 name, config.dataset_config, revision=config.dataset_revision, token=token
