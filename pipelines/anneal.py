@@ -7,6 +7,7 @@ input holds a time or a job id, so a task whose inputs are as before is found in
 """
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ class Outputs(NamedTuple):
     after: dsl.Model
 
 
+_SHELL_CALL = re.compile(r"^\s*(_KFP_RUNTIME=true) (python3 -m kfp\.)", re.MULTILINE)
 BACKENDS = ("vertex", "kfp", "local")
 KUBERNETES_GPU = "nvidia.com/gpu"
 
@@ -221,8 +223,17 @@ def _stages(settings: Settings, backend: str) -> Callable[[str, Any], Callable[.
 
 
 def _with_image(component: Any, image: str) -> Any:
+    """A copy that runs in the image, as its container's first process.
+
+    The platform sends SIGTERM to that one alone. As kfp writes the command it is a shell, which
+    passes nothing on, so a training would be killed without having saved.
+    """
     copied = copy.deepcopy(component)
-    copied.component_spec.implementation.container.image = image
+    container = copied.component_spec.implementation.container
+    container.image = image
+    container.command = [
+        _SHELL_CALL.sub(r"export \1\nexec \2", piece) for piece in container.command
+    ]
     return copied
 
 
@@ -249,6 +260,7 @@ def _custom_job(component: Any, machine: Machine, settings: Settings, display_na
         machine_type=machine.machine_type,
         accelerator_type=machine.accelerator_type,
         accelerator_count=machine.accelerator_count,
+        boot_disk_type=machine.boot_disk_type,
         boot_disk_size_gb=machine.disk_gib,
         timeout=f"{machine.timeout_hours * 3600}s",
         restart_job_on_worker_restart=True,

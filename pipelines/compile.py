@@ -1,7 +1,4 @@
-"""Compile the pipeline to YAML.
-
-python -m pipelines.compile [OUT.yaml] [vertex|kfp|local]
-"""
+"""Compile the pipeline to YAML, with the image and machines of the settings."""
 
 from __future__ import annotations
 
@@ -13,8 +10,8 @@ from pathlib import Path
 from kfp import compiler
 
 from pipelines.anneal import BACKENDS, build_pipeline
-from pipelines.settings import Settings, load_settings
-from trainer.config import run_command
+from pipelines.settings import Settings, load_settings, settings_file
+from trainer.config import OneLineParser, run_command
 from trainer.errors import UsageError
 
 
@@ -22,10 +19,12 @@ def compile_to(path: Path, settings: Settings, backend: str = "vertex") -> Path:
     """Write the compiled pipeline for a backend; returns the path.
 
     Raises:
-        UsageError: an unknown backend.
+        UsageError: an unknown backend, or no YAML file's path.
     """
     if backend not in BACKENDS:
         raise UsageError(f"backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    if path.suffix != ".yaml" or path.is_dir():
+        raise UsageError(f"{str(path)!r}: give a path that ends with .yaml")
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -36,10 +35,14 @@ def compile_to(path: Path, settings: Settings, backend: str = "vertex") -> Path:
 def main(argv: list[str]) -> None:
     """The command line."""
     logging.getLogger("kfp").setLevel(logging.ERROR)
-    path = Path(argv[0] if argv else "build/pipeline.yaml")
-    backend = argv[1] if len(argv) > 1 else "vertex"
+    parser = OneLineParser("python -m pipelines.compile", description=__doc__)
+    parser.add_argument("path", type=Path, nargs="?", default=Path("build/pipeline.yaml"))
+    parser.add_argument("backend", choices=BACKENDS, nargs="?", default="vertex")
+    args = parser.parse_args(argv)
     settings = load_settings()
-    print(compile_to(path, settings, backend))
+    if args.path.resolve() == settings_file().resolve():
+        raise UsageError(f"{str(args.path)!r} is where the settings are read from; give another")
+    print(compile_to(args.path, settings, args.backend))
     if not settings.trainer_image:
         print("TRAINER_IMAGE is not set: the image named is a placeholder", file=sys.stderr)
 

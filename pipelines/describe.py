@@ -15,7 +15,7 @@ import yaml
 from pipelines.compile import compile_to
 from pipelines.parameters import parameter_defaults, parameter_help
 from pipelines.settings import STAGES, Machine, Settings
-from trainer.config import run_command
+from trainer.config import OneLineParser, run_command
 
 _HEAD = """# The pipeline
 
@@ -93,8 +93,7 @@ def description() -> str:
     lines += ["", _SETTINGS.strip(), "", "| setting | what it is | default |", "|---|---|---|"]
     for spec_field in fields(Settings):
         if spec_field.metadata:
-            default = getattr(Settings(), spec_field.name)
-            shown = f"`{default}`" if default else "–"
+            shown = _cell(getattr(Settings(), spec_field.name))
             lines.append(
                 f"| `{spec_field.name.upper()}` | {spec_field.metadata['help']} | {shown} |"
             )
@@ -103,13 +102,18 @@ def description() -> str:
     machines = Settings().machines
     for spec_field in fields(Machine):
         values = [getattr(machines[stage], spec_field.name) for stage in ("anneal", "prepare")]
-        cells = " | ".join(f"`{value}`" for value in values)
+        cells = " | ".join(_cell(value) for value in values)
         lines.append(f"| `{spec_field.name.upper()}` | {spec_field.metadata['help']} | {cells} |")
     return _HEAD + "\n".join(lines) + "\n" + _CACHE
 
 
+def _cell(value: object) -> str:
+    return "–" if value in ("", {}, None) else f"`{value}`"
+
+
 def main(argv: list[str]) -> None:
     """The command line."""
+    OneLineParser("python -m pipelines.describe", description=__doc__).parse_args(argv)
     print(description(), end="")
 
 

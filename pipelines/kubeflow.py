@@ -16,12 +16,12 @@ import kfp_server_api
 import requests
 import urllib3
 
+from pipelines.settings import DEFAULT_FILE
+from pipelines.waiting import PATIENCE
 from trainer.errors import LiquidError, UsageError
 from trainer.log import hide
 
 REQUEST_SECONDS = 10.0
-PATIENCE = 10
-"""Looks at a run that may fail one after another before it is no longer followed."""
 _ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 
 
@@ -40,11 +40,19 @@ def token_from_environment() -> str | None:
     return token
 
 
-def connect(host: str, token: str | None) -> kfp.Client:
+def connect(host: str, token: str | None, namespace: str) -> tuple[kfp.Client, str | None]:
     """A client, after one quick look, since it would ask again and again before it gives up.
 
+    Args:
+        host: URL of the interface.
+        token: for its Authorization header.
+        namespace: of the user, where the server has several; empty is what the client knows.
+
+    Returns:
+        The client, and the namespace to name in its calls: None where the server has one user.
+
     Raises:
-        UsageError: ``host`` is no URL.
+        UsageError: ``host`` is no URL, or has several users and no namespace is known.
         LiquidError: nothing answers there, or something else does.
     """
     if not host.startswith(("http://", "https://")):
@@ -62,17 +70,28 @@ def connect(host: str, token: str | None) -> kfp.Client:
         )
     if not answer.ok:
         raise LiquidError(_refusal(host, answer.status_code, answer.reason, answer.text))
-    try:
-        answer.json()
-    except ValueError:
+    health = None
+    with contextlib.suppress(ValueError):
+        health = answer.json()
+    if not isinstance(health, dict):
         raise LiquidError(
             f"{host} answers, but not as Kubeflow Pipelines does; check HOST and KFP_TOKEN"
-        ) from None
+        )
     # kfp logs tracebacks of its own beside the exceptions it raises
     logging.getLogger().setLevel(logging.CRITICAL)
     warnings.simplefilter("ignore")
     with readable_errors(host):
-        return kfp.Client(host=host, existing_token=token)
+        client = kfp.Client(host=host, existing_token=token)
+    if not health.get("multi_user"):
+        return client, None
+    # In a notebook of Kubeflow, the client knows it
+    namespace = namespace or client.get_user_namespace()
+    if not namespace:
+        raise UsageError(
+            f"missing: NAMESPACE (your profile's: {host} serves several users). Set it in the"
+            f" environment, as make NAMESPACE=…, or in {DEFAULT_FILE}"
+        )
+    return client, namespace
 
 
 @contextlib.contextmanager

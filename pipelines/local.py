@@ -14,23 +14,26 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
+import psutil
 from kfp import local
 
 from pipelines.anneal import build_pipeline
 from pipelines.embedded import build_corpus, build_teacher
 from pipelines.parameters import check_parameters, parse_parameters
 from pipelines.settings import Settings
-from trainer.config import run_command
+from trainer.config import OneLineParser, run_command
 from trainer.errors import LiquidError
-from trainer.log import quiet_libraries, set_up_logging
+from trainer.log import log, quiet_libraries, set_up_logging
+from trainer.signals import SIGTERM_STATUS
 
 STUDENT = {"d_model": 96, "n_layers": 3, "n_heads": 4, "eval_max_tokens": 16_384}
 DEMO: dict[str, Any] = {
@@ -71,6 +74,8 @@ TASKS = {
 }
 """The local runner's names of the tasks, and ours."""
 
+_END_SECONDS = 20.0
+"""What a training needs at most to save and to end."""
 _FINISHED = re.compile(r"Task '(?P<task>[\w-]+)' finished with status (?P<status>\w+)")
 _COLOR = re.compile(r"\x1b\[\d+m")
 _QUIET = re.compile(r" = .*\((default|command line|checkpoint|--config)\)$")
@@ -169,7 +174,7 @@ def run_pipeline(work: Path, parameters: dict[str, Any]) -> LocalRun:
             failed = TASKS.get(run.ran[-1], run.ran[-1]) if run.ran else "the pipeline"
             reason = stream.last_error or _COLOR.sub("", str(error))
             raise LiquidError(f"{failed} failed: {reason} (all output: {log_file})") from None
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             print(
                 "started again, the stages that have finished come from the cache; the one that"
                 " was running starts over",
@@ -180,11 +185,50 @@ def run_pipeline(work: Path, parameters: dict[str, Any]) -> LocalRun:
     return run
 
 
+@contextlib.contextmanager
+def ending_tasks() -> Iterator[None]:
+    """End the task that runs when this process is told to end, by SIGTERM or Ctrl-C.
+
+    Only a terminal's Ctrl-C reaches it by itself.
+    """
+
+    def stop(*_: object) -> NoReturn:
+        _end_children()
+        log.error("stopped by SIGTERM")
+        raise SystemExit(SIGTERM_STATUS)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        _end_children()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end_children() -> None:
+    children = psutil.Process().children(recursive=True)
+    for end in (psutil.Process.terminate, psutil.Process.kill):
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                end(child)
+        _, children = psutil.wait_procs(children, timeout=_END_SECONDS)
+
+
 def main(argv: list[str]) -> None:
     """The command line."""
+    parser = OneLineParser("python -m pipelines.local", description=__doc__)
+    parser.add_argument("work", type=Path, nargs="?", default=Path("work"))
+    work = parser.parse_args(argv).work.resolve()
     set_up_logging()
     quiet_libraries()
-    work = Path(argv[0] if argv else "work").resolve()
+    with ending_tasks():
+        run_here(work)
+
+
+def run_here(work: Path) -> None:
+    """Build what the demonstration needs, run it with ``PARAMS``, and print its table."""
     parameters = parse_parameters(os.environ.get("PARAMS", ""))
     check_parameters(DEMO | parameters)
     started = time.monotonic()

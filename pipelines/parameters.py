@@ -10,6 +10,7 @@ import difflib
 import inspect
 import json
 import math
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
@@ -46,6 +47,18 @@ _OWN_HELP = {
     "micro_batch": "windows per forward pass of one process",
 }
 """Where the trainer's sentence does not fit."""
+_GIVEN_BY_STAGE = {
+    "save_best_on": "give best_metric",
+    "resume_gcs_uri": "the annealing alone resumes, from the parameter of that name",
+    "tokens_dir": "it is the output of the first stage",
+    "output_gcs_uri": "it is where the stage's output belongs",
+    "hf_token_value": "it would be stored with the run; give hf_secret_name",
+}
+"""What `more_settings` may not hold, beside what has a parameter, and what to do instead."""
+_MOST_EXACT = 2**53
+"""Runs store numbers as doubles; over this, not every whole number is one."""
+_SECRET = re.compile(r"projects/[^/\s]+/secrets/[^/\s]+(/versions/[^/\s]+)?")
+_OBJECT = re.compile(r"gs://[a-z0-9][a-z0-9._-]+/.+")
 
 
 def parameter_defaults() -> dict[str, Any]:
@@ -103,6 +116,8 @@ def _converted(name: str, value: str, kind: type) -> Any:
         converted = kind(value)
         if kind is float and not math.isfinite(converted):
             raise ValueError
+        if kind is int and abs(converted) > _MOST_EXACT:
+            raise UsageError(f"PARAMS: {name}={value!r}: {_MOST_EXACT} is the most")
         return converted
     except ValueError:
         wanted = {
@@ -139,13 +154,8 @@ def check_parameters(values: Mapping[str, Any], processes: Mapping[str, int] | N
             del asked["grad_accum"]
         if stage != "anneal":
             asked["resume_gcs_uri"] = "the checkpoint of the stage before"
-        secret = [name for name in more if name in SETTINGS and SETTINGS[name].metadata["secret"]]
-        if secret:
-            raise UsageError(
-                f"PARAMS for stage {stage}: {secret[0]} would be stored with the run; give"
-                " hf_secret_name"
-            )
         try:
+            _check_more(more, stage)
             resolved = resolve(given(**(asked | {"pos_resize": method} | more)), {})
             if stage == "evaluate":
                 for_evaluation(replace(resolved.config, tokens_dir="those of the first stage"))
@@ -154,6 +164,38 @@ def check_parameters(values: Mapping[str, Any], processes: Mapping[str, int] | N
             accumulation(resolved, (processes or {}).get(stage, 1))
         except UsageError as error:
             raise UsageError(f"PARAMS for stage {stage}: {error}") from None
+
+
+def _check_more(more: Mapping[str, Any], stage: str) -> None:
+    """Refuse in ``more_settings`` what has a parameter, or is not for users to give."""
+    advice = {}
+    for name in parameter_defaults():
+        of, rest = split_stage(name)
+        if of in ("", stage):
+            advice[_OTHER_NAMES.get(rest, rest)] = f"give {name}"
+    advice |= _GIVEN_BY_STAGE
+    for name in more:
+        if name in advice:
+            raise UsageError(f"{name} is not for {stage}_more_settings: {advice[name]}")
+
+
+def check_cloud_parameters(values: Mapping[str, Any]) -> None:
+    """Find what a laptop has and a cluster has not.
+
+    Raises:
+        UsageError: a checkpoint that is not in a bucket, or a secret not named in full.
+    """
+    checkpoint = values.get("resume_gcs_uri") or ""
+    if checkpoint and not _OBJECT.fullmatch(checkpoint):
+        raise UsageError(
+            f"PARAMS: resume_gcs_uri={checkpoint!r}: no stage can read it there; copy it to"
+            " gs://BUCKET/NAME"
+        )
+    secret = values.get("hf_secret_name") or ""
+    if secret and not _SECRET.fullmatch(secret):
+        raise UsageError(
+            f"PARAMS: hf_secret_name={secret!r}: write projects/P/secrets/S[/versions/V]"
+        )
 
 
 def _check_training(config: TrainConfig, metric: str) -> None:

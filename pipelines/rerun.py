@@ -3,10 +3,10 @@
     make rerun RUN=liquid-annealing-20250304050607 STAGE=continue-1024 \
         PARAMS="continue_train_steps=8000"
 
-Everything else that succeeded is skipped. The new run is the old one, with its image, machines,
-key, labels and parameters, but for the parameters given. ``WAIT=1`` follows it, ``DRY_RUN=1``
-prints the request, ``CACHE=0`` keeps the repeated tasks from being found in the cache. (In the
-local runner the cache does all this: ``make run-local PARAMS=…``.)
+Everything else that succeeded, or came from the cache, is skipped. The new run is the old one, with
+its image, machines, key, labels and parameters, but for the parameters given. ``WAIT=1`` follows
+it, ``DRY_RUN=1`` prints the request, ``CACHE=0`` keeps the repeated tasks from being found in the
+cache. (In the local runner the cache does all this: ``make run-local PARAMS=…``.)
 """
 
 from __future__ import annotations
@@ -19,15 +19,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.anneal import STAGE_NAMES
-from pipelines.parameters import check_parameters, parameter_defaults, parse_parameters
+from pipelines.parameters import (
+    check_cloud_parameters,
+    check_parameters,
+    parameter_defaults,
+    parse_parameters,
+)
 from pipelines.settings import Settings, load_settings
 from pipelines.submit import Switches, new_run_id
-from trainer.config import run_command
+from trainer.config import OneLineParser, run_command
 from trainer.errors import LiquidError, UsageError
 
 _RUN_ID = re.compile(r"[a-z][a-z0-9-]{0,127}")
-_RUN_IN_TEXT = re.compile(r"/(?:pipelineJobs|runs)/([^/?#]+)")
-"""In a run's full name, or in the address of its page."""
+_FULL_NAME = re.compile(
+    r"projects/(?P<project>[^/]+)/locations/(?P<region>[^/]+)/pipelineJobs/(?P<id>[^/]+)"
+)
+_PAGE = re.compile(
+    r"https?://.*/locations/(?P<region>[^/]+)/pipelines/runs/(?P<id>[^/?#]+)"
+    r"(\?(.*&)?project=(?P<project>[^&#]+))?.*"
+)
 _NUMBER_LABEL = "vertex-ai-pipelines-run-billing-id"
 
 
@@ -77,16 +87,21 @@ def run_name(settings: Settings, run: str) -> str:
     Raises:
         UsageError: it is none of these.
     """
-    inside = _RUN_IN_TEXT.search(run)
-    run_id = inside[1] if inside else run
-    if not _RUN_ID.fullmatch(run_id):
+    found = _FULL_NAME.fullmatch(run) or _PAGE.fullmatch(run)
+    parts = found.groupdict() if found else {"id": run}
+    if not _RUN_ID.fullmatch(parts["id"]):
         raise UsageError(
-            f"RUN={run!r} is no run's id, such as liquid-annealing-20250304050607, nor the address"
-            " of its page"
+            f"RUN={run!r} is no run's id, such as liquid-annealing-20250304050607, nor its full"
+            " name, nor the address of its page"
         )
-    if run.startswith("projects/") and inside:
-        return run
-    return f"projects/{settings.project}/locations/{settings.region}/pipelineJobs/{run_id}"
+    # A project may also be named by its number there
+    for name in ("region", "project"):
+        there, here = parts.get(name) or "", getattr(settings, name)
+        if there not in ("", here) and not there.isdecimal():
+            raise UsageError(
+                f"RUN={run!r} is in {there}, but {name.upper()}={here}; make them agree"
+            )
+    return f"projects/{settings.project}/locations/{settings.region}/pipelineJobs/{parts['id']}"
 
 
 def check_reach(
@@ -142,6 +157,7 @@ def rerun(settings: Settings, run: str, stage: str, parameters: dict[str, Any]) 
         VertexError: the run cannot be found, or the new one cannot be created.
     """
     switches = Switches.from_environment()
+    check_cloud_parameters(parameters)
     given = {
         "RUN": (run, "a run's id, full name or page"),
         "STAGE": (stage, "the stage to repeat, e.g. continue-1024"),
@@ -225,13 +241,16 @@ def _rerun_configs(spec: Mapping[str, Any], original: Any, key: str) -> tuple[li
     """For each task of the original whether to skip it, and the keys of those that are not."""
     from google.cloud import aiplatform_v1beta1 as beta
 
-    succeeded = beta.PipelineTaskDetail.State.SUCCEEDED
+    states = beta.PipelineTaskDetail.State
     keys = {name: key for key, name in task_names(spec).items()}
     again = with_downstream(spec, key)
     done, configs = set(), []
     for task in original.job_detail.task_details:
+        if task.task_name == original.name.rpartition("/")[2]:
+            continue  # the run itself, which is listed among its tasks
         own = keys.get(task.task_name, task.task_name)
-        skip = task.state == succeeded and own not in again
+        # Skipped is what came from the cache
+        skip = task.state in (states.SUCCEEDED, states.SKIPPED) and own not in again
         if skip:
             done.add(own)
         configs.append(
@@ -279,6 +298,7 @@ def processes_of(spec: Mapping[str, Any]) -> dict[str, int]:
 
 def main(argv: list[str]) -> None:
     """The command line; everything comes from the environment."""
+    OneLineParser("python -m pipelines.rerun", description=__doc__).parse_args(argv)
     parameters = parse_parameters(os.environ.get("PARAMS", ""))
     rerun(load_settings(), os.environ.get("RUN", ""), os.environ.get("STAGE", ""), parameters)
 

@@ -39,6 +39,10 @@ _GPU_OF = {
 }
 """Families of machine types that come with one kind of GPU (cloud.google.com/vertex-ai/docs/
 training/configure-compute)."""
+_GPUS_OF_G2 = {4: 1, 8: 1, 12: 1, 16: 1, 24: 2, 32: 1, 48: 4, 96: 8}
+"""By the CPUs in a g2-standard's name, its GPUs (cloud.google.com/compute/docs/gpus)."""
+_HYPERDISK_ONLY = ("a3-ultragpu", "a4-highgpu", "a4x-highgpu")
+"""Families that do not boot from persistent disks (the same page, and Vertex AI's DiskSpec)."""
 
 
 def described(default: Any, help: str) -> Any:
@@ -66,6 +70,20 @@ class Machine:
     def gpu(self) -> bool:
         """Whether the stage asks for GPUs."""
         return bool(self.accelerator_type and self.accelerator_count)
+
+    @property
+    def boot_disk_type(self) -> str:
+        """What a custom job on it boots from."""
+        return "hyperdisk-balanced" if self.machine_type.startswith(_HYPERDISK_ONLY) else "pd-ssd"
+
+    @property
+    def gpus_inside(self) -> int | None:
+        """How many GPUs its machine type comes with; None where they are added to it."""
+        family, _, size = self.machine_type.rpartition("-")
+        if family == "g2-standard" and size.isdecimal():
+            return _GPUS_OF_G2.get(int(size))
+        found = _GPUS_INSIDE.search(self.machine_type)
+        return int(found[1]) if found else None
 
 
 _GPU = Machine(
@@ -111,6 +129,9 @@ class Settings:
     experiment: str = described(
         "", "experiment of open-source Kubeflow Pipelines to list the run in"
     )
+    namespace: str = described(
+        "", "your profile's namespace, where open-source Kubeflow Pipelines serves several users"
+    )
     machines: Mapping[str, Machine] = field(default_factory=lambda: dict(_DEFAULT_MACHINES))
 
     def __post_init__(self) -> None:
@@ -154,11 +175,22 @@ class Settings:
             _check_custom_job(stage.upper(), machine)
 
     def check_kubeflow(self) -> None:
-        """Find what open-source Kubeflow Pipelines would leave out without a word.
+        """Find what open-source Kubeflow Pipelines would leave out without a word, or not take.
 
         Raises:
-            UsageError: several machines, or spot machines.
+            UsageError: several machines, spot machines, or Google Cloud's settings.
         """
+        for name in ("network", "cmek_key", "labels"):
+            if getattr(self, name):
+                raise UsageError(
+                    f"{name.upper()} is for Vertex AI; leave it out for open-source Kubeflow"
+                    f" Pipelines, or name another file in SETTINGS"
+                )
+        if "@" in self.service_account:
+            raise UsageError(
+                f"SERVICE_ACCOUNT={self.service_account!r} is one of Google Cloud; give the name of"
+                " a Kubernetes service account, or leave it out"
+            )
         for stage, machine in self.machines.items():
             for key, given in (("REPLICAS", machine.replicas > 1), ("SPOT", machine.spot)):
                 if given:
@@ -230,11 +262,11 @@ def _check_custom_job(name: str, machine: Machine) -> None:
             f"{name}_ACCELERATOR_TYPE={kind} without {name}_MACHINE_TYPE; Vertex AI needs a machine"
             " type to put it in, for example g2-standard-12 for NVIDIA_L4"
         )
-    inside = _GPUS_INSIDE.search(machine.machine_type)
-    if inside and int(inside[1]) != count:
+    inside = machine.gpus_inside
+    if inside is not None and inside != count:
         raise UsageError(
             f"{name}_ACCELERATOR_COUNT={count}, but {name}_MACHINE_TYPE={machine.machine_type} has"
-            f" {inside[1]}; make them agree"
+            f" {inside}; make them agree"
         )
     expected = _GPU_OF.get("-".join(machine.machine_type.split("-")[:2]))
     if expected and kind != expected:
@@ -278,8 +310,13 @@ def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     return Settings(machines=merged, **values)
 
 
+def settings_file(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where settings are read from, if it exists."""
+    return Path(environ.get("SETTINGS") or DEFAULT_FILE)
+
+
 def _from_file(environ: Mapping[str, str], known: Iterable[str]) -> dict[str, Any]:
-    path = Path(environ.get("SETTINGS") or DEFAULT_FILE)
+    path = settings_file(environ)
     if not path.exists():
         if environ.get("SETTINGS"):
             raise UsageError(f"SETTINGS={str(path)!r} does not exist")
@@ -289,6 +326,8 @@ def _from_file(environ: Mapping[str, str], known: Iterable[str]) -> dict[str, An
     found: dict[str, Any] = {}
     for key, value in content.items():
         name = str(key).upper()
+        if name in found:
+            raise UsageError(f"{path}: {name} is given twice")
         if name not in names:
             near = difflib.get_close_matches(name, names, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -301,11 +340,13 @@ def _from_file(environ: Mapping[str, str], known: Iterable[str]) -> dict[str, An
 def _converted(name: str, value: Any, kind: type) -> Any:
     if kind is dict:
         if isinstance(value, dict):
-            return {str(key): str(entry) for key, entry in value.items()}
+            return {str(key): "" if entry is None else str(entry) for key, entry in value.items()}
         pairs = [pair.partition("=") for pair in str(value).split(",") if pair.strip()]
         if not all(key.strip() and sign for key, sign, _ in pairs):
             raise UsageError(f"{name}={value!r}: write NAME=VALUE,NAME=VALUE")
         return {key.strip(): entry.strip() for key, _, entry in pairs}
+    if isinstance(value, (dict, list)):
+        raise UsageError(f"{name}={value!r}: one value is needed")
     text = str(value)
     if kind is bool:
         if text.lower() not in ("1", "0", "true", "false"):

@@ -20,9 +20,10 @@ from typing import Any
 
 from pipelines.anneal import NAME
 from pipelines.compile import compile_to
-from pipelines.parameters import check_parameters, parse_parameters
+from pipelines.parameters import check_cloud_parameters, check_parameters, parse_parameters
 from pipelines.settings import Settings, load_settings
-from trainer.config import run_command
+from pipelines.waiting import interruptible
+from trainer.config import OneLineParser, run_command
 from trainer.errors import LiquidError, UsageError
 
 
@@ -127,7 +128,8 @@ def submit_kfp(settings: Settings, parameters: dict[str, Any], host: str) -> Non
             print(json.dumps({"host": host, "parameters": parameters}, indent=2))
             print(path.read_text())
             return
-        client = kubeflow.connect(host, kubeflow.token_from_environment())
+        token = kubeflow.token_from_environment()
+        client, namespace = kubeflow.connect(host, token, settings.namespace)
         with kubeflow.readable_errors(host):
             run = client.create_run_from_pipeline_package(
                 str(path),
@@ -137,26 +139,29 @@ def submit_kfp(settings: Settings, parameters: dict[str, Any], host: str) -> Non
                 enable_caching=switches.cache,
                 pipeline_root=settings.pipeline_root or None,
                 service_account=settings.service_account or None,
+                namespace=namespace,
             )
     if not run.run_id:
         raise LiquidError(f"{host} answered without naming a run; check HOST and KFP_TOKEN")
     print(f"submitted {kubeflow.run_page(host, run.run_id)}")
     if switches.wait:
-        kubeflow.follow(client, host, run.run_id, settings.poll_seconds)
+        with interruptible():
+            kubeflow.follow(client, host, run.run_id, settings.poll_seconds)
 
 
 def main(argv: list[str]) -> None:
-    """The command line: ``vertex`` or ``kfp``."""
-    backend = argv[0] if argv else "vertex"
+    """The command line: ``vertex`` or ``kfp``; the rest comes from the environment."""
+    parser = OneLineParser("python -m pipelines.submit", description=__doc__)
+    parser.add_argument("backend", choices=("vertex", "kfp"), nargs="?", default="vertex")
+    backend = parser.parse_args(argv).backend
     settings = load_settings()
     parameters = parse_parameters(os.environ.get("PARAMS", ""))
     check_parameters(parameters, settings.processes(backend))
+    check_cloud_parameters(parameters)
     if backend == "vertex":
         submit_vertex(settings, parameters)
-    elif backend == "kfp":
-        submit_kfp(settings, parameters, os.environ.get("HOST", ""))
     else:
-        raise UsageError(f"{backend!r}: choose vertex or kfp")
+        submit_kfp(settings, parameters, os.environ.get("HOST", ""))
 
 
 if __name__ == "__main__":

@@ -16,11 +16,10 @@ from google.auth.credentials import AnonymousCredentials
 from google.cloud import aiplatform
 
 from pipelines.settings import Settings
+from pipelines.waiting import PATIENCE, interruptible
 from trainer.errors import LiquidError, UsageError
 
 REQUEST_SECONDS = 60.0
-PATIENCE = 10
-"""Looks at a run that may fail one after another before it is no longer followed."""
 _REQUEST = re.compile(r"^(GET|POST) https?://\S+: ")
 _ENDED = ("SUCCEEDED", "FAILED", "CANCELLED", "PAUSED")
 
@@ -127,7 +126,8 @@ def report(settings: Settings, created: Any, *, wait: bool) -> None:
     print(f"submitted {created.name}")
     print(console_link(settings, created.name.rpartition("/")[2]), flush=True)
     if wait:
-        follow(settings, created.name)
+        with interruptible():
+            follow(settings, created.name)
 
 
 def follow(settings: Settings, name: str) -> None:
@@ -153,7 +153,9 @@ def follow(settings: Settings, name: str) -> None:
             time.sleep(settings.poll_seconds)
             continue
         state = _state_name(job.state)
-        _show_changes(job.job_detail.task_details, shown)
+        # The run itself is listed among its tasks
+        run_id = name.rpartition("/")[2]
+        _show_changes([t for t in job.job_detail.task_details if t.task_name != run_id], shown)
         if state in _ENDED:
             break
         time.sleep(settings.poll_seconds)

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from kfp import dsl
 
 from components.evaluate import evaluate
@@ -27,6 +29,8 @@ from components.pick_best import pick_best
 from components.prepare_tokens import prepare_tokens
 from components.resize_reset import resize_reset
 from components.train import train
+from pipelines.compile import compile_to
+from pipelines.settings import load_settings
 from trainer.checkpoint import read_checkpoint
 from trainer.errors import CheckpointError, UsageError
 
@@ -137,6 +141,75 @@ def test_a_killed_stage_goes_on_when_it_is_retried(
     for name, value in other.weights.items():
         assert torch.equal(value, one.weights[name])
     assert killed[1].metadata == unbroken[1].metadata
+
+
+def test_sigterm_to_a_stage_saves_as_the_platform_runs_it(
+    new: New, tokens: Any, teacher_dir: Path, tmp_path: Path
+) -> None:
+    """The compiled command, whose first process alone gets the signal."""
+    spec = next(
+        iter(
+            yaml.safe_load_all(
+                compile_to(tmp_path / "pipeline.yaml", load_settings({}), "kfp").read_text()
+            )
+        )
+    )
+    container = spec["deploymentSpec"]["executors"]["exec-train"]["container"]
+    checkpoints, metrics = new(dsl.Model, "signalled"), new(dsl.Metrics, "signalled-metrics")
+    values = {
+        "teacher_name": str(teacher_dir),
+        "block_size": 32,
+        "train_steps": 100_000,
+        "warmup_steps": 1,
+        "lr_peak": 1e-3,
+        "global_batch": 4,
+        "micro_batch": 4,
+        "log_interval": 1,
+        "save_every": 100_000,
+        "eval_every": 100_000,
+        "more_settings": {"d_model": 32, "n_layers": 2, "n_heads": 4},
+    }
+
+    def described(artifact: Any) -> dict[str, Any]:
+        kind = {"schemaTitle": artifact.schema_title, "schemaVersion": "0.0.1"}
+        entry = {"name": artifact.name, "uri": artifact.uri, "type": kind, "metadata": {}}
+        return {"artifacts": [entry]}
+
+    executor_input = {
+        "inputs": {"parameterValues": values, "artifacts": {"tokens": described(tokens)}},
+        "outputs": {
+            "artifacts": {"checkpoints": described(checkpoints), "metrics": described(metrics)},
+            "parameters": {
+                name: {"outputFile": str(tmp_path / name)}
+                for name in ("best_loss", "best_step", "steps")
+            },
+            "outputFile": str(tmp_path / "output.json"),
+        },
+    }
+    arguments = [
+        json.dumps(executor_input) if part == "{{$}}" else part for part in container["args"]
+    ]
+    root = Path(__file__).parents[2]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    stage = subprocess.Popen(
+        [*container["command"], *arguments],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{root}:{root / 'trainer_image'}", "PATH": path},
+    )
+    assert stage.stderr is not None
+    seen = []
+    for line in stage.stderr:
+        seen.append(line)
+        if '"step 2/100000' in line:
+            stage.send_signal(signal.SIGTERM)
+            break
+    _, rest = stage.communicate(timeout=60)
+    assert stage.returncode == 143, "".join(seen) + rest
+    (saved,) = Path(checkpoints.path).glob("ckpt_step_*.pt")
+    assert read_checkpoint(saved).step >= 2
+    assert json.loads(rest.splitlines()[-1])["message"].startswith("stopped by SIGTERM at step")
 
 
 def machine(

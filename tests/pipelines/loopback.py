@@ -32,6 +32,8 @@ class Loopback:
         """How many of the next looks at a run end as 503."""
         self.run_state = "SUCCEEDED"
         """Of runs of Kubeflow Pipelines."""
+        self.multi_user = False
+        """Whether Kubeflow Pipelines keeps its users apart by namespaces."""
         self.looks = 0
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.port = self._server.server_address[1]
@@ -109,6 +111,8 @@ class Loopback:
         ended = self.looks > 3
         last = job["labels"].get("ends", "succeeded").upper()
         tasks = [("prepare", "SUCCEEDED"), ("anneal-512", last if ended else "RUNNING")]
+        # Vertex AI lists the run itself among its tasks
+        tasks.append((job["name"].rpartition("/")[2], last if ended else "RUNNING"))
         details = [
             {"taskId": str(number), "taskName": name, "state": state}
             for number, (name, state) in enumerate(tasks, start=1)
@@ -118,8 +122,11 @@ class Loopback:
 
     def _kubeflow(self, method: str, path: str, body: Any) -> tuple[int, Any]:
         if path.startswith("/apis/v2beta1/healthz"):
-            return 200, {"multi_user": False}
+            return 200, {"multi_user": self.multi_user}
         if path.startswith("/apis/v2beta1/experiments"):
+            named = (body or {}).get("namespace") or re.search(r"[?&]namespace=[^&]", path)
+            if bool(named) != self.multi_user:
+                return 400, {"error": "a namespace is for several users, and needed there"}
             experiment = {"experiment_id": "e1", "display_name": "liquid-annealing"}
             return 200, experiment if method == "POST" else {"experiments": [experiment]}
         if path.startswith("/apis/v2beta1/runs"):

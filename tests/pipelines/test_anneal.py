@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from pipelines.local import TASKS, LocalRun, _Readable, run_pipeline
+from tests.interrupts import with_interrupts
 from trainer.checkpoint import read_checkpoint
 from trainer.errors import LiquidError
 from trainer.positions import resize_positions
@@ -112,6 +116,45 @@ def test_a_failed_stage_is_named_with_its_own_message(
     message = str(caught.value)
     assert message.startswith("continue failed: --alpha_schedule='0:0.5,2:7': entry 2")
     assert "pipeline.log" in message
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_task_that_runs_ends_with_the_run(
+    parameters: dict[str, Any], tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    """A signal to the run alone, as from a process manager."""
+    code = (
+        "import json, sys\n"
+        "from pathlib import Path\n"
+        "from pipelines.local import ending_tasks, run_pipeline\n"
+        "from trainer.config import run_command\n"
+        "def main(argv):\n"
+        "    with ending_tasks():\n"
+        "        run_pipeline(Path(argv[0]), json.loads(argv[1]))\n"
+        "raise SystemExit(run_command(main))\n"
+    )
+    given = parameters | {"anneal_train_steps": 100_000, "anneal_log_interval": 1}
+    root = Path(__file__).parents[2]
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path), json.dumps(given)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{root}:{root / 'trainer_image'}"},
+        start_new_session=True,
+        preexec_fn=with_interrupts,
+    )
+    assert run.stdout is not None
+    while "step 2/100000" not in (line := run.stdout.readline()):
+        assert line, run.communicate()[1]
+    children = psutil.Process(run.pid).children(recursive=True)
+    assert any(child.is_running() for child in children)
+    run.send_signal(number)
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == status, errors
+    assert "Traceback" not in errors
+    assert "the one that was running starts over" in errors
+    assert not [child for child in children if child.is_running()]
 
 
 def test_an_error_of_another_kind_is_shown_as_it_is() -> None:

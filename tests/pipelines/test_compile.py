@@ -12,7 +12,7 @@ from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 from pipelines.anneal import STAGE_NAMES
-from pipelines.compile import compile_to
+from pipelines.compile import compile_to, main
 from pipelines.describe import description
 from pipelines.parameters import parameter_defaults
 from pipelines.settings import load_settings
@@ -38,7 +38,8 @@ def compiled(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, dict[str, Any], str]:
     path = tmp_path_factory.mktemp("compiled") / "pipeline.yaml"
-    vertex_only = ("ANNEAL_SPOT", "CONTINUE_REPLICAS") if request.param == "kfp" else ()
+    google = ("ANNEAL_SPOT", "CONTINUE_REPLICAS", "SERVICE_ACCOUNT", "LABELS")
+    vertex_only = google if request.param == "kfp" else ()
     machines = {name: value for name, value in MACHINES.items() if name not in vertex_only}
     compile_to(path, load_settings(machines), request.param)
     text = path.read_text()
@@ -106,8 +107,21 @@ def test_gpu_stages_are_custom_jobs_on_vertex(tmp_path: Path) -> None:
     assert anneal["strategy"] == "SPOT"
     assert anneal["service_account"] == MACHINES["SERVICE_ACCOUNT"]
     assert anneal["labels"] == {"team": "small-models"}
+    assert pool["disk_spec"] == {"boot_disk_type": "pd-ssd", "boot_disk_size_gb": 200}
     pools = custom_job(spec, found["continue-1024"])["worker_pool_specs"]
     assert [entry["replica_count"] for entry in pools] == [1, 2]
+
+
+def test_a_machine_that_boots_from_no_persistent_disk(tmp_path: Path) -> None:
+    machine = {
+        "ANNEAL_ACCELERATOR_TYPE": "NVIDIA_H200_141GB",
+        "ANNEAL_ACCELERATOR_COUNT": "8",
+        "ANNEAL_MACHINE_TYPE": "a3-ultragpu-8g",
+    }
+    path = compile_to(tmp_path / "pipeline.yaml", load_settings(machine), "vertex")
+    spec = next(iter(yaml.safe_load_all(path.read_text())))
+    (pool,) = custom_job(spec, executors(spec)["anneal-512"])["worker_pool_specs"]
+    assert pool["disk_spec"]["boot_disk_type"] == "hyperdisk-balanced"
 
 
 def test_image_retries_and_no_installing(compiled: tuple[str, dict[str, Any], str]) -> None:
@@ -120,6 +134,20 @@ def test_image_retries_and_no_installing(compiled: tuple[str, dict[str, Any], st
             retry = executor["task"]["retryPolicy"]
             assert retry["maxRetryCount"] == (5 if name == "prepare" else 3)
             assert retry["backoffDuration"] == "60s"
+
+
+def test_every_stage_is_the_first_process_of_its_container(
+    compiled: tuple[str, dict[str, Any], str],
+) -> None:
+    """The platform sends SIGTERM to that one, and the shell that kfp puts there passes none on."""
+    backend, spec, _ = compiled
+    for name, executor in executors(spec).items():
+        commands = [executor["command"]]
+        if backend == "vertex" and name in ("anneal-512", "continue-1024", "evaluate"):
+            pools = custom_job(spec, executor)["worker_pool_specs"]
+            commands = [pool["container_spec"]["command"] for pool in pools]
+        for command in commands:
+            assert len(re.findall("^ *exec python3 -m kfp", command[2], re.MULTILINE)) == 1, name
 
 
 def test_no_input_changes_between_submissions(compiled: tuple[str, dict[str, Any], str]) -> None:
@@ -200,6 +228,24 @@ def test_another_name_of_the_gpu_resource(tmp_path: Path) -> None:
 def test_an_unknown_backend(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="choose one of vertex, kfp, local"):
         compile_to(tmp_path / "x.yaml", load_settings({}), "airflow")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["kfp"], "'kfp': give a path that ends with .yaml"),
+        (["pipeline.yaml"], "is where the settings are read from"),
+        (["x.yaml", "airflow"], "choose from"),
+        (["--backend=kfp"], "unknown flag --backend"),
+    ],
+)
+def test_a_wrong_command_line_writes_nothing(
+    argv: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=message):
+        main(argv)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_documentation_describes_this_pipeline() -> None:

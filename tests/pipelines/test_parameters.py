@@ -18,16 +18,18 @@ from trainer.errors import UsageError
 
 
 def test_parameters_given_as_text() -> None:
-    text = """continue_train_steps=8000 anneal_lr_peak=3e-4 continue_more_settings='{"seed": 7}'"""
+    text = "continue_train_steps=8000 anneal_lr_peak=3e-4"
+    text += """ continue_more_settings='{"dropout": 0.1}'"""
     assert parse_parameters(text) == {
         "continue_train_steps": 8000,
         "anneal_lr_peak": 3e-4,
-        "continue_more_settings": {"seed": 7},
+        "continue_more_settings": {"dropout": 0.1},
     }
     for wrong, message in {
         "continue_train_step=1": "did you mean continue_train_steps?",
         "seed": "'seed' is not name=value",
         "seed=x": "seed='x': a whole number is needed",
+        "seed=9007199254740993": "9007199254740992 is the most",
         "anneal_alpha=nan": "anneal_alpha='nan': a number is needed",
         "continue_more_settings=[1]": "a JSON object is needed",
         """continue_more_settings={"dropout":0.1}""": (
@@ -77,6 +79,16 @@ def test_the_defaults_and_the_demonstration_are_right() -> None:
         ({"anneal_micro_batch": 7}, "stage anneal: --global_batch=64 is not divisible"),
         ({"continue_more_settings": {"global_batch": 64}}, "leave one of them out"),
         ({"anneal_more_settings": {"hf_token_value": "hf_x"}}, "give hf_secret_name"),
+        (
+            {"continue_more_settings": {"output_gcs_uri": "gs://b/x"}},
+            "output_gcs_uri is not for continue_more_settings: it is where the stage's output",
+        ),
+        ({"anneal_more_settings": {"save_best_on": "val_loss"}}, "_settings: give best_metric"),
+        ({"continue_more_settings": {"block_size": 2048}}, "give continue_block_size"),
+        ({"continue_more_settings": {"T": 2.0}}, "give continue_temperature"),
+        ({"continue_more_settings": {"resume_gcs_uri": "gs://b/x"}}, "the annealing alone resumes"),
+        ({"evaluate_more_settings": {"tokens_dir": "/t"}}, "it is the output of the first stage"),
+        ({"evaluate_more_settings": {"seed": 7}}, "give seed"),
     ],
 )
 def test_what_a_stage_would_refuse_is_found_at_once(values: dict[str, Any], message: str) -> None:

@@ -87,6 +87,14 @@ def test_settings_that_make_no_sense(environ: dict[str, str], message: str) -> N
             "ANNEAL_ACCELERATOR_TYPE=NVIDIA_TESLA_A100, but ANNEAL_MACHINE_TYPE=a3-highgpu-1g has"
             " NVIDIA_H100_80GB",
         ),
+        (
+            {
+                "ANNEAL_MACHINE_TYPE": "g2-standard-12",
+                "ANNEAL_ACCELERATOR_TYPE": "NVIDIA_L4",
+                "ANNEAL_ACCELERATOR_COUNT": "4",
+            },
+            "ANNEAL_ACCELERATOR_COUNT=4, but ANNEAL_MACHINE_TYPE=g2-standard-12 has 1",
+        ),
     ],
 )
 def test_machines_that_vertex_would_refuse(environ: dict[str, str], message: str) -> None:
@@ -104,6 +112,9 @@ def test_machines_that_vertex_takes() -> None:
             "ANNEAL_ACCELERATOR_TYPE": "NVIDIA_H100_MEGA_80GB",
             "ANNEAL_ACCELERATOR_COUNT": "8",
             "ANNEAL_REPLICAS": "2",
+            "CONTINUE_MACHINE_TYPE": "g2-standard-48",
+            "CONTINUE_ACCELERATOR_TYPE": "NVIDIA_L4",
+            "CONTINUE_ACCELERATOR_COUNT": "4",
             "EVALUATE_MACHINE_TYPE": "n1-standard-16",
             "EVALUATE_ACCELERATOR_TYPE": "NVIDIA_TESLA_T4",
             "EVALUATE_ACCELERATOR_COUNT": "2",
@@ -127,6 +138,14 @@ def test_unknown_names_in_the_file(tmp_path: Path) -> None:
     settings = load_settings({"SETTINGS": str(path)})
     assert settings.labels == {"country": "no"}
     assert settings.machines["pick"].retries == 2
+    path.write_text("labels: {team: }")
+    assert load_settings({"SETTINGS": str(path)}).labels == {"team": ""}
+    path.write_text("experiment: [a, b]")
+    with pytest.raises(UsageError, match=r"EXPERIMENT=\['a', 'b'\]: one value is needed"):
+        load_settings({"SETTINGS": str(path)})
+    path.write_text("pick_cpu: 4\nPICK_CPU: 5")
+    with pytest.raises(UsageError, match="PICK_CPU is given twice"):
+        load_settings({"SETTINGS": str(path)})
     path.write_text("[1, 2")
     with pytest.raises(UsageError, match="is not valid YAML"):
         load_settings({"SETTINGS": str(path)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.server import ObjectServer
+from tests.interrupts import with_interrupts
 from tests.pipelines.loopback import Loopback
 
 IMAGE = "europe-docker.pkg.dev/p/r/trainer@sha256:" + "0" * 64
@@ -133,6 +135,31 @@ def test_waiting_follows_to_the_end(vertex: Loopback, environment: dict[str, str
     assert "prepare: succeeded" in done.stdout
     assert done.stdout.index("anneal-512: running") < done.stdout.index("anneal-512: succeeded")
     assert "run: succeeded" in done.stdout
+    assert done.stdout.count(": succeeded") == 3, "the run itself is none of its tasks"
+
+
+def test_who_stops_waiting_is_told_that_the_run_goes_on(
+    vertex: Loopback, environment: dict[str, str]
+) -> None:
+    vertex.looks = -1000
+    root = Path(__file__).parents[2]
+    following = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.submit", "vertex"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ
+        | {"PYTHONPATH": f"{root}:{root / 'trainer_image'}", "WAIT": "1"}
+        | environment,
+        preexec_fn=with_interrupts,
+    )
+    assert following.stdout is not None
+    while "anneal-512: running" not in following.stdout.readline():
+        assert following.poll() is None
+    following.send_signal(signal.SIGINT)
+    _, errors = following.communicate(timeout=60)
+    assert following.returncode == 130
+    assert "no longer followed; the run goes on" in errors
 
 
 def test_a_run_that_fails_ends_with_status_1(vertex: Loopback, environment: dict[str, str]) -> None:
@@ -232,6 +259,9 @@ def test_parameters_are_checked_before_anything_is_sent(
         ("anneal_alpha=2", {}, "stage anneal: --alpha=2 must be between 0 and 1"),
         ("", {"ANNEAL_REPLICAS": "16"}, "not divisible by micro_batch 8 x 16 processes"),
         ("", {"ANNEAL_MACHINE_TYPE": "g2-standard-12"}, "g2-standard-12 has NVIDIA_L4"),
+        ("resume_gcs_uri=/home/me/x.pt", {}, "resume_gcs_uri='/home/me/x.pt': no stage can read"),
+        ("resume_gcs_uri=gs://b", {}, "copy it to gs://BUCKET/NAME"),
+        ("hf_secret_name=mine", {}, "write projects/P/secrets/S[/versions/V]"),
     ):
         done = run("submit", environment | machines | {"PARAMS": params}, "vertex")
         assert done.returncode == 2
@@ -271,6 +301,9 @@ def finished_run(vertex: Loopback, environment: dict[str, str]) -> str:
         }
         for number, (key, task) in enumerate(tasks.items(), start=1)
     ]
+    run_id = name.rpartition("/")[2]
+    # Vertex AI lists the run itself among its tasks
+    details.append({"taskId": "99", "taskName": run_id, "state": "SUCCEEDED"})
     job["jobDetail"] = {"taskDetails": details}
     job["labels"] = {"vertex-ai-pipelines-run-billing-id": "123"}
     return name.rpartition("/")[2]
@@ -306,6 +339,28 @@ def test_rerun_repeats_a_stage_and_what_follows(
     assert "runs again: " in done.stdout
 
 
+def test_rerun_skips_what_came_from_the_cache(
+    vertex: Loopback, environment: dict[str, str]
+) -> None:
+    original = finished_run(vertex, environment)
+    for detail in next(iter(vertex.jobs.values()))["jobDetail"]["taskDetails"]:
+        if detail["taskName"] in ("prepare", "anneal-512"):
+            detail["state"] = "SKIPPED"
+    given = {"RUN": original, "STAGE": "continue-1024", "CACHE": "0"}
+    done = run("rerun", environment | given)
+    assert done.returncode == 0, done.stderr
+    assert "runs again: continue-1024, pick-best-1024, evaluate\n" in done.stdout
+    body = vertex.requests[-1][2]
+    skipped = [c["taskName"] for c in body["pipelineTaskRerunConfigs"] if c.get("skipTask")]
+    assert set(skipped) == {f"unique-{key}" for key in ("prepare-tokens", "train")} | {
+        "unique-pick-best",
+        "unique-resize-reset",
+    }
+    done = run("rerun", environment | given | {"PARAMS": "anneal_train_steps=9"})
+    assert done.returncode == 2
+    assert "read by anneal-512, which would be skipped" in last_message(done)
+
+
 def test_rerun_repeats_what_failed_before_the_stage_too(
     vertex: Loopback, environment: dict[str, str]
 ) -> None:
@@ -324,7 +379,8 @@ def test_rerun_keeps_the_labels_of_the_original(
 ) -> None:
     original = finished_run(vertex, environment)
     next(iter(vertex.jobs.values()))["labels"] |= {"cost-center": "7", "team": "old"}
-    page = f"https://console.cloud.google.com/vertex-ai/x/pipelines/runs/{original}?project=p"
+    page = f"https://console.cloud.google.com/vertex-ai/locations/europe-west4/pipelines/runs/{original}"
+    page += "?hl=en&project=p"
     done = run("rerun", environment | {"RUN": page, "STAGE": "evaluate"})
     assert done.returncode == 0, done.stderr
     assert vertex.requests[-1][2]["labels"] == {"cost-center": "7", "team": "small-models"}
@@ -357,6 +413,7 @@ def test_rerun_errors(vertex: Loopback, environment: dict[str, str]) -> None:
     original = finished_run(vertex, environment)
     vertex.requests.clear()
     known = {"RUN": original, "STAGE": "continue-1024"}
+    page = "https://console.cloud.google.com/vertex-ai/locations/{}/pipelines/runs/a?project={}"
     for given, status, expected in (
         ({}, 2, "missing: RUN (a run's id, full name or page); STAGE (the stage to repeat"),
         ({"STAGE": "evaluate"}, 2, "missing: RUN"),
@@ -369,6 +426,10 @@ def test_rerun_errors(vertex: Loopback, environment: dict[str, str]) -> None:
         (known | {"PARAMS": "continue_alpha=2"}, 2, "stage continue: --alpha=2 must be between"),
         (known | {"PARAMS": "continue_grad_accum=0 continue_micro_batch=7"}, 2, "by micro_batch 7"),
         (known | {"RUN": "absent"}, 1, "not found at localhost"),
+        (known | {"RUN": page.format("us-east1", "p")}, 2, "is in us-east1, but REGION=europe-we"),
+        (known | {"RUN": page.format("europe-west4", "q")}, 2, "is in q, but PROJECT=p"),
+        (known | {"RUN": "projects/1/locations/us-east1/pipelineJobs/a"}, 2, "is in us-east1"),
+        (known | {"RUN": "projects/1/locations/europe-west4/pipelineJobs/a"}, 1, "not found"),
     ):
         done = run("rerun", environment | given)
         assert done.returncode == status, done.stderr
@@ -416,6 +477,37 @@ def test_submission_to_kubeflow(kubeflow: Loopback) -> None:
         "type": "nvidia.com/gpu",
     }
     assert executors["exec-train"]["container"]["image"] == IMAGE
+
+
+def test_a_kubeflow_of_several_users(kubeflow: Loopback, tmp_path: Path) -> None:
+    kubeflow.multi_user = True
+    given = {"HOST": kubeflow.url, "TRAINER_IMAGE": IMAGE, "HOME": str(tmp_path)}
+    done = run("submit", given, "kfp")
+    assert done.returncode == 2
+    assert last_message(done).startswith("missing: NAMESPACE (your profile's: http://localhost:")
+    assert [method for method, _, _ in kubeflow.requests if method == "POST"] == []
+    done = run("submit", given | {"NAMESPACE": "ada"}, "kfp")
+    assert done.returncode == 0, done.stderr
+    kubeflow.multi_user = False
+    done = run("submit", given | {"NAMESPACE": "ada"}, "kfp")
+    assert done.returncode == 0, "a server of one user takes no namespace"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("CMEK_KEY", "CMEK_KEY is for Vertex AI"),
+        ("NETWORK", "NETWORK is for Vertex AI"),
+        ("SERVICE_ACCOUNT", "is one of Google Cloud; give the name of a Kubernetes service"),
+    ],
+)
+def test_settings_that_kubeflow_would_drop(kubeflow: Loopback, name: str, message: str) -> None:
+    values = {"CMEK_KEY": KEY, "NETWORK": NETWORK, "SERVICE_ACCOUNT": SERVICE_ACCOUNT}
+    given = {"HOST": kubeflow.url, "TRAINER_IMAGE": IMAGE, name: values[name]}
+    done = run("submit", given, "kfp")
+    assert done.returncode == 2
+    assert message in last_message(done)
+    assert kubeflow.requests == []
 
 
 @pytest.mark.parametrize("missing", [("HOST",), ("TRAINER_IMAGE",), ("HOST", "TRAINER_IMAGE")])
