@@ -19,14 +19,17 @@ WARPS = 8
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+READ_AGAIN = tl.constexpr("evict_last")
+"""Rows in work fit the L2 cache, if what is done with does not push out what is read again."""
+DONE_WITH = tl.constexpr("evict_first")
 
 _SCHEMES = {"forward_kl": 1, "reverse_kl": 2, "jsd": 3}
 
 
 @triton.jit
-def _raw(row, cols, padded):  # type: ignore[no-untyped-def]
+def _raw(row, cols, padded, EVICT: tl.constexpr):  # type: ignore[no-untyped-def]
     """Entries as they are stored; 0 past the row."""
-    return tl.load(row + cols, mask=cols < padded, other=0.0)
+    return tl.load(row + cols, mask=cols < padded, other=0.0, eviction_policy=EVICT)
 
 
 @triton.jit
@@ -35,7 +38,7 @@ def _wide(raw, bias, cols, padded, vocabulary, HAS_BIAS: tl.constexpr):  # type:
     that their exponential is 0."""
     z = raw.to(tl.float32)
     if HAS_BIAS:
-        z += _raw(bias, cols, padded)
+        z += _raw(bias, cols, padded, READ_AGAIN)
     return tl.where(cols < vocabulary, z, -1.0e30)
 
 
@@ -80,18 +83,18 @@ def _sums(  # type: ignore[no-untyped-def]
     other = tl.zeros([BLOCK], tl.float32)
     cross = tl.zeros([BLOCK], tl.float32)
     # Each block is loaded while the one before it is worked on
-    raw = _raw(s_row, offsets, padded)
+    raw = _raw(s_row, offsets, padded, READ_AGAIN)
     if SCHEME != 0:
-        t_raw = _raw(t_row, offsets, padded)
+        t_raw = _raw(t_row, offsets, padded, READ_AGAIN)
     for start in range(0, padded, BLOCK):
         cols = start + offsets
         z = _wide(raw, bias, cols, padded, vocabulary, False)
-        raw = _raw(s_row, cols + BLOCK, padded)
+        raw = _raw(s_row, cols + BLOCK, padded, READ_AGAIN)
         if SCHEME == 0:
             highest = tl.maximum(top, tl.max(z, 0))
         else:
             t = _wide(t_raw, bias, cols, padded, vocabulary, HAS_BIAS)
-            t_raw = _raw(t_row, cols + BLOCK, padded)
+            t_raw = _raw(t_row, cols + BLOCK, padded, READ_AGAIN)
             highest, t_highest = tl.reduce((z, t), 0, _larger_of_each)
             highest = tl.maximum(top, highest)
             t_highest = tl.maximum(t_top, t_highest)
@@ -137,8 +140,8 @@ def _jensen_shannon(  # type: ignore[no-untyped-def]
     other = tl.zeros([BLOCK], tl.float32)
     for start in range(0, padded, BLOCK):
         cols = start + offsets
-        z = _wide(_raw(s_row, cols, padded), bias, cols, padded, vocabulary, False)
-        t = _wide(_raw(t_row, cols, padded), bias, cols, padded, vocabulary, HAS_BIAS)
+        z = _wide(_raw(s_row, cols, padded, READ_AGAIN), bias, cols, padded, vocabulary, False)
+        t = _wide(_raw(t_row, cols, padded, READ_AGAIN), bias, cols, padded, vocabulary, HAS_BIAS)
         log_q = z * sharp - s_norm
         log_p = t * sharp - t_norm
         own += tl.exp2(log_q) * _mean_log_ratio(log_q, log_p)
@@ -171,20 +174,20 @@ def _write_gradient(  # type: ignore[no-untyped-def]
 ):
     """A last pass: the gradient over the student's logits, each block after it has been read."""
     offsets = tl.arange(0, BLOCK)
-    raw = _raw(s_row, offsets, padded)
+    raw = _raw(s_row, offsets, padded, DONE_WITH)
     if SCHEME != 0:
-        t_raw = _raw(t_row, offsets, padded)
+        t_raw = _raw(t_row, offsets, padded, DONE_WITH)
     for start in range(0, padded, BLOCK):
         cols = start + offsets
         z = _wide(raw, bias, cols, padded, vocabulary, False)
-        raw = _raw(s_row, cols + BLOCK, padded)
+        raw = _raw(s_row, cols + BLOCK, padded, DONE_WITH)
         gradient = tl.zeros([BLOCK], tl.float32)
         if HAS_CE:
             one = tl.exp2(z * LOG2E - s_one)
             gradient = ce_weight * tl.where(cols == label, one - 1.0, one)
         if SCHEME != 0:
             t = _wide(t_raw, bias, cols, padded, vocabulary, HAS_BIAS)
-            t_raw = _raw(t_row, cols + BLOCK, padded)
+            t_raw = _raw(t_row, cols + BLOCK, padded, DONE_WITH)
             log_q = z * sharp - s_norm
             q = one if UNIT and HAS_CE else tl.exp2(log_q)
             if SCHEME == 1:
@@ -196,7 +199,8 @@ def _write_gradient(  # type: ignore[no-untyped-def]
                 ratio = _mean_log_ratio(log_q, t * sharp - t_norm)
                 gradient += (0.5 * LN2) * kd_weight * q * (ratio - mean)
         gradient = tl.where(cols < vocabulary, gradient, 0.0)
-        tl.store(s_row + cols, gradient.to(s_row.dtype.element_ty), mask=cols < padded)
+        gradient = gradient.to(s_row.dtype.element_ty)
+        tl.store(s_row + cols, gradient, mask=cols < padded, eviction_policy=DONE_WITH)
 
 
 @triton.jit
