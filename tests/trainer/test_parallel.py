@@ -144,6 +144,24 @@ def test_a_signal_to_the_launcher_of_several_machines_is_a_stop(
     assert read_checkpoint(snapshot).step >= 10
 
 
+def run_script(
+    script: str, settings: Settings, directory: Path
+) -> subprocess.CompletedProcess[str]:
+    """A program in place of the entrypoint's, in two processes; it works in ``work``."""
+    path = directory / "script.py"
+    path.write_text(script)
+    command = torchrun(settings | {"local_workdir": str(directory / "work")})
+    place = command.index("trainer.entrypoint")
+    command[place - 1 : place + 1] = [str(path)]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
 SIGNAL_IN_EVALUATION = """
 import os
 import signal
@@ -174,18 +192,7 @@ def test_a_signal_to_one_process_breaks_the_evaluation_off_in_all(
 ) -> None:
     """The other one must not wait for it in a collective, or go on alone."""
     settings = batched | {"grad_accum": 1, "parallel": scheme, "save_every": 1000}
-    script = tmp_path / "signal_in_evaluation.py"
-    script.write_text(SIGNAL_IN_EVALUATION)
-    broken = torchrun(settings | {"local_workdir": str(tmp_path / "work")})
-    place = broken.index("trainer.entrypoint")
-    broken[place - 1 : place + 1] = [str(script)]
-    done = subprocess.run(
-        broken,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    done = run_script(SIGNAL_IN_EVALUATION, settings, tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("SIGTERM: saving step 2 and stopping") == 2, done.stderr[-4000:]
     assert "one more batch" not in done.stderr
@@ -216,18 +223,7 @@ def test_snapshots_by_time_need_no_equal_clocks(
 ) -> None:
     """It is time in the second process alone, and both gather the sharded state."""
     settings = batched | {"grad_accum": 1, "parallel": scheme, "save_every": 1000}
-    script = tmp_path / "clocks.py"
-    script.write_text(CLOCKS_THAT_DIFFER)
-    command = torchrun(settings | {"local_workdir": str(tmp_path / "work")})
-    place = command.index("trainer.entrypoint")
-    command[place - 1 : place + 1] = [str(script)]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    done = run_script(CLOCKS_THAT_DIFFER, settings, tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     assert list((tmp_path / "work").glob("ckpt_time_*.pt"))
 

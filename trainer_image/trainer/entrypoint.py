@@ -83,13 +83,7 @@ def run(
     if not asked.config.resume_gcs_uri:
         # Said at once; what a checkpoint's metadata gives is checked with it, below
         accumulation(asked, processes.world_size)
-    # Expanded once; a second look at the clock might give another place
-    places = {
-        name: getattr(asked.config, name)
-        for name in ("local_workdir", "output_gcs_uri")
-        if getattr(asked.config, name)
-    }
-    _warn_of_dates({**config_file, **command_line}, places)
+    places = _places(asked.config, {**config_file, **command_line})
     command_line = {**command_line, **places}
     snapshots = Snapshots(asked.config.uri, asked.config.local_workdir)
     dry = asked.config.train_steps == 0 and asked.given("train_steps")
@@ -123,8 +117,10 @@ def run(
     return _train(config, start, spec, snapshots, token, processes)
 
 
-def _warn_of_dates(given: Mapping[str, Any], places: Mapping[str, str]) -> None:
-    """A place with the time in its name is another one when the run is started again."""
+def _places(config: TrainConfig, given: Mapping[str, Any]) -> dict[str, str]:
+    """Where the run writes, dates expanded: a second look at the clock might give another place."""
+    names = [name for name in ("local_workdir", "output_gcs_uri") if getattr(config, name)]
+    places = {name: getattr(config, name) for name in names}
     for name, place in places.items():
         if place != os.path.expanduser(str(given.get(name) or place)):
             log.warning(
@@ -132,6 +128,7 @@ def _warn_of_dates(given: Mapping[str, Any], places: Mapping[str, str]) -> None:
                 name,
                 place,
             )
+    return places
 
 
 def _start(

@@ -482,7 +482,7 @@ class BucketLocation:
                 try:
                     result = request()
                     break
-                except Exception as error:
+                except Exception as error:  # `_is_passing` tells which are tried again
                     if not _is_passing(error):
                         raise
                     if position() > reached:
