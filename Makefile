@@ -33,14 +33,8 @@ compile: $(STAMP) ## compile the pipeline to build/pipeline.yaml (BACKEND=vertex
 	@$(BIN)/python -m pipelines.compile build/pipeline.yaml $(BACKEND)
 
 .PHONY: build-image
-build-image: ## build and push TRAINER_IMAGE: with Cloud Build, or BUILDER=docker
-	@test -n "$(TRAINER_IMAGE)" || { echo "missing: TRAINER_IMAGE; give make build-image TRAINER_IMAGE=REGISTRY/NAME:TAG" >&2; exit 2; }
-ifeq ($(BUILDER),docker)
-	docker build -f trainer_image/Dockerfile -t "$(TRAINER_IMAGE)" .
-	docker push "$(TRAINER_IMAGE)"
-else
-	gcloud builds submit --config trainer_image/cloudbuild.yaml --substitutions "_IMAGE=$(TRAINER_IMAGE)" $(if $(PROJECT),--project "$(PROJECT)") .
-endif
+build-image: $(STAMP) ## build and push TRAINER_IMAGE: with Cloud Build, or BUILDER=docker [DRY_RUN=1]
+	@$(BIN)/python -m pipelines.build_image
 
 .PHONY: submit-pipeline
 submit-pipeline: $(STAMP) ## submit to Vertex AI: PROJECT= PIPELINE_ROOT= TRAINER_IMAGE= [PARAMS= WAIT=1 DRY_RUN=1]

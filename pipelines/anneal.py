@@ -19,6 +19,7 @@ from components.prepare_tokens import prepare_tokens
 from components.resize_reset import resize_reset
 from components.train import train
 from pipelines.settings import LOCAL_IMAGE, Machine, Settings
+from trainer.devices import EXPECTED_GPUS
 
 NAME = "liquid-annealing"
 STAGE_NAMES = {
@@ -225,15 +226,16 @@ def _stages(settings: Settings, backend: str) -> Callable[[str, Any], Callable[.
 def _with_image(component: Any, image: str) -> Any:
     """A copy that runs in the image, as its container's first process.
 
-    The platform sends SIGTERM to that one alone. As kfp writes the command it is a shell, which
-    passes nothing on, so a training would be killed without having saved.
+    Vertex AI sends SIGTERM to that one alone. As kfp writes the command it is a shell, which
+    passes nothing on, so a training would be killed without having saved. (On open-source Kubeflow
+    Pipelines its launcher comes first, and a task goes on from its last periodic snapshot.)
     """
     copied = copy.deepcopy(component)
     container = copied.component_spec.implementation.container
     container.image = image
-    container.command = [
-        _SHELL_CALL.sub(r"export \1\nexec \2", piece) for piece in container.command
-    ]
+    before = container.command
+    container.command = [_SHELL_CALL.sub(r"export \1\nexec \2", piece) for piece in before]
+    assert container.command != before, "this release of kfp writes its command in another way"
     return copied
 
 
@@ -245,6 +247,7 @@ def _ask_for(task: Any, machine: Machine) -> None:
         resource = machine.accelerator_type if "/" in machine.accelerator_type else KUBERNETES_GPU
         task.set_accelerator_type(resource)
         task.set_accelerator_limit(machine.accelerator_count)
+        task.set_env_variable(EXPECTED_GPUS, str(machine.accelerator_count))
 
 
 def _custom_job(component: Any, machine: Machine, settings: Settings, display_name: str) -> Any:
@@ -269,4 +272,5 @@ def _custom_job(component: Any, machine: Machine, settings: Settings, display_na
         encryption_spec_key_name=settings.cmek_key,
         labels=dict(settings.labels),
         strategy="SPOT" if machine.spot else "STANDARD",
+        env=[{"name": EXPECTED_GPUS, "value": str(machine.accelerator_count)}],
     )

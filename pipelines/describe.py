@@ -62,8 +62,10 @@ an earlier task. Nothing of the submission is among them: no time, no name of th
   too: changing one of them for a GPU stage reruns it;
 - a data set is known by its name, configuration and revision, not by its content: where the files
   under one name have changed, give another `dataset_revision`, or `CACHE=0`;
-- an image is known by the name given: name it by digest, `…@sha256:…`;
-- `make rerun` takes the image, machines and key of the run that it repeats.
+- an image is known by the name given: name it by digest, `…@sha256:…` (`make run-local` goes by the
+  stages' code);
+- `make rerun` takes the image, machines, service account, network and key of the run that it
+  repeats.
 """
 
 

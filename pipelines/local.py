@@ -10,6 +10,7 @@ taken from the cache, so a changed parameter of one stage reruns that stage and 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -26,10 +27,13 @@ from typing import Any, NoReturn, TextIO
 import psutil
 from kfp import local
 
+import components
+import trainer
 from pipelines.anneal import build_pipeline
 from pipelines.embedded import build_corpus, build_teacher
 from pipelines.parameters import check_parameters, parse_parameters
-from pipelines.settings import Settings
+from pipelines.settings import LOCAL_IMAGE, Settings
+from pipelines.submit import switch
 from trainer.config import OneLineParser, run_command
 from trainer.errors import LiquidError
 from trainer.log import log, quiet_libraries, set_up_logging
@@ -163,13 +167,15 @@ def run_pipeline(work: Path, parameters: dict[str, Any]) -> LocalRun:
     local.init(
         local.SubprocessRunner(use_venv=False),
         pipeline_root=str(work / "artifacts"),
-        enable_caching=True,
+        enable_caching=switch("CACHE", default=True),
         cache_root=str(work / "cache"),
     )
     log_file = work / "pipeline.log"
     with _readable_output(log_file, run) as stream:
         try:
-            task = build_pipeline(Settings(), "local")(**parameters)
+            # The cache goes by the image's name, among others: other code is another image
+            settings = Settings(trainer_image=f"{LOCAL_IMAGE}:{code_digest()}")
+            task = build_pipeline(settings, "local")(**parameters)
         except RuntimeError as error:
             failed = TASKS.get(run.ran[-1], run.ran[-1]) if run.ran else "the pipeline"
             reason = stream.last_error or _COLOR.sub("", str(error))
@@ -183,6 +189,15 @@ def run_pipeline(work: Path, parameters: dict[str, Any]) -> LocalRun:
             raise
     run.outputs = dict(task.outputs)
     return run
+
+
+def code_digest() -> str:
+    """A digest of all code that the stages run."""
+    digest = hashlib.sha256()
+    for package in (trainer, components):
+        for path in sorted(Path(str(package.__file__)).parent.glob("*.py")):
+            digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 @contextlib.contextmanager

@@ -4,9 +4,10 @@
         PARAMS="continue_train_steps=8000"
 
 Everything else that succeeded, or came from the cache, is skipped. The new run is the old one, with
-its image, machines, key, labels and parameters, but for the parameters given. ``WAIT=1`` follows
-it, ``DRY_RUN=1`` prints the request, ``CACHE=0`` keeps the repeated tasks from being found in the
-cache. (In the local runner the cache does all this: ``make run-local PARAMS=…``.)
+its image, machines, service account, network, key, labels and parameters, but for the parameters
+given (and ``LABELS``, which are added). ``WAIT=1`` follows it, ``DRY_RUN=1`` prints the request,
+``CACHE=0`` keeps the repeated tasks from being found in the cache. (In the local runner the cache
+does all this: ``make run-local PARAMS=…``.)
 """
 
 from __future__ import annotations
@@ -217,6 +218,8 @@ def _repetition(
     if not cache:
         for key in repeated:
             spec["root"]["dag"]["tasks"][key]["cachingOptions"] = {"enableCache": False}
+    # Its custom jobs have an account and a network of their own, the same ones
+    remarks += _unused(settings, original)
     own_labels = {
         key: value for key, value in original.labels.items() if not key.startswith("vertex-ai-")
     }
@@ -225,8 +228,8 @@ def _repetition(
         pipeline_spec=spec,
         runtime_config=original.runtime_config,
         labels=own_labels | dict(settings.labels),
-        service_account=settings.service_account or original.service_account,
-        network=settings.network or original.network,
+        service_account=original.service_account,
+        network=original.network,
         encryption_spec=original.encryption_spec,
         original_pipeline_job_id=int(number),
         pipeline_task_rerun_configs=configs,
@@ -235,6 +238,17 @@ def _repetition(
         job.runtime_config.parameter_values[key] = value
     names = task_names(spec)
     return job, [f"runs again: {', '.join(names[key] for key in repeated)}", *remarks]
+
+
+def _unused(settings: Settings, original: Any) -> list[str]:
+    """What to say of settings that differ from the original run's."""
+    kept = {"service_account": original.service_account, "network": original.network}
+    return [
+        f"{name.upper()}={getattr(settings, name)} is not used: a repetition keeps"
+        f" {value or 'what the run had, none'}"
+        for name, value in kept.items()
+        if getattr(settings, name) not in ("", value)
+    ]
 
 
 def _rerun_configs(spec: Mapping[str, Any], original: Any, key: str) -> tuple[list[Any], list[str]]:

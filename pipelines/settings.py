@@ -23,7 +23,7 @@ STAGES = ("prepare", "anneal", "pick", "resize", "continue", "evaluate")
 LOCAL_IMAGE = "liquid-annealing/trainer:local"
 
 _CPU = re.compile(r"\d+(\.\d+)?m?")
-_MEMORY = re.compile(r"\d+([KMGTPE]i?)?")
+_MEMORY = re.compile(r"[1-9]\d*([KMGTPE]i?)?")
 _LABEL_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 _LABEL_VALUE = re.compile(r"[a-z0-9_-]{0,63}")
 _GPUS_INSIDE = re.compile(r"-(\d+)g(-|$)")
@@ -133,6 +133,8 @@ class Settings:
         "", "your profile's namespace, where open-source Kubeflow Pipelines serves several users"
     )
     machines: Mapping[str, Machine] = field(default_factory=lambda: dict(_DEFAULT_MACHINES))
+    given: frozenset[str] = frozenset()
+    """Names that the environment or the file gives."""
 
     def __post_init__(self) -> None:
         for stage, machine in self.machines.items():
@@ -173,6 +175,28 @@ class Settings:
             raise UsageError(f"PIPELINE_ROOT={self.pipeline_root!r} must start with gs://")
         for stage, machine in self.machines.items():
             _check_custom_job(stage.upper(), machine)
+            unused = ("CPU", "MEMORY") if machine.gpu else ("DISK_GIB", "TIMEOUT_HOURS")
+            why = "its machine type has them" if machine.gpu else "the stage is no custom job"
+            self._refuse_unused(stage, unused, f"Vertex AI would not use it, since {why}")
+
+    def check_accelerators(self, known: Iterable[str]) -> None:
+        """Find accelerators that Vertex AI does not know.
+
+        Args:
+            known: its names of them.
+
+        Raises:
+            UsageError: naming one, and the nearest that is known.
+        """
+        names = list(known)
+        for stage, machine in self.machines.items():
+            if machine.gpu and machine.accelerator_type not in names:
+                near = difflib.get_close_matches(machine.accelerator_type, names, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise UsageError(
+                    f"{stage.upper()}_ACCELERATOR_TYPE={machine.accelerator_type!r} is none of"
+                    f" Vertex AI's{hint}"
+                )
 
     def check_kubeflow(self) -> None:
         """Find what open-source Kubeflow Pipelines would leave out without a word, or not take.
@@ -198,6 +222,13 @@ class Settings:
                         f"{stage.upper()}_{key} is for Vertex AI; leave it out for open-source"
                         " Kubeflow Pipelines"
                     )
+            unused = ("MACHINE_TYPE", "DISK_GIB", "TIMEOUT_HOURS")
+            self._refuse_unused(stage, unused, "open-source Kubeflow Pipelines would not use it")
+
+    def _refuse_unused(self, stage: str, keys: Iterable[str], why: str) -> None:
+        for name in (f"{stage}_{key}".upper() for key in keys):
+            if name in self.given:
+                raise UsageError(f"{name}: {why}; leave it out, or name another file in SETTINGS")
 
     def require(self, *names: str, beside: Mapping[str, str] | None = None) -> Settings:
         """Itself, if every setting named has a value.
@@ -215,7 +246,9 @@ class Settings:
         if missing:
             listed = "; ".join(f"{name} ({what})" for name, what in missing.items())
             # Those beside belong to one command, not to the settings file
-            file = f", or in {DEFAULT_FILE}" if len(missing) > len(beside or {}) else ""
+            kept = ", ".join(name for name in missing if name not in (beside or {}))
+            which = f"{kept} " if beside else ""
+            file = f", or {which}in {DEFAULT_FILE}" if kept else ""
             raise UsageError(
                 f"missing: {listed}. Set {'them' if len(missing) > 1 else 'it'} in the environment,"
                 f" as make {next(iter(missing))}=…{file}"
@@ -241,7 +274,7 @@ def _check_machine(name: str, machine: Machine) -> None:
         value = getattr(machine, key)
         if value < low:
             raise UsageError(f"{name}_{key.upper()}={value} must be at least {low}")
-    if not _CPU.fullmatch(machine.cpu):
+    if not _CPU.fullmatch(machine.cpu) or not float(machine.cpu.removesuffix("m")):
         raise UsageError(f"{name}_CPU={machine.cpu!r}: a number of cores is needed, such as 4")
     if not _MEMORY.fullmatch(machine.memory):
         raise UsageError(f"{name}_MEMORY={machine.memory!r}: write it as 32Gi or 32G")
@@ -293,7 +326,7 @@ def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     """
     known = known_names()
     given = _from_file(environ, known)
-    given |= {name: environ[name] for name in known if environ.get(name)}
+    given |= {name: environ[name] for name in _known_in(environ, known)}
     values: dict[str, Any] = {}
     machines: dict[str, dict[str, Any]] = {stage: {} for stage in STAGES}
     for name, text in given.items():
@@ -307,7 +340,24 @@ def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         stage: Machine(**{**vars(_DEFAULT_MACHINES[stage]), **changes})
         for stage, changes in machines.items()
     }
-    return Settings(machines=merged, **values)
+    return Settings(machines=merged, given=frozenset(given), **values)
+
+
+def _known_in(environ: Mapping[str, str], known: Iterable[str]) -> list[str]:
+    """The names of settings in the environment.
+
+    Raises:
+        UsageError: a name that looks like a stage's and is none.
+    """
+    keys = [spec.name.upper() for spec in fields(Machine)]
+    for name in environ:
+        stage, _, key = name.partition("_")
+        # Others may use such a prefix too, so only what comes near a name is taken for a mistake
+        if stage.lower() in STAGES and key not in keys:
+            near = difflib.get_close_matches(key, keys, 1, cutoff=0.75)
+            if near:
+                raise UsageError(f"unknown setting {name}; did you mean {stage}_{near[0]}?")
+    return [name for name in known if environ.get(name)]
 
 
 def settings_file(environ: Mapping[str, str] = os.environ) -> Path:

@@ -72,10 +72,11 @@ def submit_vertex(settings: Settings, parameters: dict[str, Any]) -> None:
     switches = Switches.from_environment()
     settings.require("project", "region", "pipeline_root", "trainer_image")
     from google.cloud import aiplatform
-    from google.cloud.aiplatform_v1 import PipelineJob
+    from google.cloud.aiplatform_v1 import AcceleratorType, PipelineJob
 
     from pipelines import vertex
 
+    settings.check_accelerators(AcceleratorType.__members__)
     job_id = new_run_id()
     with tempfile.TemporaryDirectory() as scratch, vertex.readable_errors(settings):
         path = compile_to(Path(scratch) / "pipeline.yaml", settings, "vertex")
@@ -124,23 +125,24 @@ def submit_kfp(settings: Settings, parameters: dict[str, Any], host: str) -> Non
 
     with tempfile.TemporaryDirectory() as scratch:
         path = compile_to(Path(scratch) / "pipeline.yaml", settings, "kfp")
+        request: dict[str, Any] = {
+            "arguments": parameters,
+            "run_name": new_run_id(),
+            "experiment_name": settings.experiment or NAME,
+            "enable_caching": switches.cache,
+            "pipeline_root": settings.pipeline_root or None,
+            "service_account": settings.service_account or None,
+            "namespace": settings.namespace or None,
+        }
         if switches.dry_run:
-            print(json.dumps({"host": host, "parameters": parameters}, indent=2))
+            print(json.dumps({"host": host, **request}, indent=2))
+            print("---")
             print(path.read_text())
             return
         token = kubeflow.token_from_environment()
-        client, namespace = kubeflow.connect(host, token, settings.namespace)
+        client, request["namespace"] = kubeflow.connect(host, token, settings.namespace)
         with kubeflow.readable_errors(host):
-            run = client.create_run_from_pipeline_package(
-                str(path),
-                arguments=parameters,
-                run_name=new_run_id(),
-                experiment_name=settings.experiment or NAME,
-                enable_caching=switches.cache,
-                pipeline_root=settings.pipeline_root or None,
-                service_account=settings.service_account or None,
-                namespace=namespace,
-            )
+            run = client.create_run_from_pipeline_package(str(path), **request)
     if not run.run_id:
         raise LiquidError(f"{host} answered without naming a run; check HOST and KFP_TOKEN")
     print(f"submitted {kubeflow.run_page(host, run.run_id)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,8 @@ import psutil
 import pytest
 import torch
 
-from pipelines.local import TASKS, LocalRun, _Readable, run_pipeline
+import trainer
+from pipelines.local import TASKS, LocalRun, _Readable, code_digest, run_pipeline
 from tests.interrupts import with_interrupts
 from trainer.checkpoint import read_checkpoint
 from trainer.errors import LiquidError
@@ -106,6 +108,32 @@ def test_what_a_rerun_does_again(
     assert last.cached == ["prepare-tokens", "train", "pick-best", "resize-reset"]
     first = run_pipeline(work, parameters | {"anneal_train_steps": 4})
     assert first.ran == [task for task in TASKS if task != "prepare-tokens"]
+
+
+def test_other_code_and_no_cache_run_again(
+    work: Path,
+    parameters: dict[str, Any],
+    first_run: LocalRun,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fails = parameters | {"anneal_alpha_schedule": "0:7"}
+
+    def prepares() -> bool:
+        with pytest.raises(LiquidError, match=r"^anneal failed"):
+            run_pipeline(work, fails)
+        return "── prepare: success" in capsys.readouterr().out
+
+    assert not prepares()
+    with monkeypatch.context() as patched:
+        patched.setenv("CACHE", "0")
+        assert prepares()
+    copy = shutil.copytree(Path(str(trainer.__file__)).parent, work / "other")
+    monkeypatch.setattr(trainer, "__file__", str(copy / "__init__.py"))
+    before = code_digest()
+    (copy / "loop.py").write_text("changed")
+    assert code_digest() != before
+    assert prepares()
 
 
 def test_a_failed_stage_is_named_with_its_own_message(

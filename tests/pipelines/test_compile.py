@@ -39,6 +39,7 @@ def compiled(
 ) -> tuple[str, dict[str, Any], str]:
     path = tmp_path_factory.mktemp("compiled") / "pipeline.yaml"
     google = ("ANNEAL_SPOT", "CONTINUE_REPLICAS", "SERVICE_ACCOUNT", "LABELS")
+    google += ("ANNEAL_MACHINE_TYPE", "ANNEAL_TIMEOUT_HOURS")
     vertex_only = google if request.param == "kfp" else ()
     machines = {name: value for name, value in MACHINES.items() if name not in vertex_only}
     compile_to(path, load_settings(machines), request.param)
@@ -89,6 +90,24 @@ def test_gpus_only_where_they_were_asked_for(compiled: tuple[str, dict[str, Any]
         asked = executors(spec)["anneal-512"]["resources"]["accelerator"]
         assert asked["resourceType"] == "nvidia.com/gpu"
         assert asked["resourceCount"] == "2"
+
+
+def test_a_gpu_stage_is_told_how_many_gpus_to_expect(
+    compiled: tuple[str, dict[str, Any], str],
+) -> None:
+    backend, spec, _ = compiled
+    told = {}
+    for name, executor in executors(spec).items():
+        variables = executor.get("env", [])
+        if backend == "vertex" and name in ("anneal-512", "continue-1024", "evaluate"):
+            pools = custom_job(spec, executor)["worker_pool_specs"]
+            variables = pools[0]["container_spec"]["env"]
+            assert all(pool["container_spec"]["env"] == variables for pool in pools)
+        for variable in variables:
+            if variable["name"] == "EXPECTED_GPUS":
+                told[name] = variable["value"]
+    here = {"anneal-512": "2", "continue-1024": "1", "evaluate": "1"}
+    assert told == ({} if backend == "local" else here)
 
 
 def test_gpu_stages_are_custom_jobs_on_vertex(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from google.cloud.aiplatform_v1 import AcceleratorType
 
 from pipelines.settings import Machine, known_names, load_settings
 from trainer.errors import UsageError
@@ -57,6 +58,10 @@ def test_all_that_is_missing_is_named_at_once() -> None:
         ({"LABELS": "team=" + "x" * 64}, "63 at most"),
         ({"ANNEAL_BACKOFF_SECONDS": "-1"}, "ANNEAL_BACKOFF_SECONDS=-1 must be at least 0"),
         ({"ANNEAL_ACCELERATOR_COUNT": "-1"}, "ANNEAL_ACCELERATOR_COUNT=-1 must be at least 0"),
+        ({"PICK_CPU": "0"}, "PICK_CPU='0': a number of cores is needed"),
+        ({"PICK_MEMORY": "0Gi"}, "PICK_MEMORY='0Gi': write it as"),
+        ({"ANNEAL_ACCELERATOR_CNT": "8"}, "did you mean ANNEAL_ACCELERATOR_COUNT?"),
+        ({"ANNEAL_MACHINETYPE": "x"}, "unknown setting ANNEAL_MACHINETYPE; did you mean"),
         ({"PICK_CPU": "two"}, "PICK_CPU='two': a number of cores is needed"),
         ({"PICK_MEMORY": "4 GB"}, "PICK_MEMORY='4 GB': write it as 32Gi or 32G"),
         ({"SETTINGS": "/no/such.yaml"}, "SETTINGS='/no/such.yaml' does not exist"),
@@ -95,6 +100,8 @@ def test_settings_that_make_no_sense(environ: dict[str, str], message: str) -> N
             },
             "ANNEAL_ACCELERATOR_COUNT=4, but ANNEAL_MACHINE_TYPE=g2-standard-12 has 1",
         ),
+        ({"PREPARE_TIMEOUT_HOURS": "1"}, "PREPARE_TIMEOUT_HOURS: Vertex AI would not use it"),
+        ({"ANNEAL_CPU": "4"}, "ANNEAL_CPU: Vertex AI would not use it, since its machine type"),
     ],
 )
 def test_machines_that_vertex_would_refuse(environ: dict[str, str], message: str) -> None:
@@ -102,6 +109,26 @@ def test_machines_that_vertex_would_refuse(environ: dict[str, str], message: str
     with pytest.raises(UsageError) as caught:
         settings.check_vertex()
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["ANNEAL_MACHINE_TYPE", "PICK_DISK_GIB", "ANNEAL_TIMEOUT_HOURS"])
+def test_what_kubeflow_would_not_use(name: str) -> None:
+    settings = load_settings({name: "99"})
+    with pytest.raises(UsageError, match=f"{name}: open-source Kubeflow Pipelines would not use"):
+        settings.check_kubeflow()
+
+
+def test_names_of_others_are_left_alone() -> None:
+    load_settings({"CONTINUE_ON_ERROR": "1", "PREPARE_": "x", "PICK_ME": "2"})
+
+
+def test_accelerators_that_vertex_does_not_know() -> None:
+    settings = load_settings(
+        {"ANNEAL_MACHINE_TYPE": "n1-standard-8", "ANNEAL_ACCELERATOR_TYPE": "NVIDIA_TSLA_T4"}
+    )
+    with pytest.raises(UsageError, match=r"'NVIDIA_TSLA_T4' is none of .* mean NVIDIA_TESLA_T4\?"):
+        settings.check_accelerators(AcceleratorType.__members__)
+    load_settings({}).check_accelerators(AcceleratorType.__members__)
 
 
 def test_machines_that_vertex_takes() -> None:

@@ -386,6 +386,20 @@ def test_rerun_keeps_the_labels_of_the_original(
     assert vertex.requests[-1][2]["labels"] == {"cost-center": "7", "team": "small-models"}
 
 
+def test_rerun_keeps_the_account_and_network_of_the_original(
+    vertex: Loopback, environment: dict[str, str]
+) -> None:
+    """Its custom jobs carry them too."""
+    given = {"RUN": finished_run(vertex, environment), "STAGE": "evaluate"}
+    done = run("rerun", environment | given | {"SERVICE_ACCOUNT": "other@p.iam", "NETWORK": ""})
+    assert done.returncode == 0, done.stderr
+    body = vertex.requests[-1][2]
+    assert (body["serviceAccount"], body["network"]) == (SERVICE_ACCOUNT, NETWORK)
+    kept = f"SERVICE_ACCOUNT=other@p.iam is not used: a repetition keeps {SERVICE_ACCOUNT}"
+    assert kept in done.stdout
+    assert "NETWORK" not in done.stdout
+
+
 def test_rerun_without_the_cache(vertex: Loopback, environment: dict[str, str]) -> None:
     given = {"RUN": finished_run(vertex, environment), "STAGE": "continue-1024", "CACHE": "0"}
     done = run("rerun", environment | given)
@@ -507,6 +521,20 @@ def test_settings_that_kubeflow_would_drop(kubeflow: Loopback, name: str, messag
     done = run("submit", given, "kfp")
     assert done.returncode == 2
     assert message in last_message(done)
+    assert kubeflow.requests == []
+
+
+def test_a_dry_run_for_kubeflow_prints_all_that_would_be_sent(kubeflow: Loopback) -> None:
+    given = {"HOST": kubeflow.url, "TRAINER_IMAGE": IMAGE, "DRY_RUN": "1", "CACHE": "0"}
+    given |= {"EXPERIMENT": "e", "NAMESPACE": "ns", "SERVICE_ACCOUNT": "sa", "PARAMS": "seed=7"}
+    done = run("submit", given, "kfp")
+    assert done.returncode == 0, done.stderr
+    request = json.loads(done.stdout.partition("---")[0])
+    assert request["host"] == kubeflow.url
+    assert request["arguments"] == {"seed": 7}
+    names = ("experiment_name", "namespace", "service_account", "enable_caching")
+    assert [request[name] for name in names] == ["e", "ns", "sa", False]
+    assert "pipelineInfo:" in done.stdout
     assert kubeflow.requests == []
 
 

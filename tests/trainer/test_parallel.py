@@ -16,8 +16,11 @@ import torch
 
 from trainer import entrypoint
 from trainer.checkpoint import Checkpoint, read_checkpoint
-from trainer.errors import UsageError
+from trainer.config import TrainConfig
+from trainer.devices import EXPECTED_GPUS, count_gpus
+from trainer.errors import DeviceError, UsageError
 from trainer.parallel import Nodes, find_nodes, joined_processes
+from trainer.precision import choose_precision
 
 Settings = dict[str, Any]
 
@@ -257,3 +260,19 @@ def test_an_incomplete_environment_of_torchrun_is_named() -> None:
         joined_processes({"LOCAL_RANK": "0"}),
     ):
         pass
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_machine_without_the_gpus_it_was_asked_to_have(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(EXPECTED_GPUS, "1")
+    message = r"torch sees 0 GPUs here, but this machine should have 1 \(EXPECTED_GPUS\); check"
+    with pytest.raises(DeviceError, match=message):
+        entrypoint.run_on_all_gpus(settings)
+    with pytest.raises(DeviceError, match=message), joined_processes({EXPECTED_GPUS: "1"}):
+        pass
+    with pytest.raises(DeviceError, match=message):
+        choose_precision(TrainConfig())
+    for none in ("0", "", "many"):
+        assert count_gpus({EXPECTED_GPUS: none}) == 0

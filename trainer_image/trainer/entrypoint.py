@@ -35,13 +35,14 @@ from trainer.config import (
     settings_from_args,
     settings_from_yaml,
 )
+from trainer.devices import choose_device
 from trainer.errors import CheckpointError, UsageError
 from trainer.hf_token import find_hf_token
 from trainer.log import log, log_values, quiet_libraries, rank_of_process, set_up_logging
 from trainer.loop import RunResult, TrainingLoop
 from trainer.micro_batch import resolve_micro_batch
 from trainer.parallel import Processes, find_nodes, joined_processes, launch_if_needed
-from trainer.precision import choose_device, choose_precision
+from trainer.precision import choose_precision
 from trainer.snapshots import Snapshots, read_from
 from trainer.start import (
     Start,

@@ -29,6 +29,10 @@ class StorageError(LiquidError):
     """A file or object that cannot be read or written."""
 
 
+class DeviceError(LiquidError):
+    """A machine without the GPUs that were asked for."""
+
+
 class TrainingError(LiquidError):
     """Training that cannot go on, for example after repeated non-finite gradients."""
 

@@ -18,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from trainer.devices import choose_device, count_gpus
 from trainer.errors import LiquidError, Preempted, UsageError
 from trainer.log import log
 
@@ -92,10 +93,12 @@ def joined_processes(environ: Mapping[str, str] = os.environ) -> Iterator[Proces
 
     Raises:
         UsageError: torchrun's variables are incomplete.
+        DeviceError: the machine lacks GPUs that it was asked to have.
     """
-    gpu = torch.cuda.is_available()
+    device = choose_device(environ)
+    gpu = device.type == "cuda"
     if "LOCAL_RANK" not in environ:
-        yield Processes(device=torch.device("cuda" if gpu else "cpu"))
+        yield Processes(device=device)
         return
     try:
         rank, world_size, local = (
@@ -103,8 +106,8 @@ def joined_processes(environ: Mapping[str, str] = os.environ) -> Iterator[Proces
         )
     except (KeyError, ValueError) as error:
         raise UsageError(f"the environment of torchrun is incomplete: {error}") from None
-    device = torch.device("cuda", local) if gpu else torch.device("cpu")
     if gpu:
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
@@ -157,13 +160,14 @@ def launch_if_needed(module: str, argv: list[str], environ: Mapping[str, str] = 
         True when it has run to a good end, so that nothing is left to do.
 
     Raises:
+        DeviceError: the machine lacks GPUs that it was asked to have.
         LaunchError: the processes failed; theirs is the message that says why.
         Preempted: a signal stopped them.
     """
     if "LOCAL_RANK" in environ:
         return False
     nodes = find_nodes(environ)
-    gpus = torch.cuda.device_count()
+    gpus = count_gpus(environ)
     if nodes.count * max(1, gpus) == 1:
         return False
     from torch.distributed.run import get_args_parser, parse_args, run

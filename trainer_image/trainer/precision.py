@@ -1,4 +1,4 @@
-"""Device and arithmetic precision of a run."""
+"""Arithmetic precision of a run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from trainer.config import TrainConfig
+from trainer.devices import choose_device
 from trainer.errors import UsageError
 from trainer.gpt2_fp8_body import has_fp8
 from trainer.teacher import PRECISIONS
@@ -40,11 +41,6 @@ class Precision:
         if self.compute == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute)
-
-
-def choose_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def choose_precision(config: TrainConfig, device: torch.device | None = None) -> Precision:

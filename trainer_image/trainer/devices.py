@@ -1,0 +1,46 @@
+"""The GPUs of a machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from trainer.errors import DeviceError
+
+if TYPE_CHECKING:
+    import torch
+
+EXPECTED_GPUS = "EXPECTED_GPUS"
+"""Variable of the environment that tells how many GPUs a machine was asked to have."""
+
+
+def count_gpus(environ: Mapping[str, str] = os.environ) -> int:
+    """GPUs that torch sees.
+
+    Raises:
+        DeviceError: fewer than ``EXPECTED_GPUS``. Where a driver is missing or too old torch sees
+            none, and a run would go on on the CPU of a machine that is paid for its GPUs.
+    """
+    import torch
+
+    found, expected = torch.cuda.device_count(), environ.get(EXPECTED_GPUS, "")
+    if expected.isdecimal() and int(expected) > found:
+        raise DeviceError(
+            f"torch sees {found} GPUs here, but this machine should have {expected}"
+            f" ({EXPECTED_GPUS}); check that its driver is there and new enough for CUDA"
+            f" {torch.version.cuda}"
+        )
+    return found
+
+
+def choose_device(environ: Mapping[str, str] = os.environ) -> torch.device:
+    """The GPU where there is one, else the CPU.
+
+    Raises:
+        DeviceError: fewer GPUs than the machine was asked to have.
+    """
+    import torch
+
+    gpu = count_gpus(environ) > 0 and torch.cuda.is_available()
+    return torch.device("cuda" if gpu else "cpu")
