@@ -10,6 +10,7 @@ import difflib
 import inspect
 import json
 import math
+import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -183,7 +184,8 @@ def check_cloud_parameters(values: Mapping[str, Any]) -> None:
     """Find what a laptop has and a cluster has not.
 
     Raises:
-        UsageError: a checkpoint that is not in a bucket, or a secret not named in full.
+        UsageError: a checkpoint that is not in a bucket, a teacher or a data set of this machine,
+            or a secret not named in full.
     """
     checkpoint = values.get("resume_gcs_uri") or ""
     if checkpoint and not _OBJECT.fullmatch(checkpoint):
@@ -191,6 +193,14 @@ def check_cloud_parameters(values: Mapping[str, Any]) -> None:
             f"PARAMS: resume_gcs_uri={checkpoint!r}: no stage can read it there; copy it to"
             " gs://BUCKET/NAME"
         )
+    for name in ("teacher_name", "dataset_name"):
+        place = values.get(name) or ""
+        # One that is not here may be in the image, and Vertex AI mounts buckets under /gcs
+        if place.startswith((".", "~", "/")) and os.path.exists(os.path.expanduser(place)):
+            raise UsageError(
+                f"PARAMS: {name}={place!r} is on this machine, where no stage can read it; give a"
+                " hub name, or on Vertex AI /gcs/BUCKET/NAME"
+            )
     secret = values.get("hf_secret_name") or ""
     if secret and not _SECRET.fullmatch(secret):
         raise UsageError(

@@ -261,6 +261,7 @@ def test_parameters_are_checked_before_anything_is_sent(
         ("", {"ANNEAL_MACHINE_TYPE": "g2-standard-12"}, "g2-standard-12 has NVIDIA_L4"),
         ("resume_gcs_uri=/home/me/x.pt", {}, "resume_gcs_uri='/home/me/x.pt': no stage can read"),
         ("resume_gcs_uri=gs://b", {}, "copy it to gs://BUCKET/NAME"),
+        ("dataset_name=~", {}, "dataset_name='~' is on this machine, where no stage can read it"),
         ("hf_secret_name=mine", {}, "write projects/P/secrets/S[/versions/V]"),
     ):
         done = run("submit", environment | machines | {"PARAMS": params}, "vertex")
