@@ -60,9 +60,22 @@ def test_retention_keeps_the_last_of_each_kind() -> None:
     bests = [ckpt.best_name(step, 4.0 - step / 1e4) for step in (5, 50, 500, 5000)]
     hour = 3600
     times = [ckpt.time_name(1_700_000_000 + at) for at in (0, 30 * 60, 4 * hour, 5 * hour)]
-    drop = ckpt.outdated([*steps, *bests, *times, "best.pt", "final.pt", "notes.txt"])
+    names = [*steps, *bests, *times, "best.pt", "final.pt", "notes.txt"]
+    drop = ckpt.outdated(names, [steps[-1], bests[-1], times[-1], "best.pt"])
     assert sorted(drop) == sorted([*steps[:2], bests[0], *times[:2]])
-    assert ckpt.outdated([*steps[2:], *bests[1:], *times[2:]]) == []
+    assert ckpt.outdated(names, [steps[-1]]) == steps[:2]
+    kept = [*steps[2:], *bests[1:], *times[2:]]
+    assert ckpt.outdated(kept, [steps[-1], bests[-1], times[-1]]) == []
+
+
+def test_a_new_checkpoint_makes_no_room_for_one_that_only_seems_newer() -> None:
+    """Damaged ones of higher steps that a start went back behind, and clocks that ran ahead."""
+    steps = [ckpt.step_name(step) for step in range(100, 200, 10)]
+    assert ckpt.outdated(steps, [ckpt.step_name(120)]) == []
+    assert ckpt.outdated(steps, [ckpt.step_name(150)]) == [ckpt.step_name(100)]
+    times = [ckpt.time_name(1_700_000_000 + day * 86_400) for day in (0, 1, 2)]
+    assert ckpt.outdated(times, [times[0]]) == []
+    assert ckpt.outdated(times, [times[1]]) == [times[0]]
 
 
 # ── round trip
@@ -155,6 +168,21 @@ def lie_about_size(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
+def two_directories(path: Path) -> None:
+    """Python finds a directory of small stored entries; torch, by its offset, of a bomb."""
+    zip_with(path, compressed=True)
+    data = path.read_bytes()
+    end = data.rfind(b"PK\x05\x06")
+    start = int.from_bytes(data[end + 16 : end + 20], "little")
+    harmless = bytearray(data[start:end])
+    at = 0
+    while at < len(harmless):
+        harmless[at + 10 : at + 12] = bytes(2)
+        harmless[at + 20 : at + 28] = (1).to_bytes(4, "little") * 2
+        at += 46 + sum(harmless[at + 28 : at + 33 : 2])
+    path.write_bytes(data[:end] + bytes(harmless) + data[end:])
+
+
 def hostile_files(directory: Path) -> dict[str, tuple[Path, str]]:
     """Name → file and a part of the one line it gets."""
     made: dict[str, tuple[Path, str]] = {}
@@ -182,7 +210,34 @@ def hostile_files(directory: Path) -> dict[str, tuple[Path, str]]:
     zip_with(directory / "compressed.pt", compressed=True)
     made["zip bomb"] = (directory / "compressed.pt", "it is a compressed archive")
     lie_about_size(directory / "lying.pt")
-    made["lying size"] = (directory / "lying.pt", "")
+    made["lying size"] = (directory / "lying.pt", "it claims 4026")
+    two_directories(directory / "two directories.pt")
+    made["two directories"] = (directory / "two directories.pt", "its directory is not where")
+    newer = bytearray(whole)
+    newer[whole.rfind(b"PK\x01\x02") + 6] = 99
+    raw("of a newer zip", bytes(newer), "not a checkpoint of torch.save")
+    codec = pickle.dumps({}, 2)[:2] + b"c_codecs\nencode\n(X\x01\0\0\0aX\x03\0\0\0zzztR."
+    for name, program in (("cut pickle", b"\x80\x02J\x01"), ("codec", codec)):
+        with zipfile.ZipFile(directory / f"{name}.pt", "w") as archive:
+            archive.writestr("archive/data.pkl", program)
+            archive.writestr("archive/version", "3\n")
+        made[name] = (directory / f"{name}.pt", "cannot be read as a checkpoint")
+    shared = torch.zeros(64, 16)
+    saved("shared", with_weights({f"w{i}": shared for i in range(99)}), "its weights are")
+    wide = torch.full((16,), 1e300, dtype=torch.float64)
+    saved("too wide", with_weights({"ln_f.bias": wide}), "ln_f.bias has values that are not finite")
+    nested = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+    saved("nested", with_weights({"ln_f.bias": nested}), "not a dense float one")
+    layers: Any = []
+    for _ in range(64):
+        layers = [layers, layers]
+    cyclic: list[Any] = []
+    cyclic.append(cyclic)
+    many = {"model": small_weights(), "step": 1}
+    for name, value in (("deep", layers), ("cyclic", cyclic), ("long", "x" * (1 << 21))):
+        saved(f"{name} metadata", many | {"meta": {"alpha": value}}, "larger than any run's")
+    saved("metrics", many | {"meta": {"metrics": {"a": "x" * 99}}}, "metrics that are not numbers")
+    saved("meta step", many | {"meta": {"step": torch.zeros(2)}}, "has a Tensor in it")
     meta_device = torch.zeros(64, 16, device="meta")
     saved("no values", with_weights({"embed.weight": meta_device}), "a shape but no values")
     float8 = torch.zeros(64, 16).to(torch.float8_e4m3fn)
@@ -298,8 +353,17 @@ def test_optimizer_state_of_another_student_is_refused(tmp_path: Path) -> None:
         (lambda o: o["state"].update({0: 1.0}), "state is of other parameters"),
         (
             lambda o: o["state"][0].update(exp_avg_sq=torch.zeros(4, device="meta")),
-            "the optimizer's state has tensors without values",
+            "exp_avg_sq has a shape but no values",
         ),
+        (lambda o: o["state"][0].update(step="x"), "step is a str, not a number"),
+        (lambda o: o["state"][0].update(step=-1), "step is -1, which cannot be"),
+        (lambda o: o["state"][0].update(step=math.nan), "step is nan, which cannot be"),
+        (lambda o: o["state"][0]["exp_avg_sq"].neg_().sub_(1), "exp_avg_sq is -.*, which cannot"),
+        (
+            lambda o: o["state"][0].update(exp_avg=torch.full((2,), 1e300, dtype=torch.float64)),
+            "exp_avg has values that are not finite",
+        ),
+        (lambda o: o["param_groups"][0].update(params=[torch.zeros(3)]), "groups are damaged"),
     ],
 )
 def test_damaged_optimizer_state_is_refused(
@@ -312,7 +376,9 @@ def test_damaged_optimizer_state_is_refused(
         read_checkpoint(tmp_path / "base.pt").optimizer_by_name()
 
 
-@pytest.mark.parametrize("names", [5, {"a": 1}, [1, 2], "embed.weight"])
+@pytest.mark.parametrize(
+    "names", [5, {"a": 1}, [1, 2], "embed.weight", torch.zeros(3)], ids=lambda v: type(v).__name__
+)
 def test_damaged_names_of_the_optimizer_are_refused(tmp_path: Path, names: Any) -> None:
     payload = base_package_payload(trained=24, rows=100)
     torch.save(payload | {"trainer_state": {"optimizer_names": names}}, tmp_path / "base.pt")

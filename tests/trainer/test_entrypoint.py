@@ -122,7 +122,9 @@ def test_compiled_students_learn_the_same(settings: Settings, tmp_path: Path) ->
         done = command(*flags(settings, log_interval=1, train_steps=3, eps=1e-5, **work))
         assert done.returncode == 0, done.stderr
         weights[compiled] = read_checkpoint(tmp_path / compiled / "final.pt").weights
-        logs[compiled] = [json.loads(line) for line in done.stderr.splitlines()]
+        # torch's compiler may warn of the machine in lines of its own
+        ours = [line for line in done.stderr.splitlines() if line.startswith("{")]
+        logs[compiled] = [json.loads(line) for line in ours]
     for name, expected in weights["off"].items():
         assert float((weights["on"][name] - expected).norm() / expected.norm()) <= 1e-4, name
     for compiled, lines in logs.items():

@@ -64,3 +64,10 @@ def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="does not hold text"):
         find_hf_token(TrainConfig(hf_token_gcs_uri=str(tmp_path / "binary")), {})
+
+
+@pytest.mark.parametrize("token", ["hf_a\n# team", "hf a", "hf_\x00"])
+def test_what_no_header_could_carry_is_no_token(token: str) -> None:
+    with pytest.raises(UsageError, match="^--hf_token_value holds no token") as caught:
+        find_hf_token(TrainConfig(hf_token_value=token), {})
+    assert token not in str(caught.value)

@@ -390,11 +390,14 @@ def test_repeated_bad_updates_end_the_run_with_the_last_checkpoint_kept(
     message = str(caught.value)
     assert "5 updates in a row had a non-finite gradient, the last at step 8" in message
     assert "learning rate" in message
+    assert f"the last good checkpoint, of step 6, is kept at {tmp_path / 'work'}" in message
     kept = read_checkpoint(tmp_path / "work" / "ckpt_step_3.pt")
     assert kept.step == 3
 
 
-def test_weights_that_are_not_finite_are_never_best(settings: Settings, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_never_best_nor_saved(
+    settings: Settings, tmp_path: Path
+) -> None:
     config = resolve(settings | {"grad_accum": 1}, {}).config
     streams = streams_for(config)
     precision = choose_precision(config)
@@ -414,6 +417,8 @@ def test_weights_that_are_not_finite_are_never_best(settings: Settings, tmp_path
         unused = set(range(512)) - set(streams.validation[:1001].tolist())
         start.student.embed.weight[unused.pop()] = float("inf")
     assert run._evaluate(scalars) == []
+    with pytest.raises(TrainingError, match="not finite after step 0; no checkpoint had been due"):
+        run._save(["ckpt_step_0.pt"])
     with torch.no_grad():
         start.student.embed.weight.nan_to_num_(posinf=0.0)
     assert run._evaluate(scalars) != []

@@ -17,6 +17,7 @@ from trainer.checkpoint import Snapshot
 from trainer.errors import CheckpointError, StorageError
 from trainer.scratch import scratch_directory
 from trainer.snapshots import Snapshots, read_from
+from trainer.storage import open_location
 
 
 def snapshot(step: int) -> Snapshot:
@@ -117,8 +118,6 @@ def test_a_location_whose_snapshots_are_all_damaged_is_not_started_over(tmp_path
         path.write_bytes(path.read_bytes()[:-1])
         return path
 
-    (tmp_path / ckpt.step_name(9)).write_bytes(b"of an upload that was cut off by a kill")
-    assert Snapshots(str(tmp_path), str(tmp_path)).newest() is None
     damaged(1), damaged(2)
     Path(tmp_path, "best.pt").write_bytes(b"x")
     Path(tmp_path, "best.pt.meta.json").write_bytes(b"{")
@@ -135,3 +134,77 @@ def test_a_location_whose_snapshots_are_all_damaged_is_not_started_over(tmp_path
     newest = Snapshots(str(tmp_path), str(tmp_path)).newest()
     assert newest is not None
     assert newest.step == 0
+
+
+def test_a_kill_before_the_first_sidecar_leaves_no_snapshot(
+    tmp_path: Path, gcs_bucket: str
+) -> None:
+    of_a_run = snapshot(3)
+    of_a_run.meta["settings"] = {"seed": 1}
+    of_a_run.write(tmp_path / ckpt.step_name(3))
+    (tmp_path / ckpt.sidecar_name(ckpt.step_name(3))).unlink()
+    open_location(gcs_bucket).put(tmp_path / ckpt.step_name(3), ckpt.step_name(3))
+    for uri in (str(tmp_path), gcs_bucket):
+        assert Snapshots(uri, str(tmp_path / "work")).newest() is None
+
+
+@pytest.mark.parametrize("content", ["of the base package", "damaged"])
+def test_a_checkpoint_of_no_run_is_not_written_over(
+    tmp_path: Path, gcs_bucket: str, content: str
+) -> None:
+    """The base package's have the same names and no sidecars."""
+    for name in (ckpt.step_name(62_000), ckpt.BEST):
+        if content == "damaged":
+            (tmp_path / name).write_bytes(b"x")
+        else:
+            torch.save({"model": {"weight": torch.zeros(4)}, "step": 62_000}, tmp_path / name)
+        open_location(gcs_bucket).put(tmp_path / name, name)
+    for uri in (str(tmp_path), gcs_bucket):
+        with pytest.raises(CheckpointError, match="has no sidecar and is no snapshot of this run"):
+            Snapshots(uri, str(tmp_path / "work")).newest()
+
+
+def test_retention_leaves_alone_what_a_fresh_run_did_not_write(tmp_path: Path) -> None:
+    snapshots = Snapshots(str(tmp_path), str(tmp_path))
+    for step in range(60_000, 60_006):
+        (tmp_path / ckpt.step_name(step)).write_bytes(b"x")
+    for step in range(1, 8):
+        snapshots.save(snapshot(step), [ckpt.step_name(step)])
+    snapshots.finish()
+    steps = {path.name for path in tmp_path.glob("ckpt_step_*.pt")}
+    kept = [*range(3, 8), *range(60_000, 60_006)]
+    assert steps == {ckpt.step_name(step) for step in kept}
+
+
+def test_damaged_snapshots_take_no_room_from_new_ones(tmp_path: Path) -> None:
+    snapshot(150).write(tmp_path / ckpt.best_name(150, 4.0))
+    for step in range(180, 280, 20):
+        snapshot(step).write(tmp_path / ckpt.step_name(step))
+        damaged = (tmp_path / ckpt.step_name(step)).read_bytes()
+        (tmp_path / ckpt.step_name(step)).write_bytes(damaged[:-1] + b"x")
+    snapshots = Snapshots(str(tmp_path), str(tmp_path))
+    found = snapshots.newest()
+    assert found is not None
+    assert found.step == 150
+    snapshots.save(snapshot(162), [ckpt.step_name(162)])
+    snapshots.finish()
+    again = Snapshots(str(tmp_path), str(tmp_path)).newest()
+    assert again is not None
+    assert again.step == 162
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_the_rolling_best_is_the_best_again_after_a_kill(
+    tmp_path: Path, gcs_bucket: str, remote: bool
+) -> None:
+    uri = gcs_bucket if remote else str(tmp_path / "run")
+    first = Snapshots(uri, str(tmp_path / "first"))
+    first.save(snapshot(2), [ckpt.best_name(2, 4.2), ckpt.BEST])
+    first.save(snapshot(4), [ckpt.best_name(4, 4.1)])  # and then a kill
+    first.finish()
+    second = Snapshots(uri, str(tmp_path / "second"))
+    second.restore_best(4)
+    best = read_from(f"{uri}/{ckpt.BEST}", tmp_path / "second")
+    assert best.step == 4
+    second.restore_best(6)  # of which there is none
+    assert read_from(f"{uri}/{ckpt.BEST}", tmp_path / "second").step == 4

@@ -760,12 +760,22 @@ def test_a_broken_list_of_writers_costs_only_the_name(tmp_path: Path) -> None:
     first, second = at(str(tmp_path)), at(str(tmp_path))
     first.list(), second.list()
     first.put_bytes(b"1", "best.pt")
-    for broken in (b"{", b"[1]", b"\xff"):
+    for broken in (b"{", b"[1]", b"\xff", b"[" * 200_000):
         (tmp_path / ".writers.json").write_bytes(broken)
         with pytest.raises(StorageConflictError, match="left no name"):
             second.put_bytes(b"2", "best.pt")
     first.put_bytes(b"3", "best.pt")
     assert list(json.loads((tmp_path / ".writers.json").read_text())) == ["best.pt"]
+
+
+def test_a_list_of_writers_behind_a_link_is_not_written_to(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"{}")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".writers.json").symlink_to(victim)
+    with pytest.raises(StorageError, match=os.strerror(errno.ELOOP)):
+        at(str(tmp_path / "run")).put_bytes(b"1", "best.pt")
+    assert victim.read_bytes() == b"{}"
 
 
 def test_an_error_without_a_rule_keeps_its_own_words(tmp_path: Path) -> None:

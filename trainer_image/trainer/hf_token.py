@@ -19,7 +19,8 @@ def find_hf_token(config: TrainConfig, environ: Mapping[str, str] = os.environ) 
     Once found it is hidden from everything that is logged.
 
     Raises:
-        LiquidError: a source was named, none before it had a token, and it cannot be read.
+        LiquidError: a source was named, none before it had a token, and it cannot be read or
+            holds something else.
     """
     token, source = next(
         ((environ[name].strip(), name) for name in ENVIRONMENT_NAMES if environ.get(name)), ("", "")
@@ -35,6 +36,9 @@ def find_hf_token(config: TrainConfig, environ: Mapping[str, str] = os.environ) 
     if not token:
         return None
     hide(token)
+    if not (token.isascii() and token.isprintable() and " " not in token):
+        # No header could carry it, and a message that quotes it would not be recognised
+        raise UsageError(f"{source} holds no token: it has spaces or other such characters")
     log.info("Hugging Face token taken from %s", source)
     return token
 

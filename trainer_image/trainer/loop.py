@@ -342,9 +342,14 @@ class TrainingLoop:
             if in_row >= self.config.max_nonfinite:
                 raise TrainingError(
                     f"{in_row} updates in a row had a non-finite gradient, the last at step {step}"
-                    f" with learning rate {self._learning_rate(step):.3g}; the last good checkpoint"
-                    f" is kept at {self.config.uri}. Lower --lr_peak or lengthen --warmup_steps"
+                    f" with learning rate {self._learning_rate(step):.3g}; {self._kept()}. Lower"
+                    " --lr_peak or lengthen --warmup_steps"
                 )
+
+    def _kept(self) -> str:
+        if self._saved < 0:
+            return "no checkpoint had been due"
+        return f"the last good checkpoint, of step {self._saved}, is kept at {self.config.uri}"
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate(
@@ -403,6 +408,11 @@ class TrainingLoop:
         if not names:
             return
         self._count_skipped(wait=True)
+        if self.processes.any(not self.device_step.weights_are_finite()):
+            raise TrainingError(
+                f"the weights are not finite after step {self.step}; {self._kept()}. Lower"
+                " --lr_peak or lengthen --warmup_steps"
+            )
         with self.window.paused():
             if self.processes.main:
                 self.snapshots.save(self.snapshot(), names)
@@ -427,6 +437,8 @@ class TrainingLoop:
         if self.step == self.config.train_steps:
             names.append(ckpt.FINAL)
         self._save(names)
+        if self.processes.main and ckpt.BEST not in names and self.progress.best_step >= 0:
+            self.snapshots.restore_best(self.progress.best_step)
 
     def _log(self, scalars: ScalarLog) -> None:
         if self.precision.device.type == "cuda":

@@ -140,15 +140,17 @@ class Snapshots:
         self._staging = self.workdir if is_remote(uri) else Path(uri).expanduser()
         self._uploads: Uploader | None = None
         self._names: set[str] = set()
+        """Checkpoints of this run, which retention may remove."""
+        self._goes_on = False
 
     def newest(self) -> Checkpoint | None:
         """The newest whole checkpoint; damaged ones are logged and passed over. None: no run yet.
 
-        Weights without a sidecar are what a kill leaves of an upload, and no snapshot.
+        Weights of a run without a sidecar are what a kill leaves of an upload, and no snapshot.
 
         Raises:
-            CheckpointError: there are snapshots, but none can be used; a run that started over
-                would do so on top of them.
+            CheckpointError: there are snapshots, but none can be used, or there is somebody's
+                checkpoint that is of no run; a run that started would do so on top of them.
             StorageError: the location or this machine keeps one from being read.
         """
         candidates, unreadable = _read_sidecars(self.location)
@@ -159,7 +161,9 @@ class Snapshots:
         refused: dict[str, str] = {}
         for sidecar in candidates:
             try:
-                return read_verified(self.location, sidecar, self.workdir)
+                found = read_verified(self.location, sidecar, self.workdir)
+                self._goes_on = True
+                return found
             except (CheckpointError, StorageMissingError) as error:
                 log.warning("%s; the next newest is tried", error)
                 if not isinstance(error, StorageMissingError):
@@ -172,7 +176,53 @@ class Snapshots:
                 " put a whole one there, or give another --output_gcs_uri or --local_workdir to"
                 " start over"
             )
+        self._refuse_foreign()
         return None
+
+    def _refuse_foreign(self) -> None:
+        """Where no sidecar tells: every checkpoint there must be a run's, whose upload was killed.
+
+        The base package's have the same names, and would be overwritten.
+        """
+        for entry in self.location.list():
+            if not ckpt.is_checkpoint_name(entry.name):
+                continue
+            uri = self.location.child(entry.name)
+            try:
+                ckpt.run_settings_of(read_from(uri, self.workdir).meta)
+            except StorageMissingError:
+                continue
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{uri} has no sidecar and is no snapshot of this run ({error}); give another"
+                    " --output_gcs_uri or --local_workdir"
+                ) from None
+
+    def restore_best(self, step: int) -> None:
+        """Let the rolling best be the best again, where a kill came before it was there.
+
+        Args:
+            step: of the best checkpoint, as the run's newest snapshot tells.
+
+        Raises:
+            StorageError: it cannot be read or written.
+        """
+        found = {one.name: one for one in read_sidecars(self.location)}
+        rolling = found.get(ckpt.BEST)
+        best = next((one for one in found.values() if ckpt.is_best_of(one.name, step)), None)
+        if best is None or (rolling is not None and rolling.step >= step):
+            return
+        with scratch_directory("fetch", self.workdir) as scratch:
+            path = fetch(self.location.child(best.name), Path(scratch))
+            try:
+                ckpt.verify_file(path, best)
+            except CheckpointError as error:
+                log.warning("%s, so %s is left as it is", error, ckpt.BEST)
+                return
+            self.location.put(path, ckpt.BEST)
+            sidecar = replace(best, name=ckpt.BEST).dump()
+            self.location.put_bytes(sidecar, ckpt.sidecar_name(ckpt.BEST))
+        log.info("%s is %s again", ckpt.BEST, best.name)
 
     def check_writable(self) -> None:
         """Fail now rather than at the first checkpoint; clear what a killed process left.
@@ -194,17 +244,19 @@ class Snapshots:
             LiquidError: an earlier snapshot could not be written.
         """
         if self._uploads is None:
-            self._names = {entry.name for entry in self.location.list()}
+            there = {entry.name for entry in self.location.list()}
+            self._names = there if self._goes_on else set()
             self._uploads = Uploader(self.location)
         self._uploads.wait_for_room(_IN_FLIGHT)
         staged = _Staged(snapshot, self._staging)
         order = {ckpt.BEST: 1, ckpt.FINAL: 2}
-        for name in sorted(dict.fromkeys(names), key=lambda name: order.get(name, 0)):
+        written = sorted(dict.fromkeys(names), key=lambda name: order.get(name, 0))
+        for name in written:
             pair = [name, ckpt.sidecar_name(name)]
             key = ckpt.BEST if name == ckpt.BEST else None
             self._uploads.submit_made(pair, partial(staged.files, name), key=key)
             self._names.add(name)
-        for old in ckpt.outdated(self._names):
+        for old in ckpt.outdated(self._names, written):
             self._names.remove(old)
             self._uploads.submit_delete(ckpt.sidecar_name(old))
             self._uploads.submit_delete(old)

@@ -43,6 +43,7 @@ Source = str | os.PathLike[str] | BinaryIO
 
 _BLOCK = 4 * MIB
 _LOCK_NAME = ".writers.json"
+_WRITERS_LIMIT = 1 << 20
 _TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
 # A temporary file this much older than "now" (by the clock of the file system) has no writer that
 # is still between creating it and locking it
@@ -547,12 +548,14 @@ class LocalLocation:
     @contextmanager
     def _writers(self) -> Iterator[dict[str, str]]:
         """The lock on the directory and, to be changed, who wrote each of its files."""
-        handle = os.open(self._root / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        # Behind a link it would be somebody else's file that is written to
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        handle = os.open(self._root / _LOCK_NAME, flags, 0o666)
         with open(handle, "r+b") as file:
             _lock_file(file, wait=True)
             try:
-                writers = json.loads(file.read() or b"{}")
-            except ValueError:
+                writers = json.loads(file.read(_WRITERS_LIMIT) or b"{}")
+            except (ValueError, RecursionError):
                 writers = {}  # its writer was killed; only names for messages are lost
             before = dict(writers) if isinstance(writers, dict) else {}
             writers = dict(before)

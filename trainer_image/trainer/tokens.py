@@ -457,7 +457,8 @@ def _write_stream(
         for number, texts in enumerate(batches):
             for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
                 if ids:
-                    np.asarray([*ids, tokenizer.eos_token_id], dtype=dtype).tofile(file)
+                    # Not tofile, whose error on a full disk does not say so
+                    file.write(np.asarray([*ids, tokenizer.eos_token_id], dtype=dtype).tobytes())
                     total += len(ids) + 1
             bar.update(len(texts))
             if not on_terminal() and number % 400 == 399:
