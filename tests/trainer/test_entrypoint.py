@@ -312,6 +312,12 @@ def test_the_checkpoints_batch_decides_what_a_micro_batch_must_divide(
     other = phase | {"local_workdir": str(tmp_path / "derived"), "grad_accum": 2}
     entrypoint.run(other | {"micro_batch": 2})
     assert "global_batch = 4 (derived)" in caplog.text
+    left_out = phase | {"local_workdir": str(tmp_path / "fits"), "train_steps": 0}
+    del left_out["micro_batch"]
+    caplog.clear()
+    entrypoint.run(left_out)  # 8 windows would leave a remainder, and 5 are the most that do not
+    assert "micro_batch = 5 (derived)" in caplog.text
+    assert "grad_accum = 2 (derived)" in caplog.text
     fails(phase | {"local_workdir": str(tmp_path / "other")}, 2, "--global_batch=10", micro_batch=3)
 
 
@@ -594,7 +600,11 @@ def test_a_run_without_a_finite_evaluation_fails(settings: Settings, tmp_path: P
 def test_a_student_of_another_vocabulary(settings: Settings, tmp_path: Path) -> None:
     torch.save(base_package_payload(trained=32, rows=64)["model"], tmp_path / "small.pt")
     resumed = base_settings(settings, tmp_path / "small.pt")
-    fails(resumed, 1, "has a vocabulary of 64, the tokenizer one of 512")
+    resumed["cache_dir"] = str(tmp_path / "cache")
+    for steps in (0, 1):
+        message = "has a vocabulary of 64, the tokenizer one of 512"
+        fails(resumed, 1, message, train_steps=steps)
+    assert not (tmp_path / "cache").exists(), "the data set was tokenized before"
 
 
 def test_a_teacher_that_cannot_be_loaded_ends_the_run_before_training(

@@ -16,9 +16,11 @@ import torch
 from trainer import entrypoint, evaluate, step
 from trainer.checkpoint import Checkpoint, read_checkpoint
 from trainer.config import resolve
+from trainer.distill import DistillLoss
 from trainer.errors import Preempted, TrainingError, UsageError
 from trainer.evaluate import Evaluator
-from trainer.loop import RunResult, TrainingLoop
+from trainer.loop import RunResult, TrainingLoop, _LogWindow
+from trainer.parallel import Processes
 from trainer.precision import Precision, choose_precision
 from trainer.start import from_scratch
 from trainer.step import TrainStep
@@ -379,6 +381,22 @@ def test_a_bad_update_is_skipped_and_counted(
     assert math.isfinite(state["best_value"])
     steps = {float(m["step"]) for m in final(tmp_path / "work").optimizer_by_name().values()}
     assert steps == {4.0}, "AdamW counts the updates that were made"
+
+
+def test_the_log_tells_of_what_was_finite_alone() -> None:
+    def output(*values: float) -> DistillLoss:
+        return DistillLoss(*map(torch.tensor, values))
+
+    window = _LogWindow(torch.device("cpu"))
+    for loss, ce, kd in ((2.0, 3.0, math.nan), (math.nan, math.inf, math.nan), (4.0, 5.0, 1.0)):
+        window.add(output(loss, ce, kd))
+    for norm in (math.inf, 0.5, 1.5):
+        window.add_norm(torch.tensor(norm))
+    assert window.means(Processes()) == {"loss": 3.0, "ce": 4.0, "kd": 1.0, "grad_norm": 1.0}
+    window.clear()
+    window.add(output(math.nan, math.nan, math.nan))
+    window.add_norm(torch.tensor(math.nan))
+    assert window.means(Processes()) == {}
 
 
 def test_repeated_bad_updates_end_the_run_with_the_last_checkpoint_kept(

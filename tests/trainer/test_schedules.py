@@ -80,8 +80,8 @@ def test_pending_is_what_lies_ahead() -> None:
     ("text", "parts"),
     [
         ("0:0.7,4x0:0.5", ["entry 2 ('4x0:0.5')", "'x' at character 8", "whole number"]),
-        ("0:0.7,400", ["entry 2 ('400')", "':' is missing"]),
-        ("0:0.7,,800:0.3", ["entry 2 ('')", "it is empty"]),
+        ("0:0.7,400", ["entry 2 ('400')", "character 10", "':' is missing"]),
+        ("0:0.7,,800:0.3", ["entry 2 ('')", "character 7", "it is empty"]),
         ("0:0.7,", ["entry 2", "it is empty"]),
         ("0:abc", ["entry 1 ('0:abc')", "'a' at character 3", "decimal number"]),
         ("0:0.7.1", ["'.' at character 6"]),

@@ -22,6 +22,7 @@ from trainer import checkpoint as ckpt
 from trainer.checkpoint import Checkpoint
 from trainer.config import (
     AUTO,
+    CHECKPOINT,
     DEFAULT,
     REQUIRED,
     SETTINGS,
@@ -109,8 +110,13 @@ def run(
     spec = _teacher_spec(config, token)
     start = _start(resolved, own, foreign, token)
     vocabulary = start.student.config.vocab_size
+    # Before a data set is tokenized; a token stream tells its own vocabulary
+    known = own is not None or config.tokens_dir
     check_vocabularies(
-        vocabulary, None, spec.vocab_size if spec else None, config.resume_gcs_uri or "student"
+        vocabulary,
+        None if known else len(load_tokenizer(config.teacher, token)),
+        spec.vocab_size if spec else None,
+        config.resume_gcs_uri or "student",
     )
     if config.train_steps == 0:
         log.info("--train_steps=0: settings resolved and checkpoint read, nothing trained")
@@ -154,10 +160,10 @@ def _train(
     if processes.main:
         snapshots.check_writable()
     precision = choose_precision(config, processes.device)
-    if processes.local_rank == 0:
-        streams_for(config, token)
+    # The first process of a machine makes what the others then find
+    streams = streams_for(config, token) if processes.local_rank == 0 else None
     processes.barrier()
-    streams = streams_for(config, token)
+    streams = streams or streams_for(config, token)
     check_tokens(start, streams.info.fingerprint)
     check_vocabularies(
         start.student.config.vocab_size,
@@ -280,6 +286,7 @@ def _with_accumulation(resolved: Resolved, world_size: int) -> Resolved:
 
     Where ``micro_batch`` is yet to be found, ``grad_accum`` stays open.
     """
+    resolved = _with_fitting_micro_batch(resolved, world_size)
     steps = accumulation(resolved, world_size)
     if steps == AUTO:
         return resolved
@@ -295,6 +302,19 @@ def _with_accumulation(resolved: Resolved, world_size: int) -> Resolved:
         or getattr(config, name) != getattr(resolved.config, name)
     }
     return Resolved(config, {**resolved.sources, **derived})
+
+
+def _with_fitting_micro_batch(resolved: Resolved, world_size: int) -> Resolved:
+    """With the largest micro-batch up to the default that divides a checkpoint's global batch."""
+    config, sources = resolved.config, resolved.sources
+    told = (sources["micro_batch"], sources["global_batch"]) == (DEFAULT, CHECKPOINT)
+    windows, rest = divmod(config.global_batch, world_size)
+    if not told or config.grad_accum is not None or rest:
+        return resolved
+    fits = max(n for n in range(1, config.micro_batch + 1) if windows % n == 0)
+    if fits == config.micro_batch:
+        return resolved
+    return Resolved(replace(config, micro_batch=fits), {**sources, "micro_batch": "derived"})
 
 
 def _teacher_spec(config: TrainConfig, token: str | None) -> TeacherSpec | None:

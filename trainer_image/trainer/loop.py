@@ -93,8 +93,8 @@ class _LogWindow:
         self.clear()
 
     def clear(self) -> None:
-        self.sums = torch.zeros(4, device=self.device)
-        self.micro_steps = 0
+        # Loss, CE and KD of each micro-batch, norm of each update: sums, and how many were finite
+        self.sums = torch.zeros(2, 4, device=self.device)
         self.updates = self.untimed = 0
         self.began = time.perf_counter()
 
@@ -118,24 +118,24 @@ class _LogWindow:
         self.began, self.untimed = time.perf_counter(), self.updates
 
     def add(self, output: DistillLoss) -> None:
-        """Count a micro-batch."""
-        self.sums[:3] += torch.stack((output.loss.detach(), output.ce, output.kd)).float()
-        self.micro_steps += 1
+        """Count a micro-batch; what was not computed, or is not finite, is left out."""
+        self._add(slice(0, 3), torch.stack((output.loss.detach(), output.ce, output.kd)))
 
     def add_norm(self, norm: Tensor) -> None:
         """Count an update by its gradient norm; that of a skipped one is left out."""
-        self.sums[3] += torch.nan_to_num(norm, nan=0.0, posinf=0.0, neginf=0.0)
+        self._add(slice(3, 4), norm)
         self.updates += 1
 
+    def _add(self, part: slice, values: Tensor) -> None:
+        self.sums[0, part] += torch.nan_to_num(values.float(), nan=0.0, posinf=0.0, neginf=0.0)
+        self.sums[1, part] += torch.isfinite(values)
+
     def means(self, processes: Processes) -> dict[str, float]:
-        """Loss, CE and KD per token in nats, gradient norm; what was not computed is left out."""
-        loss, ce, kd, norm = (processes.sum(self.sums) / processes.world_size).tolist()
-        means = {
-            name: value / self.micro_steps
-            for name, value in (("loss", loss), ("ce", ce), ("kd", kd))
-        }
-        means["grad_norm"] = norm / max(1, self.updates)
-        return {name: value for name, value in means.items() if not math.isnan(value)}
+        """Loss, CE and KD per token in nats, gradient norm; what was never finite is left out."""
+        sums, counts = processes.sum(self.sums).tolist()
+        names = ("loss", "ce", "kd", "grad_norm")
+        found = zip(names, sums, counts, strict=True)
+        return {name: total / count for name, total, count in found if count}
 
 
 class TrainingLoop:
@@ -342,14 +342,17 @@ class TrainingLoop:
             if in_row >= self.config.max_nonfinite:
                 raise TrainingError(
                     f"{in_row} updates in a row had a non-finite gradient, the last at step {step}"
-                    f" with learning rate {self._learning_rate(step):.3g}; {self._kept()}. Lower"
-                    " --lr_peak or lengthen --warmup_steps"
+                    f" with learning rate {self._learning_rate(step):.3g}; {self._way_out()}"
                 )
 
-    def _kept(self) -> str:
+    def _way_out(self) -> str:
         if self._saved < 0:
-            return "no checkpoint had been due"
-        return f"the last good checkpoint, of step {self._saved}, is kept at {self.config.uri}"
+            return "no checkpoint had been due. Lower --lr_peak or lengthen --warmup_steps"
+        return (
+            f"the last good checkpoint, of step {self._saved}, is kept at {self.config.uri}. Start"
+            " from it with --resume_gcs_uri at another output, a lower --lr_peak or longer"
+            " --warmup_steps"
+        )
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate(
@@ -410,8 +413,7 @@ class TrainingLoop:
         self._count_skipped(wait=True)
         if self.processes.any(not self.device_step.weights_are_finite()):
             raise TrainingError(
-                f"the weights are not finite after step {self.step}; {self._kept()}. Lower"
-                " --lr_peak or lengthen --warmup_steps"
+                f"the weights are not finite after step {self.step}; {self._way_out()}"
             )
         with self.window.paused():
             if self.processes.main:

@@ -92,7 +92,8 @@ def _parse_entry(piece: str, offset: int, number: int, given: str) -> tuple[int,
 
     def fail(column: int, problem: str) -> UsageError:
         shown = piece[column : column + 1]
-        at = f"{shown!r} at character {offset + column + 1}" if shown else "the end of the entry"
+        at = f"{shown!r} at" if shown else "the end of the entry,"
+        at += f" character {offset + column + 1}"
         return UsageError(f"{given}: entry {number} ({piece.strip()!r}), {at}: {problem}")
 
     start = len(piece) - len(piece.lstrip())

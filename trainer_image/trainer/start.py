@@ -106,8 +106,14 @@ def new_phase(resolved: Resolved, checkpoint: Checkpoint) -> Start:
             "kept" if optimizer_state else "not in the checkpoint",
         )
         step = 0
-    else:
+    elif config.train_steps:
         log.info("starting from %s at step %d", checkpoint.source, step)
+    else:
+        log.info(
+            "%s is at step %d; a run keeps that if it is below its --train_steps, else starts at 0",
+            checkpoint.source,
+            step,
+        )
     if trained is not None and config.context > trained:
         _stretch_moments(optimizer_state, trained, config.context, config.pos_resize)
     weights, student_config = stretched_student(
