@@ -269,7 +269,7 @@ def hostile_files(directory: Path) -> dict[str, tuple[Path, str]]:
     return made
 
 
-@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.filterwarnings("ignore:Sparse", "ignore:The PyTorch API of nested tensors")
 def test_hostile_files_get_one_line_each_and_run_nothing(tmp_path: Path) -> None:
     table = hostile_files(tmp_path)
     assert len(table) >= 20

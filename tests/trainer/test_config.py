@@ -217,6 +217,7 @@ def test_yaml_gives_any_setting(tmp_path: Path) -> None:
             "seed: 1\nlr: 0.1\nseed: 2",
             "is not valid YAML at line 3, column 1: 'seed' is given twice",
         ),
+        ("alpha: &a 0.5\nT: *a", "is not valid YAML at line 2, column 4: aliases are not allowed"),
         ("config: other.yaml", "'config' names a file"),
         ("hf_token_value: [hf_planted]", "--hf_token_value=***: one value is needed"),
     ],

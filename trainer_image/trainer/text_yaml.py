@@ -18,7 +18,17 @@ _NULL = ("", "~", "null", "Null", "NULL")
 
 
 class _TextLoader(yaml.BaseLoader):
-    """Constructs text, lists and dicts, and refuses every other tag."""
+    """Constructs text, lists and dicts, and refuses every other tag, and aliases.
+
+    Settings need none, and a few lines of them can stand for more than any memory holds.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """As the base class does, where there is no alias."""
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases are not allowed here", mark)
+        return super().compose_node(parent, index)
 
 
 def _mapping(loader: _TextLoader, node: yaml.MappingNode) -> dict[Any, Any]:
