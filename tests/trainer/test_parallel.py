@@ -267,7 +267,7 @@ def test_a_machine_without_the_gpus_it_was_asked_to_have(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(EXPECTED_GPUS, "1")
-    message = r"torch sees 0 GPUs here, but this machine should have 1 \(EXPECTED_GPUS\); check"
+    message = r"torch can use 0 GPUs here, but this machine should have 1 \(EXPECTED_GPUS\); check"
     with pytest.raises(DeviceError, match=message):
         entrypoint.run_on_all_gpus(settings)
     with pytest.raises(DeviceError, match=message), joined_processes({EXPECTED_GPUS: "1"}):

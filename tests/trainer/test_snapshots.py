@@ -164,16 +164,20 @@ def test_a_checkpoint_of_no_run_is_not_written_over(
             Snapshots(uri, str(tmp_path / "work")).newest()
 
 
-def test_retention_leaves_alone_what_a_fresh_run_did_not_write(tmp_path: Path) -> None:
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_retention_leaves_alone_what_the_run_did_not_write(tmp_path: Path, goes_on: bool) -> None:
+    others = [0, *range(60_000, 60_006)]
+    if goes_on:
+        snapshot(1).write(tmp_path / ckpt.step_name(1))
     snapshots = Snapshots(str(tmp_path), str(tmp_path))
-    for step in range(60_000, 60_006):
+    assert (snapshots.newest() is not None) == goes_on
+    for step in others:
         (tmp_path / ckpt.step_name(step)).write_bytes(b"x")
-    for step in range(1, 8):
+    for step in range(2, 9):
         snapshots.save(snapshot(step), [ckpt.step_name(step)])
     snapshots.finish()
     steps = {path.name for path in tmp_path.glob("ckpt_step_*.pt")}
-    kept = [*range(3, 8), *range(60_000, 60_006)]
-    assert steps == {ckpt.step_name(step) for step in kept}
+    assert steps == {ckpt.step_name(step) for step in [*range(4, 9), *others]}
 
 
 def test_damaged_snapshots_take_no_room_from_new_ones(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ EXPECTED_GPUS = "EXPECTED_GPUS"
 
 
 def count_gpus(environ: Mapping[str, str] = os.environ) -> int:
-    """GPUs that torch sees.
+    """GPUs that torch can use.
 
     Raises:
         DeviceError: fewer than ``EXPECTED_GPUS``. Where a driver is missing or too old torch sees
@@ -24,10 +24,12 @@ def count_gpus(environ: Mapping[str, str] = os.environ) -> int:
     """
     import torch
 
-    found, expected = torch.cuda.device_count(), environ.get(EXPECTED_GPUS, "")
+    # The count alone may be the driver's, which need not be one that torch can use
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    expected = environ.get(EXPECTED_GPUS, "")
     if expected.isdecimal() and int(expected) > found:
         raise DeviceError(
-            f"torch sees {found} GPUs here, but this machine should have {expected}"
+            f"torch can use {found} GPUs here, but this machine should have {expected}"
             f" ({EXPECTED_GPUS}); check that its driver is there and new enough for CUDA"
             f" {torch.version.cuda}"
         )
@@ -42,5 +44,4 @@ def choose_device(environ: Mapping[str, str] = os.environ) -> torch.device:
     """
     import torch
 
-    gpu = count_gpus(environ) > 0 and torch.cuda.is_available()
-    return torch.device("cuda" if gpu else "cpu")
+    return torch.device("cuda" if count_gpus(environ) else "cpu")

@@ -245,7 +245,8 @@ class Snapshots:
         """
         if self._uploads is None:
             there = {entry.name for entry in self.location.list()}
-            self._names = there if self._goes_on else set()
+            described = {name for name in there if ckpt.sidecar_name(name) in there}
+            self._names = described if self._goes_on else set()
             self._uploads = Uploader(self.location)
         self._uploads.wait_for_room(_IN_FLIGHT)
         staged = _Staged(snapshot, self._staging)
