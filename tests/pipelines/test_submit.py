@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from tests.interrupts import with_interrupts
 from tests.pipelines.loopback import Loopback
 
 IMAGE = "europe-docker.pkg.dev/p/r/trainer@sha256:" + "0" * 64
+_numbers = itertools.count(1)
 SERVICE_ACCOUNT = "robot@p.iam.gserviceaccount.com"
 NETWORK = "projects/1/global/networks/private"
 KEY = "projects/p/locations/l/keyRings/r/cryptoKeys/k"
@@ -32,7 +34,7 @@ def vertex(tmp_path: Path) -> Iterator[Loopback]:
 
 @pytest.fixture
 def environment(vertex: Loopback, tmp_path: Path, object_server: ObjectServer) -> dict[str, str]:
-    bucket = f"pipeline-root-{vertex.port}"
+    bucket = f"pipeline-root-{next(_numbers)}"
     object_server.make_bucket(bucket)
     return {
         "PROJECT": "p",
