@@ -16,6 +16,7 @@ import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -326,7 +327,7 @@ class Sidecar:
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise CheckpointError(f"sidecar of {name} has no valid {key!r}: {value!r}")
         metrics = content["metrics"]
-        if not all(value is None or _is_number(value) for value in metrics.values()):
+        if not _are_metrics(metrics):
             raise CheckpointError(f"sidecar of {name} has metrics that are not numbers")
         # JSON has no word for what is not finite
         content["metrics"] = {k: math.nan if v is None else v for k, v in metrics.items()}
@@ -481,6 +482,11 @@ class Checkpoint:
         Raises:
             CheckpointError: the state does not fit the parameters.
         """
+        return dict(self._named_state)
+
+    @cached_property
+    def _named_state(self) -> dict[str, dict[str, Any]]:
+        # Kept, since looking through all moments takes as long as reading them
         if not self.optimizer:
             return {}
         state, groups = self.optimizer.get("state"), self.optimizer.get("param_groups")
@@ -679,10 +685,7 @@ def _plain(meta: Mapping[Any, Any], source: str) -> dict[str, Any]:
         raise CheckpointError(f"{source}: its metadata has a {type(value).__name__} in it")
 
     found: dict[str, Any] = copied(dict(meta), 0)
-    metrics = found.get("metrics") or {}
-    if not isinstance(metrics, dict) or not all(
-        value is None or _is_number(value) for value in metrics.values()
-    ):
+    if not _are_metrics(found.get("metrics") or {}):
         raise CheckpointError(f"{source} has metrics that are not numbers")
     return found
 
@@ -729,11 +732,12 @@ def _check_moments(entry: Mapping[str, Any], name: str) -> None:
     for key, value in entry.items():
         if isinstance(value, Tensor):
             _check_dense(value, f"{name}: {key}")
-        elif not _is_number(value):
+            lowest = float(value.min()) if value.numel() else 0.0
+        elif _is_number(value):
+            lowest = float(value)
+        else:
             raise CheckpointError(f"{name}: {key} is a {type(value).__name__}, not a number")
-        counts = key in ("step", "exp_avg_sq")
-        lowest = float(value.min()) if isinstance(value, Tensor) and value.numel() else value
-        if counts and not isinstance(lowest, Tensor) and not 0 <= lowest < math.inf:
+        if key in ("step", "exp_avg_sq") and not 0 <= lowest < math.inf:
             raise CheckpointError(f"{name}: {key} is {lowest:g}, which cannot be")
 
 
@@ -756,6 +760,13 @@ def metric_of(meta: Mapping[str, Any], key: str) -> float:
     if not _is_number(value) or isinstance(value, bool) or not math.isfinite(value):
         return math.inf
     return float(value)
+
+
+def _are_metrics(value: Any) -> bool:
+    """Whether it is numbers by name; None stands for one that is not finite."""
+    return isinstance(value, dict) and all(
+        entry is None or _is_number(entry) for entry in value.values()
+    )
 
 
 def _is_number(value: Any) -> bool:

@@ -111,10 +111,10 @@ def run(
     start = _start(resolved, own, foreign, token)
     vocabulary = start.student.config.vocab_size
     # Before a data set is tokenized; a token stream tells its own vocabulary
-    known = own is not None or config.tokens_dir
+    unknown = foreign is not None and not config.tokens_dir
     check_vocabularies(
         vocabulary,
-        None if known else len(load_tokenizer(config.teacher, token)),
+        len(load_tokenizer(config.teacher, token)) if unknown else None,
         spec.vocab_size if spec else None,
         config.resume_gcs_uri or "student",
     )
