@@ -28,16 +28,17 @@ from measure import Timing, fresh_memory, gemm_roof, kernel_table, time_runs
 from peers import Loss, PeerStep, full_logits, liger, orda, teacher_entropy, torchtune_chunked, trl
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from trainer import distill, fused_loss
-from trainer.config import TrainConfig
-from trainer.distill import Mix
-from trainer.export_hf import gpt2_model
-from trainer.gpt2_fp8_body import has_fp8
-from trainer.parallel import Processes
-from trainer.precision import choose_precision
-from trainer.step import TrainStep
-from trainer.student import Student, StudentConfig
-from trainer.teacher import Teacher, TeacherSpec
+from trainer.loss import chunked as distill
+from trainer.loss import fused as fused_loss
+from trainer.loss.chunked import Mix
+from trainer.models.gpt2.export import gpt2_model
+from trainer.models.gpt2.fp8_body import has_fp8
+from trainer.models.student import Student, StudentConfig
+from trainer.models.teacher import Teacher, TeacherSpec
+from trainer.runtime.processes import Processes
+from trainer.settings.config import TrainConfig
+from trainer.training.precision import choose_precision
+from trainer.training.step import TrainStep
 
 VOCABULARY = 50257
 STUDENT = StudentConfig(VOCABULARY, d_model=768, n_layers=10, n_heads=12, positions=4096)

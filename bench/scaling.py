@@ -25,13 +25,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from measure import fresh_memory
 
-from trainer.config import TrainConfig
-from trainer.distill import Mix
-from trainer.parallel import Processes, joined_processes
-from trainer.precision import choose_precision
-from trainer.step import TrainStep
-from trainer.student import Student, StudentConfig
-from trainer.teacher import Teacher, TeacherSpec
+from trainer.loss.chunked import Mix
+from trainer.models.student import Student, StudentConfig
+from trainer.models.teacher import Teacher, TeacherSpec
+from trainer.runtime.processes import Processes, joined_processes
+from trainer.settings.config import TrainConfig
+from trainer.training.precision import choose_precision
+from trainer.training.step import TrainStep
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "alone": {},

@@ -24,20 +24,24 @@ def evaluate(
     import tempfile
     from pathlib import Path
 
-    from trainer import config, evaluate, log, storage
+    from trainer import evaluate
+    from trainer.runtime.commands import start_stage
+    from trainer.settings.layers import resolve
+    from trainer.settings.values import given
+    from trainer.storage.places import place
 
-    log.start()
+    start_stage()
     asked = {
-        "tokens_dir": storage.place(tokens.uri, tokens.path),
+        "tokens_dir": place(tokens.uri, tokens.path),
         "teacher_name": teacher_name,
         "eval_ctx_lens": eval_ctx_lens,
         "micro_batch": micro_batch,
         "hf_secret_name": hf_secret_name,
     }
-    settings = config.given(**(asked | more_settings))
-    places = [storage.place(model.uri, model.path) for model in (before, after)]
+    settings = given(**(asked | more_settings))
+    places = [place(model.uri, model.path) for model in (before, after)]
     with tempfile.TemporaryDirectory() as scratch:
-        rows = evaluate.run(config.resolve(settings, {}).config, places, scratch)
+        rows = evaluate.run(resolve(settings, {}).config, places, scratch)
         Path(metrics.path).write_bytes(Path(scratch, "metrics.json").read_bytes())
         Path(report.path).write_bytes(Path(scratch, "metrics.md").read_bytes())
     for row in rows:

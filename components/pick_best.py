@@ -14,12 +14,14 @@ def pick_best(
     metric: str = "val_loss_student",
 ) -> NamedTuple("Picked", [("loss", float), ("step", int)]):  # type: ignore[valid-type]
     """The checkpoint of the lowest metric, in its place; ties go to the earlier step."""
-    from trainer import log, pick_best, storage
-    from trainer.checkpoint import summary
+    from trainer import pick_best
+    from trainer.checkpoints.metadata import summary
+    from trainer.runtime.commands import start_stage
+    from trainer.storage.places import place
 
-    log.start()
+    start_stage()
     metric = metric or "val_loss_student"
-    picked = pick_best.run([storage.place(checkpoints.uri, checkpoints.path)], metric)
+    picked = pick_best.run([place(checkpoints.uri, checkpoints.path)], metric)
     name = picked.uri.rpartition("/")[2]
     best.uri = f"{checkpoints.uri}/{name}"
     best.metadata.update(summary(picked.meta) | {"metric": metric, "value": picked.value})

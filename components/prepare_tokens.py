@@ -16,10 +16,14 @@ def prepare_tokens(
     hf_secret_name: str = "",
 ) -> int:
     """Token streams of a data set, with its tokenizer; returns the number of training tokens."""
-    from trainer import config, log, prepare_tokens, storage
+    from trainer import prepare_tokens
+    from trainer.runtime.commands import start_stage
+    from trainer.settings.layers import resolve
+    from trainer.settings.values import given
+    from trainer.storage.places import place
 
-    log.start()
-    settings = config.given(
+    start_stage()
+    settings = given(
         teacher_name=teacher_name,
         dataset_name=dataset_name,
         dataset_config=dataset_config,
@@ -27,8 +31,8 @@ def prepare_tokens(
         text_column=text_column,
         hf_secret_name=hf_secret_name,
     )
-    place = storage.place(tokens.uri, tokens.path)
-    info = prepare_tokens.run(config.resolve(settings, {}).config, place)
+    output = place(tokens.uri, tokens.path)
+    info = prepare_tokens.run(resolve(settings, {}).config, output)
     tokens.metadata["train_tokens"] = info.train_tokens
     tokens.metadata["validation_tokens"] = info.validation_tokens
     tokens.metadata["vocab_size"] = info.vocab_size

@@ -13,14 +13,18 @@ def resize_reset(
     pos_resize: str = "linear",
 ) -> int:
     """Weights for ``block_size`` positions without optimizer, at step 0; returns the old step."""
-    from trainer import config, log, resize_reset, storage
-    from trainer.checkpoint import summary
+    from trainer import resize_reset
+    from trainer.checkpoints.metadata import summary
+    from trainer.runtime.commands import start_stage
+    from trainer.settings.layers import resolve
+    from trainer.settings.values import given
+    from trainer.storage.places import place
 
-    log.start()
-    asked = config.resolve(config.given(block_size=block_size, pos_resize=pos_resize), {}).config
+    start_stage()
+    asked = resolve(given(block_size=block_size, pos_resize=pos_resize), {}).config
     meta = resize_reset.run(
-        storage.place(checkpoint.uri, checkpoint.path),
-        storage.place(resized.uri, resized.path),
+        place(checkpoint.uri, checkpoint.path),
+        place(resized.uri, resized.path),
         asked.context,
         method=asked.pos_resize,
     )

@@ -39,15 +39,19 @@ def train(
     import math
     from pathlib import Path
 
-    from trainer import config, entrypoint, log, pick_best, storage, strict_json
-    from trainer.checkpoint import summary
+    from trainer import entrypoint, pick_best
+    from trainer.checkpoints.metadata import summary
+    from trainer.runtime.commands import start_stage
+    from trainer.runtime.strict_json import dumps
+    from trainer.settings.values import given
+    from trainer.storage.places import place
 
-    log.start()
-    output = storage.place(checkpoints.uri, checkpoints.path)
+    start_stage()
+    output = place(checkpoints.uri, checkpoints.path)
     asked = {
-        "tokens_dir": storage.place(tokens.uri, tokens.path),
+        "tokens_dir": place(tokens.uri, tokens.path),
         "output_gcs_uri": output,
-        "resume_gcs_uri": storage.place(initial.uri, initial.path) if initial else resume_gcs_uri,
+        "resume_gcs_uri": place(initial.uri, initial.path) if initial else resume_gcs_uri,
         "teacher_name": teacher_name,
         "block_size": block_size,
         "train_steps": train_steps,
@@ -70,7 +74,7 @@ def train(
     asked |= more_settings
     if asked["grad_accum"] is None:
         asked.setdefault("global_batch", global_batch)
-    settings = config.given(**asked)
+    settings = given(**asked)
     result = entrypoint.run_on_all_gpus(settings)
     if result is None:  # of several machines, the first one reports
         return (math.nan, -1, -1)
@@ -78,5 +82,5 @@ def train(
     checkpoints.metadata.update(summary(best.meta))
     for name, value in result.metrics.items():
         metrics.log_metric(name, value)
-    Path(metrics.path).write_text(strict_json.dumps(result.metrics, indent=2))
+    Path(metrics.path).write_text(dumps(result.metrics, indent=2))
     return (best.value, best.step, result.step)

@@ -19,7 +19,7 @@ from components.prepare_tokens import prepare_tokens
 from components.resize_reset import resize_reset
 from components.train import train
 from pipelines.settings import LOCAL_IMAGE, Machine, Settings
-from trainer.devices import EXPECTED_GPUS
+from trainer.runtime.devices import EXPECTED_GPUS
 
 NAME = "liquid-annealing"
 STAGE_NAMES = {

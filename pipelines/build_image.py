@@ -15,8 +15,9 @@ from pathlib import Path
 
 from pipelines.settings import Settings, load_settings
 from pipelines.submit import switch
-from trainer.config import OneLineParser, run_command
-from trainer.errors import LiquidError, UsageError
+from trainer.runtime.commands import run_command
+from trainer.runtime.errors import LiquidError, UsageError
+from trainer.settings.flags import OneLineParser
 
 ROOT = Path(__file__).parent.parent
 BUILDERS = ("cloud", "docker")

@@ -11,8 +11,9 @@ from kfp import compiler
 
 from pipelines.anneal import BACKENDS, build_pipeline
 from pipelines.settings import Settings, load_settings, settings_file
-from trainer.config import OneLineParser, run_command
-from trainer.errors import UsageError
+from trainer.runtime.commands import run_command
+from trainer.runtime.errors import UsageError
+from trainer.settings.flags import OneLineParser
 
 
 def compile_to(path: Path, settings: Settings, backend: str = "vertex") -> Path:

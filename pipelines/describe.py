@@ -15,7 +15,8 @@ import yaml
 from pipelines.compile import compile_to
 from pipelines.parameters import parameter_defaults, parameter_help
 from pipelines.settings import STAGES, Machine, Settings
-from trainer.config import OneLineParser, run_command
+from trainer.runtime.commands import run_command
+from trainer.settings.flags import OneLineParser
 
 _HEAD = """# The pipeline
 

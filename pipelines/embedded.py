@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trainer import entrypoint, export_hf
-from trainer.log import log
+from trainer.runtime.log import log
 
 CORPUS_BYTES = 6_000_000
 VALIDATION_SHARE = 0.03

@@ -18,8 +18,8 @@ import urllib3
 
 from pipelines.settings import DEFAULT_FILE
 from pipelines.waiting import PATIENCE
-from trainer.errors import LiquidError, UsageError
-from trainer.log import hide
+from trainer.runtime.errors import LiquidError, UsageError
+from trainer.runtime.log import hide
 
 REQUEST_SECONDS = 10.0
 _ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")

@@ -34,10 +34,11 @@ from pipelines.embedded import build_corpus, build_teacher
 from pipelines.parameters import check_parameters, parse_parameters
 from pipelines.settings import LOCAL_IMAGE, Settings
 from pipelines.submit import switch
-from trainer.config import OneLineParser, run_command
-from trainer.errors import LiquidError
-from trainer.log import log, quiet_libraries, set_up_logging
-from trainer.signals import SIGTERM_STATUS
+from trainer.runtime.commands import run_command
+from trainer.runtime.errors import LiquidError
+from trainer.runtime.log import log, quiet_libraries, set_up_logging
+from trainer.runtime.signals import SIGTERM_STATUS
+from trainer.settings.flags import OneLineParser
 
 STUDENT = {"d_model": 96, "n_layers": 3, "n_heads": 4, "eval_max_tokens": 16_384}
 DEMO: dict[str, Any] = {
@@ -127,7 +128,7 @@ class _Readable(io.TextIOBase):
             self._traceback_indent = indent
         elif line and indent == self._traceback_indent:
             self._traceback_indent = None  # after the frames: what was raised
-            ours = line.startswith("trainer.errors.")
+            ours = line.startswith("trainer.runtime.errors.")
             self.last_error = line.partition(": ")[2] if ours else line
         elif match := _FINISHED.search(line):
             task, status = match["task"], match["status"].lower()
@@ -195,8 +196,10 @@ def code_digest() -> str:
     """A digest of all code that the stages run."""
     digest = hashlib.sha256()
     for package in (trainer, components):
-        for path in sorted(Path(str(package.__file__)).parent.glob("*.py")):
-            digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
+        root = Path(str(package.__file__)).parent
+        for path in sorted(root.rglob("*.py")):
+            name = path.relative_to(root).as_posix()
+            digest.update(f"{name}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 

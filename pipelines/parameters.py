@@ -19,16 +19,11 @@ from typing import Any, NoReturn
 
 from pipelines.anneal import build_pipeline
 from pipelines.settings import Settings
-from trainer.config import (
-    REQUIRED,
-    SETTINGS,
-    TrainConfig,
-    accumulation,
-    for_evaluation,
-    given,
-    resolve,
-)
-from trainer.errors import UsageError
+from trainer.runtime.errors import UsageError
+from trainer.settings.accumulation import accumulation
+from trainer.settings.config import REQUIRED, SETTINGS, TrainConfig
+from trainer.settings.layers import for_evaluation, resolve
+from trainer.settings.values import given
 
 TRAINING_STAGES = ("anneal", "continue")
 _STAGES = (*TRAINING_STAGES, "evaluate")

@@ -28,8 +28,9 @@ from pipelines.parameters import (
 )
 from pipelines.settings import Settings, load_settings
 from pipelines.submit import Switches, new_run_id
-from trainer.config import OneLineParser, run_command
-from trainer.errors import LiquidError, UsageError
+from trainer.runtime.commands import run_command
+from trainer.runtime.errors import LiquidError, UsageError
+from trainer.settings.flags import OneLineParser
 
 _RUN_ID = re.compile(r"[a-z][a-z0-9-]{0,127}")
 _FULL_NAME = re.compile(

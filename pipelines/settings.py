@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import UsageError
-from trainer.text_yaml import read_settings
+from trainer.runtime.errors import UsageError
+from trainer.settings.text_yaml import read_settings
 
 DEFAULT_FILE = "pipeline.yaml"
 STAGES = ("prepare", "anneal", "pick", "resize", "continue", "evaluate")

@@ -23,8 +23,9 @@ from pipelines.compile import compile_to
 from pipelines.parameters import check_cloud_parameters, check_parameters, parse_parameters
 from pipelines.settings import Settings, load_settings
 from pipelines.waiting import interruptible
-from trainer.config import OneLineParser, run_command
-from trainer.errors import LiquidError, UsageError
+from trainer.runtime.commands import run_command
+from trainer.runtime.errors import LiquidError, UsageError
+from trainer.settings.flags import OneLineParser
 
 
 def switch(name: str, *, default: bool = False) -> bool:

@@ -17,7 +17,7 @@ from google.cloud import aiplatform
 
 from pipelines.settings import Settings
 from pipelines.waiting import PATIENCE, interruptible
-from trainer.errors import LiquidError, UsageError
+from trainer.runtime.errors import LiquidError, UsageError
 
 REQUEST_SECONDS = 60.0
 _REQUEST = re.compile(r"^(GET|POST) https?://\S+: ")

@@ -20,7 +20,7 @@ from tests.faults.proxy import FaultProxy
 from tests.faults.server import ObjectServer
 from tests.trainer.samples import save_teacher
 from trainer import entrypoint, export_hf
-from trainer.log import log, quiet_libraries
+from trainer.runtime.log import log, quiet_libraries
 
 _numbers = itertools.count(1)
 

@@ -31,8 +31,8 @@ from components.resize_reset import resize_reset
 from components.train import train
 from pipelines.compile import compile_to
 from pipelines.settings import load_settings
-from trainer.checkpoint import read_checkpoint
-from trainer.errors import CheckpointError, UsageError
+from trainer.checkpoints.reading import read_checkpoint
+from trainer.runtime.errors import CheckpointError, UsageError
 
 New = Callable[[type, str], Any]
 

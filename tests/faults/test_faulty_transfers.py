@@ -19,15 +19,11 @@ import pytest
 
 from tests.faults.proxy import KINDS, UPLOAD, FaultProxy, Faults
 from tests.faults.server import ObjectServer
-from trainer.errors import StorageError
-from trainer.storage import (
-    Location,
-    StorageMissingError,
-    TransferPolicy,
-    crc32c_of,
-    open_location,
-)
-from trainer.uploads import Uploader
+from trainer.runtime.errors import StorageError
+from trainer.storage.base import Location, StorageMissingError, TransferPolicy
+from trainer.storage.files import crc32c_of
+from trainer.storage.places import open_location
+from trainer.storage.uploads import Uploader
 
 KIB = 1024
 FAST = TransferPolicy(

@@ -19,10 +19,10 @@ import pytest
 import torch
 
 from tests.faults.proxy import FaultProxy
-from trainer import checkpoint as ckpt
 from trainer import pick_best
-from trainer.snapshots import read_from, read_sidecars, read_verified
-from trainer.storage import open_location
+from trainer.checkpoints.names import is_checkpoint_name, sidecar_name
+from trainer.checkpoints.snapshots import read_from, read_sidecars, read_verified
+from trainer.storage.places import open_location
 
 Settings = dict[str, Any]
 
@@ -70,14 +70,14 @@ def check_whole(uri: str, workdir: Path) -> int:
     names = {entry.name for entry in location.list()}
     sidecars = read_sidecars(location)
     parsed = {sidecar.name for sidecar in sidecars}
-    described = {name for name in names if ckpt.sidecar_name(name) in names}
+    described = {name for name in names if sidecar_name(name) in names}
     assert described == parsed, "every sidecar can be read"
     for sidecar in sidecars:
         checkpoint = read_verified(location, sidecar, workdir)
         assert checkpoint.meta["step"] == sidecar.step
     # Weights whose sidecar was not reached are whole too: they came by rename, or in one request
     for name in names - described:
-        if ckpt.is_checkpoint_name(name):
+        if is_checkpoint_name(name):
             read_from(location.child(name), workdir)
     if any(sidecar.metrics for sidecar in sidecars):
         picked = pick_best.run([uri], "val_loss_student")

@@ -21,10 +21,10 @@ from google.cloud.secretmanager_v1.services.secret_manager_service.transports im
     SecretManagerServiceRestTransport,
 )
 
-from trainer.config import TrainConfig
-from trainer.errors import LiquidError
-from trainer.hf_token import find_hf_token
-from trainer.storage import open_location
+from trainer.runtime.errors import LiquidError
+from trainer.settings.config import TrainConfig
+from trainer.settings.hf_token import find_hf_token
+from trainer.storage.places import open_location
 
 TOKEN = "hf_PlantedTokenThatMustNotLeak0123456789"
 

@@ -14,14 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from trainer.storage import open_location
+from trainer.storage.places import open_location
 
 JOB = """
     import json, sys
     from pathlib import Path
-    from trainer.errors import StorageError
-    from trainer.storage import TransferPolicy, crc32c_of, open_location
-    from trainer.uploads import Uploader
+    from trainer.runtime.errors import StorageError
+    from trainer.storage.base import TransferPolicy
+    from trainer.storage.files import crc32c_of
+    from trainer.storage.places import open_location
+    from trainer.storage.uploads import Uploader
     mark, uri, workdir = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     location = open_location(uri, TransferPolicy(chunk_bytes=256 * 1024, first_delay=0.01))
     location.list()

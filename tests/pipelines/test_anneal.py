@@ -20,9 +20,9 @@ import torch
 import trainer
 from pipelines.local import TASKS, LocalRun, _Readable, code_digest, run_pipeline
 from tests.interrupts import with_interrupts
-from trainer.checkpoint import read_checkpoint
-from trainer.errors import LiquidError
-from trainer.positions import resize_positions
+from trainer.checkpoints.reading import read_checkpoint
+from trainer.models.positions import resize_positions
+from trainer.runtime.errors import LiquidError
 
 
 def task_directory(run: LocalRun, task: str) -> Path:
@@ -131,7 +131,7 @@ def test_other_code_and_no_cache_run_again(
     copy = shutil.copytree(Path(str(trainer.__file__)).parent, work / "other")
     monkeypatch.setattr(trainer, "__file__", str(copy / "__init__.py"))
     before = code_digest()
-    (copy / "loop.py").write_text("changed")
+    (copy / "training" / "loop.py").write_text("changed")
     assert code_digest() != before
     assert prepares()
 

@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.build_image import ROOT, commands, main
 from pipelines.settings import load_settings
-from trainer.errors import LiquidError, UsageError
+from trainer.runtime.errors import LiquidError, UsageError
 
 IMAGE = "europe-docker.pkg.dev/p/r/trainer:1"
 

@@ -16,7 +16,7 @@ from pipelines.compile import compile_to, main
 from pipelines.describe import description
 from pipelines.parameters import parameter_defaults
 from pipelines.settings import load_settings
-from trainer.errors import UsageError
+from trainer.runtime.errors import UsageError
 
 IMAGE = "europe-docker.pkg.dev/p/r/trainer@sha256:" + "0" * 64
 MACHINES = {

@@ -14,7 +14,7 @@ from pipelines.parameters import (
     parameter_help,
     parse_parameters,
 )
-from trainer.errors import UsageError
+from trainer.runtime.errors import UsageError
 
 
 def test_parameters_given_as_text() -> None:

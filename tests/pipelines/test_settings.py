@@ -6,7 +6,7 @@ import pytest
 from google.cloud.aiplatform_v1 import AcceleratorType
 
 from pipelines.settings import Machine, known_names, load_settings
-from trainer.errors import UsageError
+from trainer.runtime.errors import UsageError
 
 
 def test_environment_over_file_over_default(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from trainer.checkpoint import Snapshot, build_meta
-from trainer.config import TrainConfig
-from trainer.student import Student, StudentConfig
+from trainer.checkpoints.checkpoint import Snapshot
+from trainer.checkpoints.metadata import build_meta
+from trainer.models.student import Student, StudentConfig
+from trainer.settings.config import TrainConfig
 
 
 def save_teacher(directory: Path, tokenizer_dir: Path, *, vocab: int, positions: int) -> Path:

@@ -16,13 +16,17 @@ import pytest
 import torch
 
 from tests.trainer.samples import base_package_payload, save_teacher
-from trainer import entrypoint, log
-from trainer.checkpoint import Snapshot, build_meta, read_checkpoint
-from trainer.errors import StorageError
-from trainer.optimizer import build_optimizer
-from trainer.positions import resize_positions
-from trainer.start import from_scratch
-from trainer.storage import LocalLocation
+from trainer import entrypoint
+from trainer.checkpoints.checkpoint import Snapshot
+from trainer.checkpoints.metadata import build_meta
+from trainer.checkpoints.reading import read_checkpoint
+from trainer.models.positions import resize_positions
+from trainer.runtime import log
+from trainer.runtime.errors import StorageError
+from trainer.storage.local import LocalLocation
+from trainer.training import run
+from trainer.training.optimizer import build_optimizer
+from trainer.training.start import from_scratch
 
 Settings = dict[str, Any]
 
@@ -191,7 +195,7 @@ def test_doubled_context_with_reset(
 ) -> None:
     """Interpolated table, fresh optimizer, step 0: seen at the start, before any update."""
     starts: list[Any] = []
-    original = entrypoint.new_phase
+    original = run.new_phase
 
     def spy(*args: Any) -> Any:
         starts.append(original(*args))
@@ -199,7 +203,7 @@ def test_doubled_context_with_reset(
         starts[-1].origin["table"] = table
         return starts[-1]
 
-    monkeypatch.setattr(entrypoint, "new_phase", spy)
+    monkeypatch.setattr(run, "new_phase", spy)
     entrypoint.run(
         base_settings(settings, base_checkpoint)
         | {"block_size": 64, "reset_optim_on_ctx_change": True, "train_steps": 0}
@@ -511,7 +515,7 @@ def test_failures_are_one_line_and_status_1(settings: Settings, tmp_path: Path) 
 
 
 def fails(settings: Settings, status: int, *parts: str, **changes: Any) -> None:
-    from trainer.errors import LiquidError
+    from trainer.runtime.errors import LiquidError
 
     with pytest.raises(LiquidError) as caught:
         entrypoint.run({k: v for k, v in (settings | changes).items() if v is not None})

@@ -13,13 +13,17 @@ import torch.nn.functional as F
 
 from tests.trainer.samples import save_student
 from trainer import evaluate
-from trainer.config import TrainConfig, resolve, run_command
-from trainer.errors import CheckpointError, LiquidError, UsageError
-from trainer.evaluate import Evaluator, cross_entropy_sum
-from trainer.precision import choose_precision
-from trainer.storage import open_location
-from trainer.student import Student
-from trainer.tokens import IGNORED, streams_for
+from trainer.data.batches import IGNORED
+from trainer.data.streams import streams_for
+from trainer.models.student import Student
+from trainer.runtime.commands import run_command
+from trainer.runtime.errors import CheckpointError, LiquidError, UsageError
+from trainer.settings.config import TrainConfig
+from trainer.settings.layers import resolve
+from trainer.storage.places import open_location
+from trainer.training import evaluation
+from trainer.training.evaluation import Evaluator, cross_entropy_sum
+from trainer.training.precision import choose_precision
 
 ROTARY = {"pos_embedding": "rotary", "positions": 0, "rope_scale": 2.0}
 
@@ -49,7 +53,7 @@ def losses(config: TrainConfig, student: Student, trained: int) -> list[float]:
 def test_sum_of_cross_entropies(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In parts of two lengths, against one product over the whole vocabulary in fp64."""
     for name in ("_EAGER_ELEMENTS", "_COMPILED_ELEMENTS"):
-        monkeypatch.setattr(evaluate, name, 20 * 101)
+        monkeypatch.setattr(evaluation, name, 20 * 101)
     generator = torch.Generator().manual_seed(0)
     hidden, head = (torch.randn(rows, 16, generator=generator) for rows in (50, 101))
     bias = torch.randn(101, generator=generator)

@@ -10,12 +10,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.trainer.samples import save_student
 from trainer import entrypoint, export_hf
-from trainer.checkpoint import read_checkpoint
-from trainer.config import run_command
-from trainer.errors import CheckpointError, LiquidError, ModelError, StorageError, UsageError
-from trainer.log import set_up_logging
-from trainer.storage import open_location
-from trainer.student import Student, StudentConfig
+from trainer.checkpoints.reading import read_checkpoint
+from trainer.models.student import Student, StudentConfig
+from trainer.runtime.commands import run_command
+from trainer.runtime.errors import (
+    CheckpointError,
+    LiquidError,
+    ModelError,
+    StorageError,
+    UsageError,
+)
+from trainer.runtime.log import set_up_logging
+from trainer.storage.places import open_location
 
 
 def test_an_exported_student_is_a_stock_gpt2(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from trainer import pick_best
-from trainer.config import run_command
-from trainer.log import set_up_logging
+from trainer.runtime.commands import run_command
+from trainer.runtime.log import set_up_logging
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from trainer import prepare_tokens, tokens
-from trainer.config import TrainConfig
-from trainer.errors import DataError, LiquidError
-from trainer.storage import Location, open_location
+from trainer import prepare_tokens
+from trainer.data import streams as tokens
+from trainer.runtime.errors import DataError, LiquidError
+from trainer.settings.config import TrainConfig
+from trainer.storage.base import Location
+from trainer.storage.places import open_location
 
 
 @pytest.fixture

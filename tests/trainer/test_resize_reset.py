@@ -11,10 +11,10 @@ import torch
 
 from tests.trainer.samples import save_student
 from trainer import resize_reset
-from trainer.checkpoint import read_checkpoint
-from trainer.config import run_command
-from trainer.errors import CheckpointError, LiquidError, UsageError
-from trainer.positions import resize_positions
+from trainer.checkpoints.reading import read_checkpoint
+from trainer.models.positions import resize_positions
+from trainer.runtime.commands import run_command
+from trainer.runtime.errors import CheckpointError, LiquidError, UsageError
 
 ROTARY = {"pos_embedding": "rotary", "positions": 0, "rope_scale": 2.0}
 

@@ -9,88 +9,23 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from trainer.config import TrainConfig, build_parser, resolve, run_command, settings_from_args
-from trainer.errors import CheckpointError, ModelError, UsageError
-from trainer.hf_token import find_hf_token
-from trainer.log import log, quiet_libraries, set_up_logging
-from trainer.snapshots import read_from
-from trainer.start import known_trained_rows, student_config
-from trainer.storage import check_output, is_remote, open_location
-from trainer.student import StudentConfig
-from trainer.teacher import load_tokenizer
+from trainer.checkpoints.snapshots import read_from
+from trainer.models.gpt2.export import gpt2_model
+from trainer.models.hugging_face import load_tokenizer
+from trainer.runtime.commands import run_command
+from trainer.runtime.errors import CheckpointError, ModelError, UsageError
+from trainer.runtime.log import log, quiet_libraries, set_up_logging
+from trainer.settings.config import TrainConfig
+from trainer.settings.flags import build_parser, settings_from_args
+from trainer.settings.hf_token import find_hf_token
+from trainer.settings.layers import resolve
+from trainer.storage.places import check_output, is_remote, open_location
+from trainer.training.start import known_trained_rows, student_config
 
 FLAGS = ["n_heads", "trained_positions", "local_workdir"]
-
-
-def gpt2_weights(weights: Mapping[str, Tensor], positions: int) -> dict[str, Tensor]:
-    """A student's weights under the names of `transformers.GPT2LMHeadModel`.
-
-    GPT-2 keeps its projections as ``Conv1D``, that is transposed.
-    """
-    renamed = {
-        "transformer.wte.weight": weights["embed.weight"],
-        "transformer.wpe.weight": weights["pos.weight"][:positions],
-        "transformer.ln_f.weight": weights["ln_f.weight"],
-        "transformer.ln_f.bias": weights["ln_f.bias"],
-        "lm_head.weight": weights["lm_head.weight"],
-    }
-    pairs = {
-        "ln1.": "ln_1.",
-        "ln2.": "ln_2.",
-        "attn.in_proj_": "attn.c_attn.",
-        "attn.out_proj.": "attn.c_proj.",
-        "mlp.0.": "mlp.c_fc.",
-        "mlp.2.": "mlp.c_proj.",
-    }
-    for name, tensor in weights.items():
-        if not name.startswith("blocks."):
-            continue
-        _, layer, rest = name.split(".", 2)
-        ours = next(prefix for prefix in pairs if rest.startswith(prefix))
-        target = f"transformer.h.{layer}.{rest.replace(ours, pairs[ours], 1)}"
-        renamed[target] = tensor.T if tensor.ndim == 2 else tensor
-    return {name: tensor.contiguous().clone() for name, tensor in renamed.items()}
-
-
-def gpt2_model(weights: Mapping[str, Tensor], config: StudentConfig, positions: int) -> Any:
-    """A `transformers.GPT2LMHeadModel` that computes what the student computes.
-
-    Raises:
-        UsageError: the student has rotary positions, which GPT-2 lacks.
-    """
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    if config.pos_embedding != "absolute":
-        raise UsageError(
-            "a rotary student has no stock GPT-2 form; export one with learned positions"
-        )
-    gpt2 = GPT2Config(
-        vocab_size=config.vocab_size,
-        n_positions=positions,
-        n_embd=config.d_model,
-        n_layer=config.n_layers,
-        n_head=config.n_heads,
-        n_inner=4 * config.d_model,
-        activation_function="gelu",
-        resid_pdrop=config.dropout,
-        embd_pdrop=config.dropout,
-        attn_pdrop=config.dropout,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    with torch.device("meta"):
-        model = GPT2LMHeadModel(gpt2)
-    model = model.to_empty(device="cpu")
-    model.load_state_dict(gpt2_weights(weights, positions), strict=True)
-    return model.eval()
 
 
 def run(

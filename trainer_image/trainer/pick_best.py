@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.checkpoint import metric_of
-from trainer.config import build_parser, run_command
-from trainer.errors import CheckpointError
-from trainer.log import log, set_up_logging
-from trainer.snapshots import read_sidecars
-from trainer.storage import open_location
+from trainer.checkpoints.metadata import metric_of
+from trainer.checkpoints.snapshots import read_sidecars
+from trainer.runtime.commands import run_command
+from trainer.runtime.errors import CheckpointError
+from trainer.runtime.log import log, set_up_logging
+from trainer.settings.flags import build_parser
+from trainer.storage.places import open_location
 
 
 @dataclass(frozen=True)

@@ -14,21 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config import (
-    SETTINGS,
-    TrainConfig,
-    build_parser,
-    resolve,
-    run_command,
-    settings_from_args,
-)
-from trainer.errors import DataError
-from trainer.hf_token import find_hf_token
-from trainer.log import log, quiet_libraries, set_up_logging
-from trainer.storage import Location, check_output, is_remote, open_location
-from trainer.strict_json import dumps
-from trainer.teacher import load_tokenizer
-from trainer.tokens import (
+from trainer.data.streams import (
     INFO_NAME,
     TOKENIZER_DIR,
     TokenInfo,
@@ -36,6 +22,17 @@ from trainer.tokens import (
     open_streams,
     prepare_streams,
 )
+from trainer.models.hugging_face import load_tokenizer
+from trainer.runtime.commands import run_command
+from trainer.runtime.errors import DataError
+from trainer.runtime.log import log, quiet_libraries, set_up_logging
+from trainer.runtime.strict_json import dumps
+from trainer.settings.config import SETTINGS, TrainConfig
+from trainer.settings.flags import build_parser, settings_from_args
+from trainer.settings.hf_token import find_hf_token
+from trainer.settings.layers import resolve
+from trainer.storage.base import Location
+from trainer.storage.places import check_output, is_remote, open_location
 
 FLAGS = [
     name
@@ -43,9 +40,12 @@ FLAGS = [
     if name in ("teacher_name", "text_column", "cache_dir", "local_workdir")
     or name.startswith(("dataset_", "hf_"))
 ]
+
 _STREAMS = ("train.bin", "validation.bin")
+
 _SOURCE = "source"
 """Key of the description's ``dataset`` that holds the `cache_key` of what was tokenized."""
+
 _INFO_LIMIT = 1 << 20
 """Bytes; a larger description is not one of ours."""
 
@@ -89,8 +89,6 @@ def run(config: TrainConfig, output: str) -> TokenInfo:
 
 
 # ── what is there already ─────────────────────────────────────────────────────────────────────
-
-
 def _found(output: str) -> TokenInfo | None:
     """The description of the token streams at the output; None where there is nothing yet.
 
@@ -167,8 +165,6 @@ def _check_same(there: TokenInfo, config: TrainConfig, tokenizer: Any, output: s
 
 
 # ── writing ───────────────────────────────────────────────────────────────────────────────────
-
-
 def _prepare(config: TrainConfig, directory: Path, tokenizer: Any, token: str | None) -> TokenInfo:
     """Prepare beside the target, then rename, so that the directory is whole or absent."""
     # Before the corpus is read: a change while it is being read must not go unnoticed

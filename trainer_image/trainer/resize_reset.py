@@ -10,18 +10,25 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer.checkpoint import Snapshot, reset_meta, sidecar_name
-from trainer.config import build_parser, resolve, run_command, settings_from_args
-from trainer.errors import UsageError
-from trainer.log import log, set_up_logging
-from trainer.scratch import scratch_directory
-from trainer.snapshots import read_from
-from trainer.start import known_trained_rows, stretched_student, student_config
-from trainer.storage import check_name, check_output, is_remote, open_location, split_uri
+from trainer.checkpoints.checkpoint import Snapshot
+from trainer.checkpoints.metadata import reset_meta
+from trainer.checkpoints.names import sidecar_name
+from trainer.checkpoints.snapshots import read_from
+from trainer.runtime.commands import run_command
+from trainer.runtime.errors import UsageError
+from trainer.runtime.log import log, set_up_logging
+from trainer.settings.flags import build_parser, settings_from_args
+from trainer.settings.layers import resolve
+from trainer.storage.base import check_name
+from trainer.storage.places import check_output, is_remote, open_location, split_uri
+from trainer.storage.scratch import scratch_directory
+from trainer.training.start import known_trained_rows, stretched_student, student_config
 
 FLAGS = ["block_size", "pos_resize", "trained_positions", "n_heads", "local_workdir"]
+
 _BYTES_PER_ELEMENT = 16
 """Of a table while it is stretched: in fp64, in fp32, and in order."""
+
 _MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 """Where Linux tells a container's limit, in bytes or ``max``."""
 
@@ -42,7 +49,7 @@ def run(
         checkpoint: a checkpoint's path or ``gs://`` URI.
         output: path or ``gs://`` URI of the file to write; its sidecar goes beside it.
         block_size: the new context in tokens.
-        method: ``linear`` or ``copy``, see `trainer.positions.resize_positions`.
+        method: ``linear`` or ``copy``, see `trainer.models.positions.resize_positions`.
         trained_positions: where neither metadata nor optimizer state tells.
         n_heads: where the metadata does not tell.
         workdir: scratch directory.

@@ -1,0 +1,302 @@
+"""Teachers of several architectures, as stock `transformers` saves them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from trainer.models.hugging_face import load_tokenizer
+from trainer.models.teacher import TeacherSpec, load_teacher, read_teacher_spec
+from trainer.runtime.errors import ModelError
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+
+
+def saved(model: Any, directory: Path) -> Path:
+    model.save_pretrained(str(directory))
+    return directory
+
+
+def llama(directory: Path) -> Path:
+    return saved(LlamaForCausalLM(LlamaConfig(**SMALL)), directory)
+
+
+def configure(directory: Path, **values: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def load(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
+    spec = read_teacher_spec(str(directory))
+    return load_teacher(spec, dtype=dtype, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        LlamaForCausalLM(LlamaConfig(**SMALL)),
+        CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.25)),
+        GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=128, n_embd=32, n_layer=2, n_head=4)),
+    ],
+    ids=["llama", "cohere with a logit scale", "gpt2, tied"],
+)
+def test_hidden_state_and_head_give_the_models_logits(model: Any, tmp_path: Path) -> None:
+    directory = saved(model, tmp_path / "teacher")
+    teacher = load(directory)
+    assert teacher.spec.max_context == 128
+    assert teacher.spec.vocab_size == 96
+    ids = torch.randint(0, 96, (2, 20))
+    with torch.no_grad():
+        expected = model.eval()(ids).logits
+    found = F.linear(teacher.hidden(ids), teacher.head, teacher.bias)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_teacher_that_caps_its_logits_is_refused(tmp_path: Path) -> None:
+    config = Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=0.05)
+    directory = saved(Gemma2ForCausalLM(config), tmp_path / "gemma")
+    with pytest.raises(ModelError, match="does more to its logits than a linear head"):
+        load(directory)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_logits_too_small_for_their_cap_to_show_are_refused(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    config = Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=30.0)
+    directory = saved(Gemma2ForCausalLM(config), tmp_path / "gemma")
+    with pytest.raises(ModelError, match="does more to its logits than a linear head"):
+        load(directory, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [0.25, 1.0, 3.0])
+def test_a_linear_head_passes_in_half_precision(
+    dtype: torch.dtype, scale: float, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = CohereForCausalLM(CohereConfig(**SMALL, logit_scale=scale))
+    with torch.no_grad():
+        model.lm_head.weight *= 20.0
+    load(saved(model, tmp_path / "teacher"), dtype)
+
+
+def test_precision_is_the_one_asked_for(tmp_path: Path) -> None:
+    directory = saved(LlamaForCausalLM(LlamaConfig(**SMALL)), tmp_path / "teacher")
+    teacher = load(directory, torch.bfloat16)
+    assert {p.dtype for p in teacher.model.parameters()} == {torch.bfloat16}
+    assert teacher.hidden(torch.zeros(1, 4, dtype=torch.int64)).dtype == torch.bfloat16
+
+
+def test_missing_weights_are_not_filled_in_silently(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    directory = saved(LlamaForCausalLM(LlamaConfig(**SMALL)), tmp_path / "teacher")
+    weights = load_file(directory / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 of its weights, .*layers.1.mlp.up_proj.weight"):
+        load(directory)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = float("nan")
+    with pytest.raises(ModelError, match="computes logits that are not finite"):
+        load(saved(model, tmp_path / "teacher"))
+
+
+def test_a_tokenizer_without_end_of_text_is_refused(tmp_path: Path, tokenizer_dir: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_dir / "tokenizer.json"))
+    tokenizer.save_pretrained(str(tmp_path / "bare"))
+    with pytest.raises(ModelError, match="has no EOS token"):
+        load_tokenizer(str(tmp_path / "bare"))
+
+
+@pytest.mark.parametrize("name", ["/no/such/place", "no-such-owner/no-such-model", "bad name!", ""])
+def test_names_that_lead_nowhere_are_one_line(name: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        read_teacher_spec(name)
+    assert repr(name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    if "/no-such" not in name:  # the hub's client tries an unreachable hub for a minute
+        with pytest.raises(ModelError):
+            load_tokenizer(name)
+
+
+@pytest.mark.parametrize("name", ["/no/such", "./no", "../no", "~/no", "no/such/place"])
+def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(name: str) -> None:
+    for read in (read_teacher_spec, load_tokenizer):
+        with pytest.raises(ModelError, match=f"{name}' cannot be loaded: no such directory$"):
+            read(name)
+
+
+def test_a_bucket_is_not_read_and_the_line_says_what_to_give() -> None:
+    for read in (read_teacher_spec, load_tokenizer):
+        with pytest.raises(ModelError, match=r"no such directory; .* /gcs/bucket/teacher, where"):
+            read("gs://bucket/teacher")
+
+
+def test_a_file_is_not_a_teacher(tmp_path: Path) -> None:
+    path = llama(tmp_path / "teacher") / "model.safetensors"
+    with pytest.raises(ModelError, match="it is a file; give the directory"):
+        read_teacher_spec(str(path))
+
+
+def test_home_is_expanded(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(tokenizer_dir, llama(tmp_path / "teacher"), dirs_exist_ok=True)
+    assert load(Path("~/teacher")).spec.vocab_size == 96
+    assert len(load_tokenizer("~/teacher")) == 512
+
+
+def test_shapes_that_contradict_the_configuration_are_named(tmp_path: Path) -> None:
+    directory = llama(tmp_path / "teacher")
+    configure(directory, vocab_size=100)
+    with pytest.raises(
+        ModelError,
+        match=r"lm_head.weight has shape \[96, 32\], but its config.json needs \[100, 32\]",
+    ):
+        load(directory)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"hidden_size": "32x"}, "'hidden_size' expected int, got str .value: '32x'"),
+        ({"num_attention_heads": 5}, "is not a multiple of the number of attention heads .5."),
+        ({"vocab_size": 0}, "has vocab_size 0 in its configuration"),
+        ({"hidden_act": "nope"}, "unknown or missing key 'nope'"),
+        ({"model_type": "nope"}, "has model type `nope`"),
+    ],
+)
+def test_a_damaged_configuration_is_one_line(
+    values: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    directory = llama(tmp_path / "teacher")
+    configure(directory, **values)
+    with pytest.raises(ModelError, match=message) as caught:
+        load(directory)
+    assert "\n" not in str(caught.value)
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.target),)
+
+
+def test_weights_that_carry_code_are_refused_and_do_not_run(tmp_path: Path) -> None:
+    directory, canary = llama(tmp_path / "teacher"), tmp_path / "canary"
+    (directory / "model.safetensors").unlink()
+    weights = directory / "pytorch_model.bin"
+    torch.save({"lm_head.weight": torch.zeros(96, 32), "more": Payload(canary)}, weights)
+    with pytest.raises(ModelError, match="refers to posix.mkdir, which could run code") as caught:
+        load(directory)
+    assert "\n" not in str(caught.value)
+    assert not canary.exists()
+    torch.load(weights, weights_only=False)
+    assert canary.exists(), "the payload was live"
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 100])
+def test_damaged_weights_are_one_line(content: bytes, tmp_path: Path) -> None:
+    directory = llama(tmp_path / "teacher")
+    (directory / "model.safetensors").unlink()
+    (directory / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(ModelError, match="cannot be loaded: ") as caught:
+        load(directory)
+    assert "\n" not in str(caught.value)
+
+
+def with_code(directory: Path, tokenizer_dir: Path, canary: Path) -> Path:
+    """A teacher whose files ask for classes of its own; importing them creates a directory."""
+    llama(directory)
+    (directory / "odd.py").write_text(
+        f"import os\nos.mkdir({str(canary)!r})\n"
+        "from transformers import LlamaConfig as C, LlamaForCausalLM as M\nT = None\n"
+    )
+    configure(
+        directory,
+        model_type="odd",
+        auto_map={"AutoConfig": "odd.C", "AutoModelForCausalLM": "odd.M"},
+    )
+    shutil.copy(tokenizer_dir / "tokenizer.json", directory)
+    described = {"tokenizer_class": "Odd", "auto_map": {"AutoTokenizer": ["odd.T", None]}}
+    (directory / "tokenizer_config.json").write_text(json.dumps(described))
+    return directory
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        read_teacher_spec,
+        load_tokenizer,
+        lambda name: load_teacher(
+            TeacherSpec(name, 128, 96), dtype=torch.float32, device=torch.device("cpu")
+        ),
+    ],
+    ids=["configuration", "tokenizer", "weights"],
+)
+def test_remote_code_does_not_run(
+    read: Callable[[str], object], tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    canary = tmp_path / "canary"
+    directory = with_code(tmp_path / "teacher", tokenizer_dir, canary)
+    with pytest.raises(ModelError, match="remote code is not run") as caught:
+        read(str(directory))
+    assert "\n" not in str(caught.value)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    "config", [GPT2Config(), LlamaConfig(), CohereConfig()], ids=["gpt2", "llama", "cohere"]
+)
+def test_a_teacher_without_tokenizer_files_is_refused(config: Any, tmp_path: Path) -> None:
+    config.save_pretrained(str(tmp_path / "teacher"))
+    with pytest.raises(ModelError, match="teacher' has no tokenizer files"):
+        load_tokenizer(str(tmp_path / "teacher"))
+
+
+def test_a_tokenizer_without_vocabulary_is_refused(tmp_path: Path) -> None:
+    GPT2Config().save_pretrained(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    with pytest.raises(ModelError, match="has an empty vocabulary"):
+        load_tokenizer(str(tmp_path))

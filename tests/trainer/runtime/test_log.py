@@ -1,0 +1,79 @@
+"""What the log's lines hold, and how a command ends."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from trainer.runtime import log
+from trainer.runtime.errors import UsageError
+from trainer.training.scalars import ScalarLog
+
+
+def last_record(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    (line,) = capsys.readouterr().err.splitlines()
+    return dict(json.loads(line, parse_constant=refuse))
+
+
+def test_numbers_that_are_not_finite_are_standard_json(capsys: pytest.CaptureFixture[str]) -> None:
+    log.set_up_logging()
+    log.log_values("step 1: loss nan", loss=math.nan, nested={"x": [math.inf, 1.5]})
+    record = last_record(capsys)
+    assert record["message"] == "step 1: loss nan"
+    assert record["loss"] is None
+    assert record["nested"] == {"x": [None, 1.5]}
+
+
+def failure_of(path: Path) -> OSError:
+    with pytest.raises(NotADirectoryError) as caught:
+        path.mkdir()
+    return caught.value
+
+
+def test_failures_of_the_machine_are_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    log.set_up_logging()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RuntimeError) as too_large:
+        torch.empty(1 << 60)
+    with pytest.raises(RuntimeError) as no_home:
+        Path("~nobody-of-that-name/x").expanduser()
+    for error, message in (
+        (failure_of(tmp_path / "file" / "x"), f"{str(tmp_path / 'file' / 'x')!r}: Not a directory"),
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (too_large.value, "out of memory: "),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "smaller --micro"),
+        (MemoryError(), "out of memory"),
+        (no_home.value, "home directory"),
+    ):
+        assert log.report_failure(error) == 1
+        assert message in str(last_record(capsys)["message"])
+    assert log.report_failure(UsageError("--x=1\nis wrong")) == 2
+    assert last_record(capsys)["message"] == "--x=1 is wrong"
+    assert log.report_failure(KeyError("ours")) == 1
+    assert last_record(capsys)["message"] == "unexpected failure: KeyError: 'ours'"
+
+
+def test_scalars_after_the_step_that_a_run_goes_on_from_are_hidden(tmp_path: Path) -> None:
+    first = ScalarLog(str(tmp_path))
+    for step in range(1, 6):
+        first.add({"train/loss": 10.0 + step}, step)
+    first.close()
+    again = ScalarLog(str(tmp_path), step=3)
+    for step in range(4, 7):
+        again.add({"train/loss": 20.0 + step}, step)
+    again.close()
+    shown = EventAccumulator(str(tmp_path / "tensorboard"))
+    shown.Reload()
+    points = [(event.step, event.value) for event in shown.Scalars("train/loss")]
+    assert points == [(1, 11.0), (2, 12.0), (3, 13.0), (4, 24.0), (5, 25.0), (6, 26.0)]

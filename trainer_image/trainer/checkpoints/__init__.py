@@ -1,0 +1,1 @@
+"""The checkpoint format: names, metadata, reading that trusts nothing, snapshots of a run."""

@@ -1,0 +1,227 @@
+"""The metadata of checkpoints. Nothing else knows its fields."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from trainer.models.student import StudentConfig
+from trainer.runtime.errors import CheckpointError, UsageError
+from trainer.settings.config import SETTINGS, TrainConfig
+from trainer.settings.schedules import learning_rate
+from trainer.settings.values import parse_value
+
+FORMAT_VERSION = 1
+
+
+def build_meta(
+    config: TrainConfig,
+    student: StudentConfig,
+    *,
+    step: int,
+    trained_positions: int,
+    metrics: Mapping[str, float],
+    metrics_step: int,
+    origin: Mapping[str, Any] | None = None,
+    tokens: str | None = None,
+) -> dict[str, Any]:
+    """The metadata of a checkpoint taken after ``step`` updates.
+
+    ``metrics`` are those of the last evaluation, which was after ``metrics_step`` updates.
+    ``tokens`` is the fingerprint of the token streams that the run is trained on.
+
+    ``settings`` holds everything that defines the run, so that the same run can go on and another
+    one is told apart; the fields beside it are the format's.
+    """
+    alpha, temperature = config.schedule_alpha, config.schedule_T
+    last = max(step - 1, 0)
+    return {
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "block_size": config.block_size,
+        "kd_alpha": alpha.at(last),
+        "kd_temperature": temperature.at(last),
+        "alpha_schedule": config.alpha_schedule,
+        "temp_schedule": config.temp_schedule,
+        "pending_schedules": {"alpha": alpha.pending(last), "T": temperature.pending(last)},
+        "grad_accum": config.grad_accum,
+        "micro_batch": config.micro_batch,
+        "global_batch": config.global_batch,
+        "warmup_steps": config.warmup_steps,
+        "train_steps": config.train_steps,
+        "lr": learning_rate(
+            last,
+            peak=config.peak_lr,
+            warmup_steps=config.warmup_steps,
+            train_steps=config.train_steps,
+        ),
+        "lr_peak": config.peak_lr,
+        "pos_embedding": _position_meta(student, trained_positions),
+        "rope_scale": student.rope_scale,
+        "eval_ctx_lens": list(config.contexts),
+        "metrics": dict(metrics),
+        "metrics_step": metrics_step,
+        "save_best_on": config.save_best_on,
+        "model": student.as_dict(),
+        "tokenizer": config.teacher_name,
+        "teacher_name": config.teacher_name,
+        "dataset": {
+            "name": config.dataset_name,
+            "config": config.dataset_config,
+            "revision": config.dataset_revision,
+            "fingerprint": tokens,
+        },
+        "seed": config.seed,
+        "settings": config.run_settings(),
+        "origin": dict(origin or {}),
+    }
+
+
+def _position_meta(student: StudentConfig, trained_positions: int) -> dict[str, Any]:
+    return {
+        "type": student.pos_embedding,
+        "num_embeddings": student.positions,
+        "embedding_dim": student.d_model,
+        "trained_positions": trained_positions,
+    }
+
+
+def reset_meta(
+    meta: Mapping[str, Any],
+    student: StudentConfig,
+    *,
+    block_size: int,
+    trained_positions: int,
+    origin: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The metadata of weights made ready for a new phase, from that of where they came from.
+
+    Steps count from 0 again, so the schedules and settings of the phase behind are left out; what
+    alpha, T and the learning rate had reached stays.
+    """
+    spent = ("alpha_schedule", "temp_schedule", "pending_schedules", "settings", "train_steps")
+    kept = {key: value for key, value in meta.items() if key not in spent}
+    return kept | {
+        "format_version": FORMAT_VERSION,
+        "step": 0,
+        "block_size": block_size,
+        "pos_embedding": _position_meta(student, trained_positions),
+        "model": student.as_dict(),
+        "metrics": {},
+        "metrics_step": -1,
+        "origin": dict(origin),
+    }
+
+
+_SETTING_OF_META = {
+    "kd_alpha": "alpha",
+    "kd_temperature": "T",
+    "alpha_schedule": "alpha_schedule",
+    "temp_schedule": "temp_schedule",
+    "grad_accum": "grad_accum",
+    "global_batch": "global_batch",
+    "warmup_steps": "warmup_steps",
+    "train_steps": "train_steps",
+    "lr_peak": "lr_peak",
+    "rope_scale": "rope_scale",
+    "eval_ctx_lens": "eval_ctx_lens",
+    "seed": "seed",
+}
+
+
+def settings_from_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a checkpoint's metadata gives to a new phase.
+
+    Raises:
+        CheckpointError: a value is not one that the setting can take.
+    """
+    values: dict[str, Any] = {}
+    for key, name in _SETTING_OF_META.items():
+        if meta.get(key) in (None, "", []):
+            continue
+        values[name] = _setting(name, key, meta[key])
+    if "global_batch" in values:
+        # Says the same whatever the number of processes or the micro-batch
+        values.pop("grad_accum", None)
+    model = meta.get("model")
+    for key in ("n_heads", "dropout"):
+        if isinstance(model, dict) and model.get(key) is not None:
+            values[key] = _setting(key, f"model.{key}", model[key])
+    return values
+
+
+def _setting(name: str, key: str, value: Any) -> Any:
+    try:
+        return parse_value(name, value)
+    except UsageError as error:
+        raise CheckpointError(f"checkpoint metadata {key!r}: {error}") from None
+
+
+def heads_of(meta: Mapping[str, Any]) -> int | None:
+    """The attention heads that a checkpoint's metadata tells; weights alone do not."""
+    model = meta.get("model")
+    heads = model.get("n_heads") if isinstance(model, dict) else None
+    return heads if isinstance(heads, int) and not isinstance(heads, bool) and heads > 0 else None
+
+
+def tokens_of(meta: Mapping[str, Any]) -> str | None:
+    """The fingerprint of the token streams that a run was trained on; None in older snapshots."""
+    dataset = meta.get("dataset")
+    found = dataset.get("fingerprint") if isinstance(dataset, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def run_settings_of(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that define the run a checkpoint belongs to.
+
+    Raises:
+        CheckpointError: the metadata has none, so that it is not one of this program's runs.
+    """
+    settings = meta.get("settings")
+    if not isinstance(settings, dict):
+        raise CheckpointError("the checkpoint does not say which settings its run had")
+    return {
+        name: parse_value(name, value)
+        for name, value in settings.items()
+        if name in SETTINGS and value is not None and value != []
+    }
+
+
+def summary(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What a list of models shows of a checkpoint: flat, and in plain types."""
+    positions = meta.get("pos_embedding") or {}
+    shown = {
+        key: meta.get(key)
+        for key in ("step", "block_size", "kd_alpha", "kd_temperature", "teacher_name")
+    }
+    shown |= {f"metric {name}": value for name, value in (meta.get("metrics") or {}).items()}
+    shown["pos_embedding"] = positions.get("type")
+    shown["trained_positions"] = positions.get("trained_positions")
+    return {key: value for key, value in shown.items() if value is not None}
+
+
+def metric_of(meta: Mapping[str, Any], key: str) -> float:
+    """A metric from metadata, infinity where it is absent or not a number."""
+    value: Any = (meta.get("metrics") or {}).get(key)
+    if not is_number(value) or isinstance(value, bool) or not math.isfinite(value):
+        return math.inf
+    return float(value)
+
+
+def are_metrics(value: Any) -> bool:
+    """Whether it is numbers by name; None stands for one that is not finite."""
+    return isinstance(value, dict) and all(
+        entry is None or is_number(entry) for entry in value.values()
+    )
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is one that a float can hold; JSON's whole numbers have no bound."""
+    if not isinstance(value, int | float):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True

@@ -1,0 +1,88 @@
+"""The sidecar beside a checkpoint: its metadata, with the size and checksum of the file."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoints.metadata import are_metrics
+from trainer.runtime.errors import CheckpointError
+from trainer.runtime.strict_json import dumps
+from trainer.storage.files import crc32c_of
+
+SIDECAR_LIMIT = 1 << 20
+"""Bytes; a larger sidecar is not one of ours."""
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """A checkpoint's metadata with the size and checksum of its file."""
+
+    name: str
+    size: int
+    crc32c: str
+    """Base64 of the big-endian CRC32C, as Cloud Storage gives it."""
+    meta: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Updates done when the checkpoint was taken."""
+        return int(self.meta["step"])
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last evaluation before it."""
+        return self.meta["metrics"]
+
+    def dump(self) -> bytes:
+        """The JSON text."""
+        content = {**self.meta, "file": self.name, "size": self.size, "crc32c": self.crc32c}
+        return dumps(content, indent=2).encode()
+
+    @classmethod
+    def parse(cls, data: bytes, name: str) -> Sidecar:
+        """Read a sidecar.
+
+        Raises:
+            CheckpointError: it is not JSON, or a field is missing or of the wrong type.
+        """
+        try:
+            content = json.loads(data)
+        except (ValueError, RecursionError):
+            raise CheckpointError(f"sidecar of {name} is not JSON; delete it or the pair") from None
+        kinds = {"size": int, "crc32c": str, "step": int, "metrics": dict}
+        for key, kind in kinds.items():
+            value = content.get(key) if isinstance(content, dict) else None
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise CheckpointError(f"sidecar of {name} has no valid {key!r}: {value!r}")
+        metrics = content["metrics"]
+        if not are_metrics(metrics):
+            raise CheckpointError(f"sidecar of {name} has metrics that are not numbers")
+        # JSON has no word for what is not finite
+        content["metrics"] = {k: math.nan if v is None else v for k, v in metrics.items()}
+        if content["step"] < 0 or content["size"] < 0:
+            raise CheckpointError(f"sidecar of {name} has a negative step or size")
+        meta = {k: v for k, v in content.items() if k not in ("file", "size", "crc32c")}
+        return cls(name, content["size"], content["crc32c"], meta)
+
+
+def verify_file(path: Path, sidecar: Sidecar) -> None:
+    """Check a checkpoint file against its sidecar.
+
+    Raises:
+        CheckpointError: size or checksum differ.
+    """
+    size = path.stat().st_size
+    if size != sidecar.size:
+        raise CheckpointError(
+            f"{sidecar.name} has {size} bytes, but its sidecar says {sidecar.size}: it was"
+            " cut short or belongs to another sidecar"
+        )
+    found = crc32c_of(path)
+    if found != sidecar.crc32c:
+        raise CheckpointError(
+            f"{sidecar.name} has checksum {found}, but its sidecar says {sidecar.crc32c}"
+        )

@@ -1,0 +1,288 @@
+"""A run's checkpoints at its output location: found again at a start, written in the background."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from trainer.checkpoints.checkpoint import Checkpoint, Snapshot
+from trainer.checkpoints.metadata import run_settings_of
+from trainer.checkpoints.names import (
+    BEST,
+    FINAL,
+    is_best_of,
+    is_checkpoint_name,
+    outdated,
+    sidecar_name,
+)
+from trainer.checkpoints.reading import read_checkpoint
+from trainer.checkpoints.sidecar import SIDECAR_LIMIT, Sidecar, verify_file
+from trainer.runtime.errors import CheckpointError, LiquidError
+from trainer.runtime.log import log
+from trainer.storage.base import Location, StorageMissingError, StorageTooLargeError
+from trainer.storage.files import atomic_write, os_errors, remove_abandoned
+from trainer.storage.places import fetch, is_remote, open_location, split_uri
+from trainer.storage.scratch import remove_abandoned_scratch, scratch_directory
+from trainer.storage.uploads import Uploader
+
+RESCUE_SECONDS = 600.0
+
+_IN_FLIGHT = 8
+"""Files and removals that may be queued when a new snapshot comes, about those of one before it."""
+
+
+def read_sidecars(location: Location) -> list[Sidecar]:
+    """The sidecars of every checkpoint at a location that has one; damaged ones are logged.
+
+    Raises:
+        StorageError: the location cannot be listed or read. A run that took that for an empty one
+            would start over on top of what is there.
+    """
+    return _read_sidecars(location)[0]
+
+
+def _read_sidecars(location: Location) -> tuple[list[Sidecar], dict[str, str]]:
+    """Also the checkpoints whose sidecars cannot be used, and why."""
+    names = {entry.name for entry in location.list()}
+    found: list[Sidecar] = []
+    refused: dict[str, str] = {}
+    for name in sorted(names):
+        if not is_checkpoint_name(name) or sidecar_name(name) not in names:
+            continue
+        try:
+            data = location.read_bytes(sidecar_name(name), limit=SIDECAR_LIMIT)
+            found.append(Sidecar.parse(data, name))
+        except (CheckpointError, StorageMissingError, StorageTooLargeError) as error:
+            log.warning("%s is passed over: %s", name, error)
+            if not isinstance(error, StorageMissingError):  # which was removed meanwhile
+                refused[name] = str(error)
+    return found, refused
+
+
+def read_verified(location: Location, sidecar: Sidecar, workdir: Path) -> Checkpoint:
+    """The checkpoint a sidecar names, checked against it.
+
+    Raises:
+        CheckpointError: it does not match its sidecar, or cannot be read.
+        StorageError: it cannot be fetched.
+    """
+    uri = location.child(sidecar.name)
+    with scratch_directory("fetch", workdir) as scratch:
+        path = fetch(uri, Path(scratch))
+        verify_file(path, sidecar)
+        checkpoint = read_checkpoint(path, uri)
+    if checkpoint.step != sidecar.step:
+        raise CheckpointError(
+            f"{uri} is at step {checkpoint.step}, but its sidecar says {sidecar.step}"
+        )
+    return checkpoint
+
+
+def read_from(uri: str, workdir: Path) -> Checkpoint:
+    """A checkpoint by its own URI; its sidecar is checked where there is one.
+
+    Raises:
+        CheckpointError, StorageError: it is missing, damaged or refused.
+    """
+    parent, name = split_uri(uri)
+    location = open_location(parent)
+    remove_abandoned_scratch(workdir)
+    try:
+        data = location.read_bytes(sidecar_name(name), limit=SIDECAR_LIMIT)
+    except StorageMissingError:
+        data = None
+    if data is not None:
+        return read_verified(location, Sidecar.parse(data, name), workdir)
+    with scratch_directory("fetch", workdir) as scratch:
+        return read_checkpoint(fetch(uri, Path(scratch)), uri)
+
+
+class _Staged:
+    """A snapshot's file, written once when its first name's turn comes, removed after the last."""
+
+    def __init__(self, snapshot: Snapshot, directory: Path) -> None:
+        self._snapshot: Snapshot | None = snapshot
+        self._parent = directory
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._sidecar: Sidecar | None = None
+
+    def files(self, name: str) -> list[tuple[Path, str]]:
+        """Local paths of weights and sidecar under a name."""
+        if self._directory is None or self._sidecar is None:
+            assert self._snapshot is not None
+            self._directory = scratch_directory("staging", self._parent)
+            self._sidecar = self._snapshot.write(Path(self._directory.name) / "snapshot.pt")
+            self._snapshot = None
+        scratch = Path(self._directory.name)
+        described = scratch / sidecar_name(name)
+        with atomic_write(described) as file:
+            file.write(replace(self._sidecar, name=name).dump())
+        return [(scratch / "snapshot.pt", name), (described, described.name)]
+
+
+class Snapshots:
+    """Checkpoints of one run at its output location.
+
+    `save` returns at once: the file is written and uploaded by `trainer.storage.uploads.Uploader`,
+    under each of its names with a sidecar, and retention follows behind. A failure is raised by the
+    next `save` or by `finish`.
+
+    A snapshot's own name (``ckpt_best_step…``) comes before the rolling ``best.pt``, so a whole
+    best exists at every instant; ``final.pt`` comes last and says that all the others are there.
+    """
+
+    def __init__(self, uri: str, workdir: str) -> None:
+        self.uri = uri
+        self.location = open_location(uri)
+        self.workdir = Path(workdir)
+        # On the file system of a local output, so that the disk that fills up is that one
+        self._staging = self.workdir if is_remote(uri) else Path(uri).expanduser()
+        self._uploads: Uploader | None = None
+        self._names: set[str] = set()
+        """Checkpoints of this run, which retention may remove."""
+        self._goes_on = False
+
+    def newest(self) -> Checkpoint | None:
+        """The newest whole checkpoint; damaged ones are logged and passed over. None: no run yet.
+
+        Weights of a run without a sidecar are what a kill leaves of an upload, and no snapshot.
+
+        Raises:
+            CheckpointError: there are snapshots, but none can be used, or there is somebody's
+                checkpoint that is of no run; a run that started would do so on top of them.
+            StorageError: the location or this machine keeps one from being read.
+        """
+        candidates, unreadable = _read_sidecars(self.location)
+        candidates.sort(key=lambda one: (one.step, one.name == FINAL), reverse=True)
+        with os_errors("making", self.workdir):
+            self.workdir.mkdir(parents=True, exist_ok=True)
+        remove_abandoned_scratch(self.workdir)
+        refused: dict[str, str] = {}
+        for sidecar in candidates:
+            try:
+                found = read_verified(self.location, sidecar, self.workdir)
+                self._goes_on = True
+                return found
+            except (CheckpointError, StorageMissingError) as error:
+                log.warning("%s; the next newest is tried", error)
+                if not isinstance(error, StorageMissingError):
+                    refused[sidecar.name] = str(error)
+        refused |= unreadable
+        if refused:
+            names, newest = ", ".join(refused), next(iter(refused.values()))
+            raise CheckpointError(
+                f"{self.uri} holds snapshots of a run, but none can be used ({names}): {newest};"
+                " put a whole one there, or give another --output_gcs_uri or --local_workdir to"
+                " start over"
+            )
+        self._refuse_foreign()
+        return None
+
+    def _refuse_foreign(self) -> None:
+        """Where no sidecar tells: every checkpoint there must be a run's, whose upload was killed.
+
+        The base package's have the same names, and would be overwritten.
+        """
+        for entry in self.location.list():
+            if not is_checkpoint_name(entry.name):
+                continue
+            uri = self.location.child(entry.name)
+            try:
+                run_settings_of(read_from(uri, self.workdir).meta)
+            except StorageMissingError:
+                continue
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{uri} has no sidecar and is no snapshot of this run ({error}); give another"
+                    " --output_gcs_uri or --local_workdir"
+                ) from None
+
+    def restore_best(self, step: int) -> None:
+        """Let the rolling best be the best again, where a kill came before it was there.
+
+        Args:
+            step: of the best checkpoint, as the run's newest snapshot tells.
+
+        Raises:
+            StorageError: it cannot be read or written.
+        """
+        found = {one.name: one for one in read_sidecars(self.location)}
+        rolling = found.get(BEST)
+        best = next((one for one in found.values() if is_best_of(one.name, step)), None)
+        if best is None or (rolling is not None and rolling.step >= step):
+            return
+        with scratch_directory("fetch", self.workdir) as scratch:
+            path = fetch(self.location.child(best.name), Path(scratch))
+            try:
+                verify_file(path, best)
+            except CheckpointError as error:
+                log.warning("%s, so %s is left as it is", error, BEST)
+                return
+            self.location.put(path, BEST)
+            sidecar = replace(best, name=BEST).dump()
+            self.location.put_bytes(sidecar, sidecar_name(BEST))
+        log.info("%s is %s again", BEST, best.name)
+
+    def check_writable(self) -> None:
+        """Fail now rather than at the first checkpoint; clear what a killed process left.
+
+        Raises:
+            StorageError: the location does not exist or may not be written.
+        """
+        self.location.check_writable()
+        with os_errors("making", self._staging):
+            self._staging.mkdir(parents=True, exist_ok=True)
+        remove_abandoned_scratch(self._staging)
+        if not is_remote(self.uri):
+            remove_abandoned(self._staging)
+
+    def save(self, snapshot: Snapshot, names: Iterable[str]) -> None:
+        """Queue a snapshot under its names; waits only while another one is still queued.
+
+        Raises:
+            LiquidError: an earlier snapshot could not be written.
+        """
+        if self._uploads is None:
+            there = {entry.name for entry in self.location.list()}
+            described = {name for name in there if sidecar_name(name) in there}
+            self._names = described if self._goes_on else set()
+            self._uploads = Uploader(self.location)
+        self._uploads.wait_for_room(_IN_FLIGHT)
+        staged = _Staged(snapshot, self._staging)
+        order = {BEST: 1, FINAL: 2}
+        written = sorted(dict.fromkeys(names), key=lambda name: order.get(name, 0))
+        for name in written:
+            pair = [name, sidecar_name(name)]
+            key = BEST if name == BEST else None
+            self._uploads.submit_made(pair, partial(staged.files, name), key=key)
+            self._names.add(name)
+        for old in outdated(self._names, written):
+            self._names.remove(old)
+            self._uploads.submit_delete(sidecar_name(old))
+            self._uploads.submit_delete(old)
+
+    def rescue(self, reason: Exception) -> None:
+        """For a run that ends badly: wait a while for what is queued, and log what is lost."""
+        if self._uploads is None:
+            return
+        try:
+            self._uploads.drain(RESCUE_SECONDS)
+        except LiquidError as error:
+            if error is not reason:
+                log.warning("%s", error)
+        self._uploads.close(0.0)
+        self._uploads = None
+
+    def finish(self) -> None:
+        """Wait until everything queued is at the location.
+
+        Raises:
+            LiquidError: a snapshot could not be written.
+        """
+        if self._uploads is not None:
+            self._uploads.drain()
+            self._uploads.close()
+            self._uploads = None

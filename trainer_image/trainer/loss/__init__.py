@@ -1,0 +1,1 @@
+"""The distillation loss: its divergences, a reference in chunks of tokens, and the fused form."""

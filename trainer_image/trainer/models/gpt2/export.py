@@ -1,0 +1,76 @@
+"""A student with learned positions as a stock Hugging Face GPT-2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.models.student import StudentConfig
+from trainer.runtime.errors import UsageError
+
+
+def gpt2_weights(weights: Mapping[str, Tensor], positions: int) -> dict[str, Tensor]:
+    """A student's weights under the names of `transformers.GPT2LMHeadModel`.
+
+    GPT-2 keeps its projections as ``Conv1D``, that is transposed.
+    """
+    renamed = {
+        "transformer.wte.weight": weights["embed.weight"],
+        "transformer.wpe.weight": weights["pos.weight"][:positions],
+        "transformer.ln_f.weight": weights["ln_f.weight"],
+        "transformer.ln_f.bias": weights["ln_f.bias"],
+        "lm_head.weight": weights["lm_head.weight"],
+    }
+    pairs = {
+        "ln1.": "ln_1.",
+        "ln2.": "ln_2.",
+        "attn.in_proj_": "attn.c_attn.",
+        "attn.out_proj.": "attn.c_proj.",
+        "mlp.0.": "mlp.c_fc.",
+        "mlp.2.": "mlp.c_proj.",
+    }
+    for name, tensor in weights.items():
+        if not name.startswith("blocks."):
+            continue
+        _, layer, rest = name.split(".", 2)
+        ours = next(prefix for prefix in pairs if rest.startswith(prefix))
+        target = f"transformer.h.{layer}.{rest.replace(ours, pairs[ours], 1)}"
+        renamed[target] = tensor.T if tensor.ndim == 2 else tensor
+    return {name: tensor.contiguous().clone() for name, tensor in renamed.items()}
+
+
+def gpt2_model(weights: Mapping[str, Tensor], config: StudentConfig, positions: int) -> Any:
+    """A `transformers.GPT2LMHeadModel` that computes what the student computes.
+
+    Raises:
+        UsageError: the student has rotary positions, which GPT-2 lacks.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    if config.pos_embedding != "absolute":
+        raise UsageError(
+            "a rotary student has no stock GPT-2 form; export one with learned positions"
+        )
+    gpt2 = GPT2Config(
+        vocab_size=config.vocab_size,
+        n_positions=positions,
+        n_embd=config.d_model,
+        n_layer=config.n_layers,
+        n_head=config.n_heads,
+        n_inner=4 * config.d_model,
+        activation_function="gelu",
+        resid_pdrop=config.dropout,
+        embd_pdrop=config.dropout,
+        attn_pdrop=config.dropout,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(gpt2)
+    model = model.to_empty(device="cpu")
+    model.load_state_dict(gpt2_weights(weights, positions), strict=True)
+    return model.eval()

@@ -1,0 +1,128 @@
+"""Names of models: a directory or a name on the Hugging Face hub; tokenizers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from trainer.runtime.errors import ModelError
+
+_TOKENIZER_FILES = re.compile(
+    r"(tokenizer|vocab|merges|spiece|sentencepiece|bpe|tekken).*|.*\.(model|tiktoken|spm|bpe|vocab)"
+)
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name can only be a path: those of the hub are NAME or OWNER/NAME."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def bucket_advice(name: str) -> str:
+    """What to give in place of a bucket, whose files `transformers` and `datasets` are not given.
+
+    Vertex AI mounts the project's buckets:
+    https://cloud.google.com/vertex-ai/docs/training/cloud-storage-file-system
+    """
+    bucket, _, place = name.partition("://")
+    if bucket != "gs":
+        return ""
+    return f"; give a local copy, or on Vertex AI /gcs/{place}, where it mounts the bucket"
+
+
+def location_of(what: str, name: str) -> str:
+    """What `transformers` is given: a hub's name as it is, a directory with its ``~`` expanded.
+
+    Raises:
+        ModelError: a path that is no directory, which would else be looked for on the hub.
+    """
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        return path
+    if os.path.exists(path):
+        raise ModelError(
+            f"{what} {name!r} cannot be loaded: it is a file; give the directory that holds it"
+        )
+    if looks_local(name):
+        advice = bucket_advice(name)
+        raise ModelError(f"{what} {name!r} cannot be loaded: no such directory{advice}")
+    return name
+
+
+@contextlib.contextmanager
+def readable_errors(what: str, name: str) -> Iterator[None]:
+    """Turn what `transformers` raises for a bad name, a bad file or no network into one line."""
+    import huggingface_hub.errors
+    import safetensors
+
+    try:
+        yield
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        ImportError,
+        RuntimeError,
+        pickle.UnpicklingError,
+        safetensors.SafetensorError,
+        huggingface_hub.errors.HfHubHTTPError,
+        huggingface_hub.errors.HFValidationError,
+        huggingface_hub.errors.StrictDataclassError,
+    ) as error:
+        local = os.path.isdir(os.path.expanduser(name))
+        hint = "" if local else "; check the name, the token and the network"
+        raise ModelError(f"{what} {name!r} cannot be loaded: {_reason(error)}{hint}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, in one line."""
+    import huggingface_hub.errors
+
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if "trust_remote_code" in text:
+        return "it needs code of its own, and remote code is not run; give one that needs none"
+    if isinstance(error, pickle.UnpicklingError):
+        found = re.search(r"GLOBAL (\S+)", text)
+        what = f"refers to {found[1]}" if found else "is damaged or holds more than tensors"
+        return f"a .bin file of its weights {what}, which could run code; give safetensors"
+    if isinstance(error, huggingface_hub.errors.StrictDataclassError):
+        # The first line says in which check, the last what is wrong
+        return f"its config.json does not hold together: {lines[-1]}"
+    if isinstance(error, KeyError):
+        return f"unknown or missing key {text}"
+    return lines[0] if lines else type(error).__name__
+
+
+def load_tokenizer(name: str, token: str | None = None) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        ModelError: there is none or it cannot be loaded, it has no vocabulary, or no end-of-text
+            token to put between documents.
+    """
+    from transformers import AutoTokenizer
+
+    location = location_of("tokenizer of", name)
+    if os.path.isdir(location) and not any(map(_TOKENIZER_FILES.fullmatch, os.listdir(location))):
+        # Of some models `transformers` then makes an empty one
+        raise ModelError(
+            f"{name!r} has no tokenizer files (tokenizer.json, for example); save the teacher's"
+            " tokenizer there"
+        )
+    with readable_errors("tokenizer of", name):
+        tokenizer = AutoTokenizer.from_pretrained(location, token=token, trust_remote_code=False)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    if len(tokenizer.get_vocab()) - len(added) < 2:
+        raise ModelError(
+            f"tokenizer of {name!r} has an empty vocabulary; a file of it is missing or damaged"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"tokenizer of {name!r} has no EOS token; documents are joined by it")
+    return tokenizer

@@ -1,0 +1,230 @@
+"""The student: a pre-norm, causal transformer language model in the GPT-2 family.
+
+With learned positions this is GPT-2's architecture (Radford et al., 2019) with exact GELU, an
+untied output head and no bias on it; with rotary positions (Su et al., 2021, arXiv:2104.09864)
+queries and keys are turned instead. Parameter names and order are part of the checkpoint format.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from trainer.runtime.errors import CheckpointError
+
+ROPE_BASE = 10_000.0
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """What determines the shapes and the function of a student."""
+
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_heads: int
+    positions: int
+    """Rows of the learned position table; 0 with rotary positions."""
+    pos_embedding: str = "absolute"
+    rope_scale: float = 1.0
+    dropout: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON types, as they stand in checkpoint metadata."""
+        return asdict(self)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head causal self-attention, parameters named as in `torch.nn.MultiheadAttention`."""
+
+    def __init__(self, config: StudentConfig) -> None:
+        super().__init__()
+        width = config.d_model
+        self.n_heads = config.n_heads
+        self.dropout = config.dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        """``[B, T, D]`` to ``[B, T, D]``; ``rotation`` holds cosines and sines ``[T, D/H/2]``."""
+        batch, length, width = x.shape
+        projected = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        query, key, value = (
+            part.view(batch, length, self.n_heads, width // self.n_heads).transpose(1, 2)
+            for part in projected.split(width, dim=-1)
+        )
+        if rotation is not None:
+            query, key = rotate(query, *rotation), rotate(key, *rotation)
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, dropout_p=self.dropout if self.training else 0.0
+        )
+        return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width))
+
+
+class Block(nn.Module):
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
+
+    def __init__(self, config: StudentConfig) -> None:
+        super().__init__()
+        width = config.d_model
+        self.ln1 = nn.LayerNorm(width)
+        self.attn = CausalSelfAttention(config)
+        self.ln2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        """``[B, T, D]`` to ``[B, T, D]``."""
+        x = x + self.drop(self.attn(self.ln1(x), rotation))
+        return x + self.drop(self.mlp(self.ln2(x)))
+
+
+class Student(nn.Module):
+    """Token ids to the last hidden state; `lm_head` turns that into logits.
+
+    The two are apart because the loss takes hidden state and head: see `trainer.distill`. Weights
+    are arbitrary, and need not be finite, until `initialize` or a state dict sets them.
+    """
+
+    def __init__(self, config: StudentConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint_activations = False
+        """Recompute each block in the backward pass (Chen et al., 2016, arXiv:1604.06174)."""
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        if config.pos_embedding == "absolute":
+            self.pos: nn.Embedding | None = nn.Embedding(config.positions, config.d_model)
+        else:
+            self.pos = None
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.ln_f = nn.LayerNorm(config.d_model)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    def initialize(self, seed: int) -> Student:
+        """GPT-2's initialization: normal with deviation 0.02, residual outputs scaled down."""
+        generator = torch.Generator().manual_seed(seed)
+        residual = 0.02 / math.sqrt(2 * self.config.n_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim >= 2:
+                last = name.endswith(("attn.out_proj.weight", "mlp.2.weight"))
+                nn.init.normal_(parameter, std=residual if last else 0.02, generator=generator)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.ones_(parameter)
+        return self
+
+    def forward(self, ids: Tensor, position_table: Tensor | None = None) -> Tensor:
+        """``[B, T]`` token ids to the normalized hidden state ``[B, T, D]``.
+
+        Args:
+            ids: token ids.
+            position_table: ``[≥ T, D]``, used in place of the learned table: how evaluation looks
+                past the trained positions without touching the weights.
+        """
+        length = ids.shape[1]
+        x = self.embed(ids)
+        rotation = None
+        if self.pos is None:
+            head_width = self.config.d_model // self.config.n_heads
+            rotation = rotary_tables(length, head_width, self.config.rope_scale, x.device)
+        else:
+            table = self.pos.weight if position_table is None else position_table
+            x = x + table[:length].to(x.dtype)
+        if _autocast_type(x) == torch.bfloat16:
+            # The residual stream's traffic and memory halve; fp16 has too small a range for it
+            x = x.to(torch.bfloat16)
+        x = self.drop(x)
+        for block in self.blocks:
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotation, use_reentrant=False)
+            else:
+                x = block(x, rotation)
+        x = self.ln_f(x)
+        # In the compiled body the cast costs nothing; outside, a copy in fp32
+        return x.to(_autocast_type(x) or x.dtype)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """``[B, T]`` token ids to ``[B, T, V]`` logits, for tests and short texts."""
+        return self.lm_head(self.forward(ids))
+
+
+def _autocast_type(x: Tensor) -> torch.dtype | None:
+    """What autocast computes products in at present; None outside of it."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def rotary_tables(
+    length: int, head_width: int, scale: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[length, head_width / 2]`` in fp32.
+
+    ``scale`` divides the positions (position interpolation, Chen et al., 2023, arXiv:2306.15595).
+    """
+    exponent = torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width
+    positions = torch.arange(length, device=device, dtype=torch.float32) / scale
+    angles = positions[:, None] * (ROPE_BASE**-exponent)[None, :]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn ``[B, H, T, W]`` by position, the first half of the width against the second."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+    return turned.to(x.dtype)
+
+
+def student_config_from_weights(
+    weights: Mapping[str, Tensor], *, n_heads: int, rope_scale: float = 1.0, dropout: float = 0.0
+) -> StudentConfig:
+    """Width, depth, vocabulary and table length from a state dict's shapes.
+
+    Raises:
+        CheckpointError: the state dict is not a student's.
+    """
+    embed = weights.get("embed.weight")
+    if embed is None or embed.ndim != 2:
+        some = ", ".join(sorted(weights)[:3]) or "nothing"
+        raise CheckpointError(f"no embed.weight [V, D] among the weights; found {some} …")
+    vocab_size, d_model = embed.shape
+    layers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    if not layers or layers != {str(index) for index in range(len(layers))}:
+        raise CheckpointError(f"blocks are not numbered from 0 without a gap: {sorted(layers)}")
+    table = weights.get("pos.weight")
+    if table is not None and (table.ndim != 2 or table.shape[1] != d_model):
+        raise CheckpointError(
+            f"pos.weight has shape {list(table.shape)} in a student {d_model} wide"
+        )
+    if d_model % n_heads:
+        raise CheckpointError(
+            f"the checkpoint is {d_model} wide, which {n_heads} heads do not divide; give --n_heads"
+        )
+    return StudentConfig(
+        vocab_size=vocab_size,
+        d_model=d_model,
+        n_layers=len(layers),
+        n_heads=n_heads,
+        positions=0 if table is None else table.shape[0],
+        pos_embedding="rotary" if table is None else "absolute",
+        rope_scale=rope_scale,
+        dropout=dropout,
+    )
+
+
+def expected_shapes(config: StudentConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter in module order, without allocating any."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in Student(config).named_parameters()}

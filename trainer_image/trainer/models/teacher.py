@@ -1,0 +1,208 @@
+"""The teacher: any Hugging Face causal language model, frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.models.gpt2 import body as gpt2_body
+from trainer.models.gpt2.fp8_body import QuantizationError, quantize_teacher
+from trainer.models.hugging_face import location_of, readable_errors
+from trainer.runtime.errors import ModelError
+from trainer.runtime.log import log
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """What is known of a teacher before its weights are loaded."""
+
+    name: str
+    max_context: int | None
+    """Longest context in tokens; None where its configuration sets none."""
+    vocab_size: int
+    """Rows of its output head, padding included."""
+
+
+class Teacher:
+    """A frozen body and the head that turns its last hidden state into logits.
+
+    Attributes:
+        head: ``[V_t, D_t]``, the output embedding, scaled so that hidden · headᵀ are the logits.
+        bias: ``[V_t]`` or None.
+        spec: name, longest context and vocabulary.
+    """
+
+    def __init__(self, model: Any, spec: TeacherSpec) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.spec = spec
+        output = model.get_output_embeddings()
+        if output is None or not isinstance(output, nn.Linear):
+            raise ModelError(f"teacher {spec.name!r} has no linear output head; use a causal LM")
+        scale = _logit_scale(model.config)
+        self.head: Tensor = (
+            output.weight.detach() * scale if scale != 1.0 else output.weight.detach()
+        )
+        self.bias: Tensor | None = None if output.bias is None else output.bias.detach() * scale
+        self.body: Any = model.base_model
+        self.sharded = False
+        """Whether its weights are spread over the processes of the run."""
+        self._fast_body: gpt2_body.GPT2Body | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._check_decomposition()
+
+    def prepare(self, *, compiled: bool, sharded: bool) -> None:
+        """Make the body fast, or spread it over the processes of the run (FSDP2)."""
+        if sharded:
+            from torch.distributed.fsdp import fully_shard
+
+            self.head = self.head.clone()
+            for layers in self.model.modules():
+                if isinstance(layers, nn.ModuleList):
+                    for layer in layers:
+                        fully_shard(layer)
+            fully_shard(self.model.base_model)
+            self.sharded = True
+        elif compiled and self.device.type == "cuda" and gpt2_body.supports(self.model):
+            self._fast_body = gpt2_body.GPT2Body(self.model)
+        elif compiled:
+            self.body = torch.compile(self.body, dynamic=False)
+
+    def quantize(self, windows: Tensor) -> QuantizationError:
+        """Multiply in fp8 from now on; returns what that changes on ``[B, T]`` token ids.
+
+        Raises:
+            ModelError: there is no fp8 form of such a model.
+        """
+        self._fast_body, error = quantize_teacher(self.model, self.head, windows)
+        return error
+
+    def release(self) -> None:
+        """Give up buffers that are kept between calls."""
+        if self._fast_body is not None:
+            self._fast_body.release()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head.device
+
+    @torch.no_grad()
+    def hidden(self, ids: Tensor) -> Tensor:
+        """``[B, T]`` token ids to the last hidden state ``[B, T, D_t]``.
+
+        May be called on any stream: each call comes after the one before, whose buffers it uses.
+        """
+        self._follow()
+        if self._fast_body is not None:
+            return self._fast_body(ids)
+        return self.body(input_ids=ids, use_cache=False).last_hidden_state
+
+    def _follow(self) -> None:
+        """Put the current stream behind the one that the last call was on."""
+        if self.device.type != "cuda":
+            return
+        current = torch.cuda.current_stream(self.device)
+        if self._stream is not None and self._stream != current:
+            current.wait_stream(self._stream)
+        self._stream = current
+
+    @torch.no_grad()
+    def _check_decomposition(self) -> None:
+        """Some models change their logits after the head; taking hidden · headᵀ would be wrong."""
+        if getattr(self.model.config.get_text_config(), "final_logit_softcapping", None):
+            # In half precision, small logits hardly show it
+            raise self._no_linear_head()
+        ids = torch.arange(1, 9, device=self.head.device)[None] % self.spec.vocab_size
+        expected = self.model(input_ids=ids, use_cache=False).logits.float()
+        found = torch.nn.functional.linear(self.hidden(ids), self.head, self.bias).float()
+        if not bool(torch.isfinite(expected).all()):
+            raise ModelError(f"teacher {self.spec.name!r} computes logits that are not finite")
+        # The same product of the same operands, rounded once: a step of bf16 is 0.8 %
+        tolerance = 1e-4 if self.head.dtype == torch.float32 else 1e-2
+        if found.shape != expected.shape or not torch.allclose(
+            found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
+        ):
+            raise self._no_linear_head()
+
+    def _no_linear_head(self) -> ModelError:
+        return ModelError(
+            f"teacher {self.spec.name!r} does more to its logits than a linear head (soft"
+            " capping, for example); such a teacher is not supported"
+        )
+
+
+def _logit_scale(config: Any) -> float:
+    """The constant factor that Cohere (logit_scale) and Granite (logits_scaling) models apply."""
+    scale = getattr(config, "logit_scale", None)
+    divisor = getattr(config, "logits_scaling", None)
+    return float(scale or 1.0) / float(divisor or 1.0)
+
+
+def read_teacher_spec(name: str, token: str | None = None) -> TeacherSpec:
+    """Longest context and vocabulary from the teacher's configuration alone.
+
+    Raises:
+        ModelError: the configuration cannot be loaded, or tells no vocabulary.
+    """
+    from transformers import AutoConfig
+
+    location = location_of("teacher", name)
+    with readable_errors("teacher", name):
+        config = AutoConfig.from_pretrained(location, token=token, trust_remote_code=False)
+    config = config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    vocabulary = getattr(config, "vocab_size", None)
+    if not isinstance(vocabulary, int) or vocabulary < 1:
+        raise ModelError(
+            f"teacher {name!r} has vocab_size {vocabulary!r} in its configuration; give a causal LM"
+        )
+    return TeacherSpec(name, longest, vocabulary)
+
+
+def load_teacher(
+    spec: TeacherSpec, *, dtype: torch.dtype, device: torch.device, token: str | None = None
+) -> Teacher:
+    """The teacher on ``device`` in ``dtype``.
+
+    Raises:
+        ModelError: the weights cannot be loaded, are of other shapes than the configuration says,
+            or are not those of a causal LM that computes finite logits.
+    """
+    from transformers import AutoModelForCausalLM
+
+    location = location_of("teacher", spec.name)
+    with readable_errors("teacher", spec.name):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            location,
+            dtype=dtype,
+            token=token,
+            trust_remote_code=False,
+            output_loading_info=True,
+            # Else refused without a word on which; refused below
+            ignore_mismatched_sizes=True,
+        )
+    _check_whole(spec.name, info)
+    teacher = Teacher(model.to(device), spec)
+    parameters = sum(p.numel() for p in model.parameters())
+    log.info("teacher %s: %.1f M parameters in %s", spec.name, parameters / 1e6, dtype)
+    return teacher
+
+
+def _check_whole(name: str, info: dict[str, Any]) -> None:
+    """Refuse weights that `transformers` has replaced by random ones."""
+    if info["missing_keys"]:
+        absent = sorted(map(str, info["missing_keys"]))
+        raise ModelError(
+            f"teacher {name!r} lacks {len(absent)} of its weights, {absent[0]} for one"
+        )
+    if info.get("mismatched_keys"):
+        tensor, found, needed = min(info["mismatched_keys"])
+        raise ModelError(
+            f"teacher {name!r}: {tensor} has shape {list(found)}, but its config.json needs"
+            f" {list(needed)}; they are of different models"
+        )

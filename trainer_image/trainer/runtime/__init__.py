@@ -1,0 +1,1 @@
+"""What every command needs of its process: log, signals, errors, devices, other processes."""

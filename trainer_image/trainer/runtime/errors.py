@@ -1,0 +1,48 @@
+"""The two ways a run ends badly, each reported as one line and an exit status."""
+
+from __future__ import annotations
+
+
+class LiquidError(Exception):
+    """A failure with a message for the user; ends a command with status 1."""
+
+    exit_status = 1
+
+
+class UsageError(LiquidError):
+    """Settings or arguments that cannot work; ends a command with status 2."""
+
+    exit_status = 2
+
+
+class DataError(LiquidError):
+    """A data set or a prepared token stream that cannot be used."""
+
+
+class ModelError(LiquidError):
+    """A teacher or a student that cannot be loaded, or that do not fit together."""
+
+
+class CheckpointError(LiquidError):
+    """A checkpoint that is missing, damaged, hostile or of another shape."""
+
+
+class StorageError(LiquidError):
+    """A file or object that cannot be read or written."""
+
+
+class DeviceError(LiquidError):
+    """A machine without the GPUs that were asked for."""
+
+
+class TrainingError(LiquidError):
+    """Training that cannot go on, for example after repeated non-finite gradients."""
+
+
+class Preempted(LiquidError):
+    """A signal stopped the run after its state was saved; the platform should start it again."""
+
+    def __init__(self, message: str, signal_name: str = "SIGTERM") -> None:
+        super().__init__(message)
+        # The shell's convention for a process ended by a signal
+        self.exit_status = 128 + (2 if signal_name == "SIGINT" else 15)

@@ -1,0 +1,212 @@
+"""Several processes, one per GPU, by torch's own means: torchrun, DDP and FSDP2."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from trainer.runtime.devices import choose_device, count_gpus
+from trainer.runtime.errors import LiquidError, Preempted, UsageError
+from trainer.runtime.log import log
+
+MASTER_PORT = 29_500
+
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for one another: one tokenizes or uploads while the others wait."""
+
+SHUTDOWN_SECONDS = 300
+"""How long a signalled process may save and upload; the platform's own limit is often shorter."""
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    device: torch.device = _CPU
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes checkpoints, logs and scalars."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process."""
+        return self.any_of(flag)[0]
+
+    def any_of(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is set on any process; one exchange for all."""
+        if self.world_size == 1:
+            return list(flags)
+        # On the CPU, through gloo: the GPU's queue is not waited for
+        seen = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in seen.tolist()]
+
+    def min(self, value: int) -> int:
+        """The smallest of the processes' numbers."""
+        if self.world_size == 1:
+            return value
+        found = torch.tensor(value)
+        dist.all_reduce(found, op=dist.ReduceOp.MIN)
+        return int(found)
+
+    def broadcast(self, value: Any) -> Any:
+        """The main process's object, on every process."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+
+@contextlib.contextmanager
+def joined_processes(environ: Mapping[str, str] = os.environ) -> Iterator[Processes]:
+    """Join the process group that torchrun describes; alone where it describes none.
+
+    Tensors on GPUs travel through NCCL, those on the CPU through gloo.
+
+    Raises:
+        UsageError: torchrun's variables are incomplete.
+        DeviceError: the machine lacks GPUs that it was asked to have.
+    """
+    device = choose_device(environ)
+    gpu = device.type == "cuda"
+    if "LOCAL_RANK" not in environ:
+        yield Processes(device=device)
+        return
+    try:
+        rank, world_size, local = (
+            int(environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        )
+    except (KeyError, ValueError) as error:
+        raise UsageError(f"the environment of torchrun is incomplete: {error}") from None
+    if gpu:
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
+    try:
+        yield Processes(rank, world_size, local, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The machines of a job."""
+
+    count: int = 1
+    index: int = 0
+    master: str = "127.0.0.1"
+    port: int = MASTER_PORT
+
+
+def find_nodes(environ: Mapping[str, str] = os.environ) -> Nodes:
+    """The machines of a Vertex AI custom job from ``CLUSTER_SPEC``, else this one alone.
+
+    See https://cloud.google.com/vertex-ai/docs/training/distributed-training: worker pool 0 holds
+    the chief, the pools after it the workers.
+
+    Raises:
+        UsageError: ``CLUSTER_SPEC`` cannot be read.
+    """
+    text = environ.get("CLUSTER_SPEC")
+    if not text:
+        return Nodes()
+    try:
+        spec = json.loads(text)
+        pools: dict[str, list[str]] = spec["cluster"]
+        order = [(pool, i) for pool in sorted(pools) for i in range(len(pools[pool]))]
+        index = order.index((spec["task"]["type"], int(spec["task"]["index"])))
+        host, _, port = pools[order[0][0]][0].partition(":")
+        return Nodes(len(order), index, host, int(port or MASTER_PORT))
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise UsageError(f"CLUSTER_SPEC cannot be understood ({error}): {text}") from None
+
+
+def launch_if_needed(module: str, argv: list[str], environ: Mapping[str, str] = os.environ) -> bool:
+    """Start torchrun for every GPU of this machine, if there are several or several machines.
+
+    Does nothing inside a process that torchrun started already.
+
+    Returns:
+        True when it has run to a good end, so that nothing is left to do.
+
+    Raises:
+        DeviceError: the machine lacks GPUs that it was asked to have.
+        LaunchError: the processes failed; theirs is the message that says why.
+        Preempted: a signal stopped them.
+    """
+    if "LOCAL_RANK" in environ:
+        return False
+    nodes = find_nodes(environ)
+    gpus = count_gpus(environ)
+    if nodes.count * max(1, gpus) == 1:
+        return False
+    from torch.distributed.run import get_args_parser, parse_args, run
+
+    wait = f"--shutdown-timeout={SHUTDOWN_SECONDS}"
+    known = "--shutdown-timeout" in get_args_parser().format_help()  # not in older releases
+    meeting = [
+        f"--nnodes={nodes.count}",
+        f"--node-rank={nodes.index}",
+        *("--master-addr", nodes.master),
+        f"--master-port={nodes.port}",
+    ]
+    command = [
+        # Alone, a machine takes a port that is free: another job may run beside this one
+        *(meeting if nodes.count > 1 else ["--standalone"]),
+        f"--nproc-per-node={max(1, gpus)}",
+        *([wait] if known else []),
+        *("-m", module, *argv),
+    ]
+    log.info("starting torchrun: %d machines with %d processes each", nodes.count, max(1, gpus))
+    try:
+        run(parse_args(command))
+    except ChildFailedError as error:
+        rank, first = error.get_first_failure()
+        raise LaunchError(
+            f"process {rank} ended with status {first.exitcode}; its message is above",
+            first.exitcode,
+        ) from None
+    except SignalException as error:
+        name = signal.Signals(error.sigval).name
+        raise Preempted(f"stopped by {name}; start it again to go on", name) from None
+    return True
+
+
+class LaunchError(LiquidError):
+    """The processes of a run failed; carries their exit status."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.exit_status = status if status > 0 else 128 - status

@@ -1,0 +1,413 @@
+"""The one list of settings: names, defaults, units, help texts and checks.
+
+Every field of `TrainConfig` is a flag of the command line and a key of the ``--config`` YAML. A
+setting's value comes from the first of these that gives it: the command line, the YAML, the
+metadata of the checkpoint that the run starts from, the default. `resolve` applies that order and
+records which one it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from trainer.runtime.errors import UsageError
+from trainer.settings.schedules import ALPHA_RANGE, TEMPERATURE_RANGE, StepSchedule
+
+REQUIRED = ("block_size", "teacher_name", "dataset_name")
+
+AUTO = 0
+"""``--micro_batch=auto`` as a number."""
+
+DEFAULT_MICRO_BATCH = 8
+
+_LARGEST_COUNT, _LARGEST_SEED = 2**31 - 1, 2**64 - 1
+"""What 32 bits count; what torch's generators take."""
+
+
+def _contexts(text: str) -> tuple[int, ...]:
+    lengths: list[int] = []
+    for piece in text.split(","):
+        if not (piece.strip().isdecimal() and 0 < int(piece) <= _LARGEST_COUNT):
+            raise UsageError(
+                f"--eval_ctx_lens={text!r}: {piece.strip()!r} is not a positive whole number of"
+                " tokens; write for example 512,1024"
+            )
+        lengths.append(int(piece))
+    return tuple(sorted(set(lengths)))
+
+
+def _micro_batch(text: str) -> int:
+    if text.strip() == "auto":
+        return AUTO
+    if (windows := int(text)) < 1:
+        raise UsageError(f"--micro_batch={windows} must be at least 1, or auto")
+    return windows
+
+
+def _betas(text: str) -> tuple[float, float]:
+    try:
+        first, second = (float(piece) for piece in text.replace(",", " ").split())
+    except ValueError:
+        raise UsageError(
+            f"--betas={text!r}: two numbers are needed, for example 0.9 0.95"
+        ) from None
+    return first, second
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    parse: Callable[[str], Any] | None = None,
+    secret: bool = False,
+    defines_run: bool = True,
+) -> Any:
+    """A dataclass field with what the command line needs to know of it.
+
+    Args:
+        default: the value when nothing gives one.
+        help: one line, with the unit.
+        choices: the only values allowed.
+        parse: from text to value, where the type alone does not tell.
+        secret: never shown.
+        defines_run: False for settings that do not change what is computed (paths, intervals,
+            credentials); the others must stay the same for a run to go on from its own snapshots.
+    """
+    return field(
+        default=default,
+        repr=not secret,
+        metadata={
+            "help": help,
+            "choices": choices,
+            "parse": parse,
+            "secret": secret,
+            "defines_run": defines_run and not secret,
+        },
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every setting of a training run. Construction checks the values.
+
+    Raises:
+        UsageError: naming the setting, its value and what is allowed.
+    """
+
+    # What is trained on what
+    teacher_name: str | None = setting(
+        None, "teacher: a Hugging Face causal LM by hub name or local directory (required)"
+    )
+    dataset_name: str | None = setting(
+        None,
+        "data set: hub name, or a local directory or file of text, json or parquet (required"
+        " unless --tokens_dir is given)",
+    )
+    dataset_config: str | None = setting(
+        None, "configuration of the data set, e.g. wikitext-103-v1"
+    )
+    dataset_revision: str | None = setting(
+        None, "revision of a hub data set (commit, tag or branch)"
+    )
+    text_column: str = setting("text", "column of the data set that holds the text")
+    block_size: int | None = setting(None, "training context in tokens (required)")
+    resume_gcs_uri: str | None = setting(
+        None,
+        "checkpoint to start from, gs:// or local; it starts a new phase",
+        defines_run=False,
+    )
+
+    # Annealing
+    alpha: float = setting(0.5, "weight of the distillation term before the schedule's first entry")
+    T: float = setting(1.0, "distillation temperature before the schedule's first entry")
+    alpha_schedule: str = setting("", "alpha by update, e.g. 0:0.7,400:0.5")
+    temp_schedule: str = setting("", "temperature by update, e.g. 0:1.2,800:1.0")
+    kd_scheme: str = setting(
+        "forward_kl",
+        "divergence between teacher and student",
+        choices=("forward_kl", "reverse_kl", "jsd"),
+    )
+    eval_ctx_lens: tuple[int, ...] = setting(
+        (),
+        "contexts to evaluate at, in tokens, e.g. 512,1024; the training context always is",
+        parse=_contexts,
+        defines_run=False,
+    )
+    reset_optim_on_ctx_change: bool = setting(
+        False,
+        "when --block_size differs from the checkpoint's, start at step 0 with a new optimizer",
+    )
+
+    # Student
+    d_model: int = setting(768, "width of the student")
+    n_layers: int = setting(10, "transformer blocks of the student")
+    n_heads: int = setting(12, "attention heads of the student")
+    dropout: float = setting(0.0, "dropout probability")
+    pos_embedding: str = setting(
+        "absolute", "learned position table or rotary positions", choices=("absolute", "rotary")
+    )
+    pos_resize: str = setting(
+        "linear",
+        "how a learned position table is stretched to a longer context",
+        choices=("linear", "copy"),
+    )
+    rope_scale: float = setting(1.0, "divides the positions of a rotary student")
+    trained_positions: int | None = setting(
+        None,
+        "rows of the checkpoint's position table that were trained, in place of what its metadata"
+        " or its optimizer state tell",
+    )
+
+    # Optimization
+    train_steps: int = setting(10_000, "optimizer updates; 0 loads, prints the settings and exits")
+    global_batch: int = setting(64, "windows per update over all processes")
+    micro_batch: int = setting(
+        DEFAULT_MICRO_BATCH,
+        "windows per forward pass of one process; auto is as many as the GPU's memory holds",
+        parse=_micro_batch,
+        defines_run=False,
+    )
+    grad_accum: int | None = setting(
+        None,
+        "micro-batches per update; wins over --global_batch (default: global_batch / (micro_batch"
+        " x processes))",
+        defines_run=False,
+    )
+    lr: float = setting(3e-4, "peak learning rate")
+    lr_peak: float | None = setting(None, "peak learning rate; wins over --lr")
+    warmup_steps: int = setting(2000, "updates of linear warmup")
+    weight_decay: float = setting(0.1, "AdamW weight decay, on matrices only")
+    betas: tuple[float, float] = setting((0.9, 0.95), "AdamW betas", parse=_betas)
+    eps: float = setting(1e-8, "AdamW epsilon")
+    grad_clip: float = setting(1.0, "largest gradient norm; larger ones are scaled down to it")
+    max_nonfinite: int = setting(
+        10, "updates in a row skipped for a non-finite gradient before the run gives up"
+    )
+    seed: int = setting(42, "seed of initialization, shuffling and dropout")
+
+    # Precision
+    bf16: bool = setting(False, "compute in bfloat16 (default: bf16 where the GPU has it)")
+    fp16: bool = setting(False, "compute in float16 with loss scaling (default on older GPUs)")
+    fp32: bool = setting(False, "compute in float32 (default on the CPU)")
+    teacher_precision: str = setting(
+        "auto",
+        "precision of the teacher; auto is the student's compute precision; fp8 (GPT-2 alone) is"
+        " faster, and logs at the start how far it is from bf16",
+        choices=("auto", "fp32", "bf16", "fp16", "fp8"),
+    )
+
+    # Speed
+    compile: str = setting(
+        "auto",
+        "torch.compile for student and teacher; auto is on for a GPU",
+        choices=("auto", "on", "off"),
+        defines_run=False,
+    )
+    parallel: str = setting(
+        "ddp",
+        "several GPUs: ddp replicates the student, fsdp shards it (FSDP2)",
+        choices=("ddp", "fsdp"),
+        defines_run=False,
+    )
+    shard_teacher: bool = setting(
+        False, "shard the teacher's weights over the GPUs (FSDP2)", defines_run=False
+    )
+    activation_checkpointing: bool = setting(
+        False, "recompute the student's activations in the backward pass", defines_run=False
+    )
+
+    # Evaluation, logging and checkpoints
+    eval_every: int = setting(500, "updates between evaluations", defines_run=False)
+    eval_max_tokens: int = setting(
+        0, "tokens of the validation split to evaluate on; 0 is all of it"
+    )
+    save_every: int = setting(1000, "updates between snapshots", defines_run=False)
+    save_best_on: str = setting(
+        "val_loss_student", "metric that decides the best checkpoint; lower is better"
+    )
+    log_interval: int = setting(50, "updates between log lines", defines_run=False)
+
+    # Places
+    config: str | None = setting(None, "YAML file with any of these settings", defines_run=False)
+    output_gcs_uri: str | None = setting(
+        None,
+        "where checkpoints go, gs:// or local; $(date +FORMAT) is expanded (default: the work"
+        " directory)",
+        defines_run=False,
+    )
+    local_workdir: str = setting("/tmp/liquid_work", "scratch directory", defines_run=False)  # noqa: S108
+    cache_dir: str = setting(
+        "~/.cache/liquid_annealing", "where tokenized data sets are kept", defines_run=False
+    )
+    tokens_dir: str | None = setting(
+        None,
+        "token streams written by trainer.prepare_tokens, gs:// or local, in place of a data set",
+        defines_run=False,
+    )
+
+    # Hugging Face token, in the order of trying (after HF_TOKEN in the environment)
+    hf_token_value: str | None = setting(None, "Hugging Face token itself", secret=True)
+    hf_token_file: str | None = setting(
+        None, "file that holds the Hugging Face token", defines_run=False
+    )
+    hf_token_gcs_uri: str | None = setting(
+        None, "object that holds the Hugging Face token, gs:// or local", defines_run=False
+    )
+    hf_secret_name: str | None = setting(
+        None,
+        "Secret Manager secret with the Hugging Face token: projects/P/secrets/S[/versions/V]",
+        defines_run=False,
+    )
+
+    def __post_init__(self) -> None:
+        self.schedule_alpha, self.schedule_T  # noqa: B018 - parsed now, so that errors come early
+        self._check_ranges()
+        chosen = [name for name in ("fp16", "bf16", "fp32") if getattr(self, name)]
+        if len(chosen) > 1:
+            flags = " and ".join(f"--{name}" for name in chosen)
+            raise UsageError(
+                f"{flags} exclude each other; give one, or none for the best available"
+            )
+        if self.teacher_precision == "fp8" and self.shard_teacher:
+            raise UsageError(
+                "--teacher_precision=fp8 and --shard_teacher exclude each other; leave one out"
+            )
+        for name in ("local_workdir", "cache_dir", "text_column"):
+            if not getattr(self, name):
+                raise UsageError(f"--{name} must not be empty")
+        if not self.resume_gcs_uri:
+            self._check_shapes()  # else the checkpoint's are what counts
+
+    def _check_shapes(self) -> None:
+        if self.d_model % self.n_heads:
+            raise UsageError(
+                f"--d_model={self.d_model} is not divisible by --n_heads={self.n_heads}"
+            )
+        if self.pos_embedding == "rotary" and self.d_model // self.n_heads % 2:
+            raise UsageError(
+                f"rotary positions need an even head width, not {self.d_model}/{self.n_heads} ="
+                f" {self.d_model // self.n_heads}; change --d_model or --n_heads"
+            )
+        if self.rope_scale != 1.0 and self.pos_embedding != "rotary":
+            raise UsageError(
+                f"--rope_scale={self.rope_scale:g} is for rotary positions; leave it out or give"
+                " --pos_embedding=rotary"
+            )
+
+    def _check_ranges(self) -> None:
+        for names, low, unit in (
+            (("block_size", "d_model", "n_layers", "n_heads", "global_batch"), 1, ""),
+            (("grad_accum", "trained_positions", "max_nonfinite"), 1, ""),
+            (("eval_every", "save_every", "log_interval"), 1, " updates"),
+            (("train_steps", "warmup_steps"), 0, " updates"),
+            (("eval_max_tokens", "seed", "micro_batch"), 0, ""),
+        ):
+            for name in names:
+                _check_between(name, getattr(self, name), low, unit)
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise UsageError(f"--weight_decay={self.weight_decay:g} must be a number from 0 on")
+        for name in ("lr", "lr_peak", "eps", "grad_clip", "rope_scale"):
+            value = getattr(self, name)
+            if value is not None and not (0.0 < value < math.inf):
+                raise UsageError(f"--{name}={value:g} must be above 0 and finite")
+        if self.alpha not in ALPHA_RANGE:
+            raise UsageError(f"--alpha={self.alpha:g} must be {ALPHA_RANGE}")
+        if self.T not in TEMPERATURE_RANGE:
+            raise UsageError(f"--T={self.T:g} must be {TEMPERATURE_RANGE}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UsageError(f"--dropout={self.dropout:g} must be at least 0 and below 1")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise UsageError(f"--betas={self.betas}: both must be at least 0 and below 1")
+
+    @property
+    def schedule_alpha(self) -> StepSchedule:
+        """The weight of the distillation term by update."""
+        return StepSchedule.parse(
+            self.alpha_schedule, self.alpha, name="alpha_schedule", allowed=ALPHA_RANGE
+        )
+
+    @property
+    def schedule_T(self) -> StepSchedule:
+        """The distillation temperature by update."""
+        return StepSchedule.parse(
+            self.temp_schedule, self.T, name="temp_schedule", allowed=TEMPERATURE_RANGE
+        )
+
+    @property
+    def peak_lr(self) -> float:
+        """``lr_peak`` where given, else ``lr``."""
+        return self.lr if self.lr_peak is None else self.lr_peak
+
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        """Every context that is evaluated, ascending, the training context among them."""
+        return tuple(sorted({*self.eval_ctx_lens, self.context}))
+
+    @property
+    def context(self) -> int:
+        """The training context in tokens."""
+        assert self.block_size is not None, "require() was not called"
+        return self.block_size
+
+    @property
+    def teacher(self) -> str:
+        """The teacher's name or directory."""
+        assert self.teacher_name is not None, "require() was not called"
+        return self.teacher_name
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any update of the schedule has alpha above 0."""
+        return any(value > 0.0 for value in self.schedule_alpha.values())
+
+    @property
+    def student_metrics(self) -> tuple[str, ...]:
+        """Every metric of the student that this run's evaluations give; lower is better."""
+        names = ("val_loss_student", "val_ppl_student")
+        return (*names, *(f"{name}@{context}" for name in names for context in self.contexts))
+
+    @property
+    def uri(self) -> str:
+        """Where the run's checkpoints live."""
+        return self.output_gcs_uri or self.local_workdir
+
+    def require(self, *names: str) -> TrainConfig:
+        """Itself, if every setting named has a value.
+
+        Raises:
+            UsageError: naming all that are missing at once.
+        """
+        missing = [name for name in names if getattr(self, name) is None]
+        if self.tokens_dir and "dataset_name" in missing:
+            missing.remove("dataset_name")
+        if missing:
+            raise UsageError(
+                f"missing: {', '.join('--' + name for name in missing)}; give"
+                f" {'them' if len(missing) > 1 else 'it'} on the command line or in --config"
+            )
+        return self
+
+    def run_settings(self) -> dict[str, Any]:
+        """The settings that define what a run computes, as JSON types."""
+        return {
+            spec.name: list(value) if isinstance(value, tuple) else value
+            for spec in fields(self)
+            if spec.metadata["defines_run"]
+            for value in [getattr(self, spec.name)]
+        }
+
+
+def _check_between(name: str, value: int | None, low: int, unit: str) -> None:
+    high = _LARGEST_SEED if name == "seed" else _LARGEST_COUNT
+    if value is not None and value < low:
+        raise UsageError(f"--{name}={value} must be at least {low}{unit}")
+    if value is not None and value > high:
+        shown = f"{str(value)[:24]}…" if len(str(value)) > 24 else value
+        raise UsageError(f"--{name}={shown} must be at most {high}{unit}")
+
+
+SETTINGS = {spec.name: spec for spec in fields(TrainConfig)}

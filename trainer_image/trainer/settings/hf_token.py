@@ -1,0 +1,87 @@
+"""The Hugging Face token, from five sources, never shown."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from trainer.runtime.errors import LiquidError, UsageError
+from trainer.runtime.log import hide, log
+from trainer.settings.config import TrainConfig
+
+ENVIRONMENT_NAMES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+
+
+def find_hf_token(config: TrainConfig, environ: Mapping[str, str] = os.environ) -> str | None:
+    """The first token found: environment, value, file, object, Secret Manager; else None.
+
+    Once found it is hidden from everything that is logged.
+
+    Raises:
+        LiquidError: a source was named, none before it had a token, and it cannot be read or
+            holds something else.
+    """
+    token, source = next(
+        ((environ[name].strip(), name) for name in ENVIRONMENT_NAMES if environ.get(name)), ("", "")
+    )
+    if not token and config.hf_token_value:
+        token, source = config.hf_token_value.strip(), "--hf_token_value"
+    if not token and config.hf_token_file:
+        token, source = _from_file(config.hf_token_file), "--hf_token_file"
+    if not token and config.hf_token_gcs_uri:
+        token, source = _from_object(config.hf_token_gcs_uri), "--hf_token_gcs_uri"
+    if not token and config.hf_secret_name:
+        token, source = _from_secret_manager(config.hf_secret_name), "--hf_secret_name"
+    if not token:
+        return None
+    hide(token)
+    if not (token.isascii() and token.isprintable() and " " not in token):
+        # No header could carry it, and a message that quotes it would not be recognised
+        raise UsageError(f"{source} holds no token: it has spaces or other such characters")
+    log.info("Hugging Face token taken from %s", source)
+    return token
+
+
+def _from_file(path: str) -> str:
+    try:
+        token = Path(path).expanduser().read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise UsageError(f"--hf_token_file={path!r} cannot be read: {reason}") from None
+    return _not_empty(token, f"--hf_token_file={path!r}")
+
+
+def _from_object(uri: str) -> str:
+    from trainer.storage.places import read_bytes
+
+    try:
+        token = read_bytes(uri, limit=4096).decode("utf-8").strip()
+    except UnicodeDecodeError:
+        raise UsageError(f"--hf_token_gcs_uri={uri!r} does not hold text") from None
+    return _not_empty(token, f"--hf_token_gcs_uri={uri!r}")
+
+
+def _from_secret_manager(name: str) -> str:
+    try:
+        from google.api_core.exceptions import GoogleAPIError
+        from google.auth.exceptions import GoogleAuthError
+        from google.cloud import secretmanager
+    except ImportError:
+        raise LiquidError(
+            "--hf_secret_name needs google-cloud-secret-manager; install liquid-annealing[cloud]"
+        ) from None
+    version = name if "/versions/" in name else f"{name}/versions/latest"
+    try:
+        client = secretmanager.SecretManagerServiceClient()
+        response = client.access_secret_version(name=version, timeout=30.0)
+    except (GoogleAPIError, GoogleAuthError) as error:
+        reason = getattr(error, "message", None) or str(error)
+        raise LiquidError(f"--hf_secret_name={name!r} cannot be read: {reason}") from None
+    return _not_empty(response.payload.data.decode("utf-8").strip(), f"--hf_secret_name={name!r}")
+
+
+def _not_empty(token: str, source: str) -> str:
+    if not token:
+        raise UsageError(f"{source} holds no token: it is empty")
+    return token

@@ -1,0 +1,125 @@
+"""Where a setting's value comes from: command line, YAML, checkpoint metadata or default."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from trainer.runtime.errors import UsageError
+from trainer.settings.config import AUTO, DEFAULT_MICRO_BATCH, SETTINGS, TrainConfig
+from trainer.settings.dates import expand_dates
+from trainer.settings.text_yaml import read_settings
+from trainer.settings.values import check_names, given
+
+COMMAND_LINE, CONFIG_FILE, CHECKPOINT, DEFAULT = (
+    "command line",
+    "--config",
+    "checkpoint",
+    "default",
+)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration, and for every setting which layer gave it."""
+
+    config: TrainConfig
+    sources: Mapping[str, str]
+
+    def given(self, name: str) -> bool:
+        """Whether the user gave the setting, on the command line or in the YAML."""
+        return self.sources[name] in (COMMAND_LINE, CONFIG_FILE)
+
+    def lines(self) -> Iterable[str]:
+        """``name = value (source)`` for every setting; secrets are not shown."""
+        for name, spec in SETTINGS.items():
+            value = getattr(self.config, name)
+            shown = "auto" if (name, value) == ("micro_batch", AUTO) else repr(value)
+            if spec.metadata["secret"] and value is not None:
+                shown = "***"
+            yield f"{name} = {shown} ({self.sources[name]})"
+
+
+def settings_from_yaml(path: str) -> dict[str, Any]:
+    """The settings of a ``--config`` file; null leaves a setting to the next layer.
+
+    Raises:
+        UsageError: the file cannot be read, is not a mapping, or has an unknown key.
+    """
+    content = read_settings(path, f"--config={path!r}")
+    check_names(content, where=f"--config={path!r}: ")
+    return given(**content)
+
+
+def resolve(
+    command_line: Mapping[str, Any],
+    config_file: Mapping[str, Any],
+    checkpoint: Mapping[str, Any] | None = None,
+    *,
+    now: float | None = None,
+) -> Resolved:
+    """Merge the layers: command line over YAML over checkpoint metadata over default.
+
+    ``now`` is the time that ``$(date …)`` stands for, in seconds since 1970; default this moment.
+
+    Raises:
+        UsageError: the merged values do not work.
+    """
+    values: dict[str, Any] = {}
+    sources = dict.fromkeys(SETTINGS, DEFAULT)
+    for source, layer in (
+        (CHECKPOINT, checkpoint or {}),
+        (CONFIG_FILE, config_file),
+        (COMMAND_LINE, command_line),
+    ):
+        for name, value in layer.items():
+            values[name], sources[name] = value, source
+        # One quantity under two names: the layer that gives either decides both
+        for name, rival in (("grad_accum", "global_batch"), ("lr_peak", "lr")):
+            if rival in layer and name not in layer and sources[name] != DEFAULT:
+                values.pop(name, None)
+                sources[name] = DEFAULT
+        # A checkpoint's schedule would leave nothing of the constant that a user gives
+        for name, constant in (("alpha_schedule", "alpha"), ("temp_schedule", "T")):
+            if source != CHECKPOINT and constant in layer and sources[name] == CHECKPOINT:
+                values.pop(name, None)
+                sources[name] = DEFAULT
+    for name in ("output_gcs_uri", "local_workdir", "cache_dir"):
+        if str(values.get(name, "")).startswith("~"):
+            values[name] = _in_home(name, values[name])
+    for name in ("output_gcs_uri", "local_workdir"):
+        if values.get(name):
+            moment = None if now is None else datetime.fromtimestamp(now, UTC)
+            values[name] = expand_dates(values[name], flag=name, now=moment)
+    return Resolved(TrainConfig(**values), sources)
+
+
+def _in_home(name: str, path: str) -> str:
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:
+        raise UsageError(f"--{name}={path!r}: there is no such home directory") from None
+
+
+def for_evaluation(config: TrainConfig) -> TrainConfig:
+    """The settings that the evaluation stage goes by.
+
+    Raises:
+        UsageError: one is missing, or is not for that stage.
+    """
+    if not config.eval_ctx_lens:
+        raise UsageError("missing: --eval_ctx_lens; give contexts in tokens, for example 512,1024")
+    if config.teacher_precision == "fp8":
+        raise UsageError(
+            "--teacher_precision=fp8 is for training, where it is fast; the losses of this stage"
+            " are the teacher's own: give fp32, bf16, fp16 or auto"
+        )
+    config = replace(
+        config,
+        block_size=max(config.eval_ctx_lens),
+        micro_batch=config.micro_batch or DEFAULT_MICRO_BATCH,
+    )
+    return config.require("teacher_name", "dataset_name")

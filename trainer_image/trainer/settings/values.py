@@ -1,0 +1,93 @@
+"""Settings from and to text."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+from trainer.runtime.errors import UsageError
+from trainer.settings.config import AUTO, SETTINGS, TrainConfig
+
+_TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+
+
+def _boolean(text: str) -> bool:
+    word = text.strip().lower()
+    if word not in (*_TRUE, *_FALSE):
+        raise ValueError("true or false is needed")
+    return word in _TRUE
+
+
+TYPES = typing.get_type_hints(TrainConfig)
+
+
+def parse_value(name: str, value: Any) -> Any:
+    """A setting's value from text (command line) or from a YAML scalar or list.
+
+    Raises:
+        UsageError: the value is not of the setting's type or not one of its choices.
+    """
+    spec, kind = SETTINGS[name], TYPES[name]
+    options = [option for option in typing.get_args(kind) if option is not type(None)]
+    if typing.get_origin(kind) is not tuple and options:
+        kind = options[0]
+    secret = spec.metadata["secret"]
+    if isinstance(value, dict) or (isinstance(value, list) and not spec.metadata["parse"]):
+        shown = "***" if secret else repr(value)
+        raise UsageError(f"--{name}={shown}: one value is needed, not a {type(value).__name__}")
+    if value == "" and type(None) in typing.get_args(TYPES[name]):
+        return None
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)  # JSON and YAML know one kind of number
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    parse = spec.metadata["parse"] or (_boolean if kind is bool else kind)
+    try:
+        parsed = parse(text)
+    except ValueError as error:
+        wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, error)
+        shown = "***" if secret else repr(text)
+        raise UsageError(f"--{name}={shown}: {wanted} is needed") from None
+    choices = spec.metadata["choices"]
+    if choices and parsed not in choices:
+        near = difflib.get_close_matches(text, choices, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(f"--{name}={text!r}: choose one of {', '.join(choices)}{hint}")
+    return parsed
+
+
+def as_text(name: str, value: Any) -> str:
+    """A setting's value as `parse_value` reads it."""
+    if (name, value) == ("micro_batch", AUTO):
+        return "auto"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """Those settings that have a value, parsed; empty text and None leave one to its default.
+
+    Raises:
+        UsageError: there is no such setting, or a value is not one that its setting can take.
+    """
+    check_names(values)
+    return {
+        name: parse_value(name, value)
+        for name, value in values.items()
+        if value is not None and value != ""
+    }
+
+
+def check_names(names: Iterable[Any], where: str = "") -> None:
+    """Refuse names that are no settings.
+
+    Raises:
+        UsageError: naming the first one, with the nearest setting; ``where`` stands before it.
+    """
+    for name in names:
+        if name == "config":
+            raise UsageError(f"{where}'config' names a file, which the command line alone gives")
+        if name not in SETTINGS:
+            near = difflib.get_close_matches(str(name), SETTINGS, 1, cutoff=0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"{where}unknown setting {name!r}{hint}")

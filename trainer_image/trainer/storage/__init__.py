@@ -1,0 +1,1 @@
+"""One interface over ``gs://`` prefixes and local directories."""

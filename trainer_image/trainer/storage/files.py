@@ -1,0 +1,201 @@
+"""Local files: atomic writes, checksums, and the operating system's errors in one line each."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import google_crc32c
+
+from trainer.runtime.errors import StorageError
+from trainer.runtime.log import log
+from trainer.storage.base import MIB, Source, StorageMissingError
+
+BLOCK = 4 * MIB
+
+_TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
+
+# A temporary file this much older than "now" (by the clock of the file system) has no writer that
+# is still between creating it and locking it
+_ABANDONED_AFTER = 60.0
+
+
+def crc32c_of(source: str | os.PathLike[str] | BinaryIO) -> str:
+    """The CRC32C of a file (an open one is read from its start), in base64, big-endian.
+
+    Raises:
+        StorageError: the file cannot be read.
+    """
+    with os_errors("reading", shown(source)), opened(source) as file:
+        checksum = google_crc32c.Checksum()
+        file.seek(0)
+        while block := file.read(BLOCK):
+            checksum.update(block)
+        file.seek(0)
+    return base64.b64encode(checksum.digest()).decode("ascii")
+
+
+def crc32c_of_bytes(data: bytes) -> str:
+    """The CRC32C of bytes in memory, in base64, big-endian."""
+    return base64.b64encode(google_crc32c.Checksum(data).digest()).decode("ascii")
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A binary file that gets its final name when the block ends, and never if it fails.
+
+    The content goes to a hidden file of a unique name in the same directory, is forced to disk and
+    renamed. Missing directories are made.
+
+    Raises:
+        StorageError: the disk is full, the directory is read-only, and so on.
+    """
+    path = Path(path)
+    with os_errors("writing", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_beside(path) as file:
+            try:
+                yield file
+            except RuntimeError as error:
+                # torch.save hides the disk's error behind one about its own position in the file
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
+            to_disk(file)
+            os.replace(file.name, path)
+        directory_to_disk(path.parent)
+
+
+def remove_abandoned(directory: str | os.PathLike[str]) -> None:
+    """Remove what killed writers left half-written in a directory.
+
+    A running writer holds a lock on its temporary file; one that can be locked has lost it.
+    """
+    with os_errors("cleaning", directory), temporary_beside(Path(directory, "clock")) as probe:
+        now = os.fstat(probe.fileno()).st_mtime
+        for path in Path(directory).iterdir():
+            if _TEMPORARY.fullmatch(path.name) and path != Path(probe.name):
+                _remove_if_abandoned(path, now)
+
+
+@contextmanager
+def opened(source: Source) -> Iterator[BinaryIO]:
+    """A path opened for reading, or the open file itself, which stays open."""
+    if isinstance(source, (str, os.PathLike)):
+        with os_errors("reading", source):
+            file = open(source, "rb")  # noqa: SIM115
+        with file:
+            yield file
+    else:
+        yield source
+
+
+def shown(source: Source) -> str:
+    """What messages call a file: its path or name."""
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    return str(getattr(source, "name", "a file"))
+
+
+@contextmanager
+def temporary_beside(path: Path) -> Iterator[BinaryIO]:
+    """A new locked file in the directory of a path, removed at the end unless it was renamed."""
+    name = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    try:
+        with open(name, "x+b") as file:
+            lock_file(file, wait=True)
+            yield file
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            name.unlink()
+
+
+def lock_file(file: BinaryIO, *, wait: bool) -> bool:
+    """Lock an open file until it is closed; False if it is taken or cannot be locked here."""
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        # Some network and user-space file systems have no locks
+        if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL):
+            raise
+        return False
+    return True
+
+
+def _remove_if_abandoned(path: Path, now: float) -> None:
+    # Another process may clean at the same time, or a writer may finish
+    with contextlib.suppress(FileNotFoundError):
+        if now - path.stat().st_mtime < _ABANDONED_AFTER:
+            return
+        with open(path, "rb") as file:
+            if lock_file(file, wait=False):
+                log.info("removing %s, left half-written by a process that is gone", path)
+                path.unlink()
+
+
+def to_disk(file: BinaryIO) -> None:
+    """Force an open file's content to disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def directory_to_disk(directory: Path) -> None:
+    """Force a directory's entries to disk, where its file system can."""
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Not every file system can force a directory; the rename itself was done
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def os_errors(action: str, path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn the operating system's errors into one line: what was done to what, and why not."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{action} {os.fspath(path)!r} failed"
+        if error.errno == errno.ENOENT:
+            raise StorageMissingError(f"{what}: it does not exist") from None
+        if error.errno == errno.ENOTDIR:
+            raise StorageMissingError(
+                f"{what}: a file stands where a directory is needed"
+            ) from None
+        raise StorageError(f"{what}: {_reason(error, Path(path))}") from None
+
+
+def _reason(error: OSError, path: Path) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full{_free_space(path)}; free some space or choose another directory"
+    if error.errno == errno.EROFS:
+        return "the file system is read-only; choose a directory that can be written"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return "permission denied; check the owner and mode of the directory"
+    if error.errno == errno.EISDIR:
+        return "it is a directory, not a file"
+    if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+        return "a file is in the way of a directory of that name"
+    return error.strerror or str(error)
+
+
+def _free_space(path: Path) -> str:
+    for directory in (path, *path.parents):
+        if directory.is_dir():
+            return f" ({shutil.disk_usage(directory).free / MIB:.0f} MiB free)"
+    return ""

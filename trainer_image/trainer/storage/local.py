@@ -1,0 +1,225 @@
+"""A directory as a `Location`."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+import google_crc32c
+
+from trainer.storage.base import (
+    Entry,
+    Sightings,
+    Source,
+    StorageTooLargeError,
+    check_name,
+    conflict,
+    describe_writer,
+    usable_names,
+)
+from trainer.storage.files import (
+    BLOCK,
+    atomic_write,
+    crc32c_of,
+    directory_to_disk,
+    lock_file,
+    opened,
+    os_errors,
+    remove_abandoned,
+    shown,
+    temporary_beside,
+    to_disk,
+)
+
+_LOCK_NAME = ".writers.json"
+
+_WRITERS_LIMIT = 1 << 20
+
+
+class LocalLocation:
+    """A directory. Writers lock its hidden ``.writers.json``, which says who wrote what."""
+
+    def __init__(self, uri: str) -> None:
+        self._root = Path(uri).expanduser()
+        self._sightings = Sightings()
+        # Own threads: a listing must not see a write that is not yet noted as ours
+        self._lock = threading.RLock()
+
+    @property
+    def uri(self) -> str:
+        """The directory as a path."""
+        return str(self._root)
+
+    def child(self, name: str) -> str:
+        """The path of a name."""
+        return str(self._root / name)
+
+    def list(self) -> list[Entry]:
+        """See `Location.list`."""
+        entries = []
+        with self._lock, os_errors("listing", self._root):
+            try:
+                found = sorted(item.name for item in os.scandir(self._root) if item.is_file())
+            except FileNotFoundError:
+                found = []
+            for name in usable_names(found, self.uri):
+                with contextlib.suppress(FileNotFoundError):
+                    entries.append(_entry(self._root / name))
+            self._sightings.first_listing(entries)
+        return entries
+
+    def stat(self, name: str, *, checksum: bool = False) -> Entry:
+        """See `Location.stat`."""
+        path = self._root / check_name(name)
+        with self._lock, os_errors("reading", path):
+            entry = _entry(path)
+            self._sightings.look(entry)
+        return replace(entry, crc32c=crc32c_of(path)) if checksum else entry
+
+    def read_bytes(self, name: str, *, limit: int) -> bytes:
+        """See `Location.read_bytes`."""
+        path = self._root / check_name(name)
+        with os_errors("reading", path), open(path, "rb") as file:
+            self._sightings.look(_entry_of_open(name, file))
+            data = file.read(limit + 1)
+            if len(data) > limit:
+                size = os.fstat(file.fileno()).st_size
+                raise StorageTooLargeError(
+                    f"{path} has {size} bytes; at most {limit} are expected here"
+                )
+        return data
+
+    def get(self, name: str, destination: Path) -> Entry:
+        """See `Location.get`."""
+        path = self._root / check_name(name)
+        with contextlib.ExitStack() as stack:
+            with os_errors("reading", path):
+                source = stack.enter_context(open(path, "rb"))
+                entry = _entry_of_open(path.name, source)
+            with atomic_write(destination) as file:
+                crc32c = _copy(source, file)
+        self._sightings.look(entry)
+        return replace(entry, crc32c=crc32c)
+
+    def put(self, source: Source, name: str) -> Entry:
+        """See `Location.put`."""
+        path = self._root / check_name(name)
+        with os_errors("reading", shown(source)), contextlib.ExitStack() as stack:
+            file = stack.enter_context(opened(source))
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return self._take_over(path, file)
+            file.seek(0)
+            return self._write(path, file)
+
+    def put_bytes(self, data: bytes, name: str) -> Entry:
+        """See `Location.put_bytes`."""
+        return self._write(self._root / check_name(name), io.BytesIO(data))
+
+    def delete(self, name: str) -> None:
+        """See `Location.delete`."""
+        path = self._root / check_name(name)
+        with self._lock, os_errors("removing", path):
+            if not path.exists():
+                return
+            with self._writers() as writers:
+                if not path.exists():
+                    return
+                self._sightings.look(_entry(path))
+                self._check_unchanged(path, writers)
+                path.unlink()
+                writers.pop(name, None)
+                self._sightings.wrote(name, 0)
+            directory_to_disk(self._root)
+
+    def check_writable(self) -> None:
+        """Write and remove a small file, and remove what killed writers left behind."""
+        with os_errors("writing to", self._root):
+            self._root.mkdir(parents=True, exist_ok=True)
+            with temporary_beside(self._root / "probe") as file:
+                file.write(b"\0" * 4096)
+                to_disk(file)
+        remove_abandoned(self._root)
+
+    def _write(self, path: Path, source: BinaryIO) -> Entry:
+        with os_errors("writing", path):
+            self._root.mkdir(parents=True, exist_ok=True)
+            with temporary_beside(path) as file:
+                crc32c = _copy(source, file)
+                to_disk(file)
+                with self._lock, self._writers() as writers:
+                    self._check_unchanged(path, writers)
+                    os.replace(file.name, path)
+                    # Some user-space file systems give a renamed file another inode or time
+                    entry = _entry(path)
+                    writers[path.name] = describe_writer()
+                    self._sightings.wrote(path.name, entry.generation)
+            directory_to_disk(self._root)
+        return replace(entry, crc32c=crc32c)
+
+    def _take_over(self, path: Path, file: BinaryIO) -> Entry:
+        """The file is already in place: written here by `atomic_write`, it only gets its owner."""
+        with self._lock, self._writers() as writers:
+            entry = _entry_of_open(path.name, file)
+            writers[path.name] = describe_writer()
+            self._sightings.wrote(path.name, entry.generation)
+        return replace(entry, crc32c=crc32c_of(file))
+
+    def _check_unchanged(self, path: Path, writers: dict[str, str]) -> None:
+        try:
+            there = _entry(path)
+        except FileNotFoundError:
+            return  # nothing that could be overwritten
+        if there.generation != self._sightings.expected(path.name):
+            writer = writers.get(path.name, "a writer that left no name")
+            raise conflict(str(path), str(writer), there.updated)
+
+    @contextmanager
+    def _writers(self) -> Iterator[dict[str, str]]:
+        """The lock on the directory and, to be changed, who wrote each of its files."""
+        # Behind a link it would be somebody else's file that is written to
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        handle = os.open(self._root / _LOCK_NAME, flags, 0o666)
+        with open(handle, "r+b") as file:
+            lock_file(file, wait=True)
+            try:
+                writers = json.loads(file.read(_WRITERS_LIMIT) or b"{}")
+            except (ValueError, RecursionError):
+                writers = {}  # its writer was killed; only names for messages are lost
+            before = dict(writers) if isinstance(writers, dict) else {}
+            writers = dict(before)
+            yield writers
+            if writers != before:
+                file.seek(0)
+                file.write(json.dumps(writers).encode())
+                file.truncate()
+
+
+def _entry(path: Path) -> Entry:
+    return _entry_from(path.name, path.stat())
+
+
+def _entry_of_open(name: str, file: BinaryIO) -> Entry:
+    return _entry_from(name, os.fstat(file.fileno()))
+
+
+def _entry_from(name: str, status: os.stat_result) -> Entry:
+    # Atomic writes make a new inode each time; its time tells apart those that reuse a number
+    generation = (status.st_mtime_ns << 64) | status.st_ino
+    return Entry(name, status.st_size, None, generation, status.st_mtime)
+
+
+def _copy(source: BinaryIO, target: BinaryIO) -> str:
+    checksum = google_crc32c.Checksum()
+    while block := source.read(BLOCK):
+        checksum.update(block)
+        target.write(block)
+    return base64.b64encode(checksum.digest()).decode("ascii")

@@ -1,0 +1,131 @@
+"""One interface over ``gs://`` prefixes and local directories.
+
+`open_location` gives a `Location`: a flat set of named files below one URI. Writes are atomic (a
+name holds its old content or all of the new), checked by CRC32C, and conditional: a location
+remembers what each name held when the job first looked and what the job wrote since, and refuses
+to replace anything else. Two jobs that share one output therefore cannot silently overwrite each
+other; the second ends with a `StorageConflictError` that names the first.
+
+A sidecar names the size and CRC32C of its weights and is written after them (see
+`trainer.checkpoints.snapshots`). A reader that finds them different
+(`trainer.checkpoints.sidecar.verify_file`) came in between two writes, or to a damaged file; it
+says so and takes the next best.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from trainer.runtime.errors import UsageError
+from trainer.storage.base import Location, TransferPolicy, check_name
+from trainer.storage.files import os_errors
+from trainer.storage.local import LocalLocation
+
+
+def is_remote(uri: str) -> bool:
+    """Whether a URI lies in Cloud Storage rather than on a local path."""
+    return uri.startswith("gs://")
+
+
+def place(uri: str, path: str) -> str:
+    """Where an artifact with a URI and a local path is best read and written.
+
+    Cloud Storage is, by its URI: checked, conditional and resumable, which a mount is not. What
+    other stores hold is on the local path.
+    """
+    return uri if is_remote(uri) else path
+
+
+def open_location(uri: str, policy: TransferPolicy | None = None) -> Location:
+    """A `Location` for ``gs://bucket/prefix`` or a local directory; does no I/O.
+
+    Raises:
+        UsageError: the URI has another scheme or is malformed, or google-cloud-storage is missing.
+    """
+    check_scheme(uri)
+    if not is_remote(uri):
+        return LocalLocation(uri)
+    from trainer.storage.gcs import BucketLocation
+
+    return BucketLocation(uri, policy or TransferPolicy())
+
+
+def check_output(uri: str) -> None:
+    """Fail now if a directory or prefix could not be written later; leaves nothing behind.
+
+    Args:
+        uri: ``gs://`` prefix or local directory, which need not exist.
+
+    Raises:
+        UsageError: the URI has another scheme or is malformed.
+        StorageError: it cannot be made or written.
+    """
+    check_scheme(uri)
+    if is_remote(uri):
+        open_location(uri).check_writable()
+        return
+    there = Path(uri)
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent  # what is missing is made when it is needed
+    open_location(str(there)).check_writable()
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """A file's URI as the URI of its location and its name there.
+
+    Raises:
+        UsageError: the URI has another scheme or names no file.
+    """
+    check_scheme(uri)
+    parent, slash, name = uri.rpartition("/")
+    if not name or (is_remote(uri) and parent in ("gs:", "gs:/")):
+        raise UsageError(f"{uri!r} names no file; write the full path of one")
+    if is_remote(uri):
+        return parent, name
+    return parent or slash or ".", name
+
+
+def fetch(uri: str, destination: str | os.PathLike[str]) -> Path:
+    """A file of either kind as a local path: an object is copied, a local file stays in place.
+
+    Args:
+        uri: one file.
+        destination: where an object goes: a file, or an existing directory for one of its name.
+
+    Raises:
+        StorageMissingError: there is no such file.
+        StorageError: it cannot be read or the copy cannot be written.
+        UsageError: the URI is malformed.
+    """
+    parent, name = split_uri(uri)
+    if not is_remote(uri):
+        path = Path(uri).expanduser()
+        with os_errors("reading", path):
+            if not path.is_file():
+                code = errno.EISDIR if path.is_dir() else errno.ENOENT
+                raise OSError(code, os.strerror(code))
+        return path
+    target = Path(destination)
+    if target.is_dir():
+        target /= check_name(name)
+    open_location(parent).get(name, target)
+    return target
+
+
+def read_bytes(uri: str, *, limit: int) -> bytes:
+    """The content of one small file. Raises as `Location.read_bytes` does."""
+    parent, name = split_uri(uri)
+    return open_location(parent).read_bytes(name, limit=limit)
+
+
+def check_scheme(uri: str) -> None:
+    """Refuse what is neither ``gs://…`` nor a local path.
+
+    Raises:
+        UsageError: another scheme, an empty text or a NUL character.
+    """
+    scheme, separator, _ = uri.partition("://")
+    if not uri or "\0" in uri or (separator and scheme != "gs"):
+        raise UsageError(f"{uri!r} is neither gs://bucket/path nor a local path")

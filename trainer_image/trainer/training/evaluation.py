@@ -1,0 +1,276 @@
+"""Losses at several contexts over the validation split."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from trainer.data.batches import IGNORED, evaluation_batches
+from trainer.data.streams import TokenStreams
+from trainer.models.positions import resize_positions
+from trainer.models.student import Student
+from trainer.models.teacher import Teacher
+from trainer.runtime.errors import UsageError
+from trainer.runtime.log import log
+from trainer.runtime.processes import Processes
+from trainer.runtime.sharding import full_tensor
+from trainer.settings.config import TrainConfig
+from trainer.training.precision import Precision
+
+_EAGER_ELEMENTS, _COMPILED_ELEMENTS = 1 << 26, 1 << 28
+"""Logits at a time; compiled, they exist in the type of the hidden state alone, not in fp32."""
+
+
+class EvaluationStopped(Exception):
+    """An evaluation was broken off because the run is to stop."""
+
+
+@torch.no_grad()
+def cross_entropy_sum(
+    hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, *, compiled: bool = False
+) -> Tensor:
+    """Sum of cross entropies in fp64, in nats, over labels that are not `IGNORED`.
+
+    Args:
+        hidden: ``[N, D]``.
+        head: ``[V, D]``.
+        bias: ``[V]`` or None.
+        labels: ``[N]``.
+        compiled: by `torch.compile`, for which ``N`` should be the same in every call.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    head = head.to(hidden.dtype)
+    bias = None if bias is None else bias.to(hidden.dtype)
+    chunk_loss = _compiled_chunk_loss() if compiled else _chunk_loss
+    elements = len(hidden) * head.shape[0]
+    # Nearly equal parts have two lengths at most, each of which is compiled
+    parts = -(-elements // (_COMPILED_ELEMENTS if compiled else _EAGER_ELEMENTS))
+    for part, wanted in zip(hidden.tensor_split(parts), labels.tensor_split(parts), strict=True):
+        total += chunk_loss(part, head, bias, wanted)
+    return total
+
+
+def _chunk_loss(hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    logits = F.linear(hidden, head, bias).float()
+    losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+    return losses.double().sum()
+
+
+@cache
+def _compiled_chunk_loss() -> Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]:
+    return torch.compile(_chunk_loss, dynamic=False)
+
+
+@torch.no_grad()
+def mean_loss(
+    hidden: Callable[[Tensor], Tensor],
+    head: Tensor,
+    bias: Tensor | None,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    processes: Processes,
+    stopping: Callable[[], bool] | None = None,
+    *,
+    compiled: bool = False,
+) -> float:
+    """Token-weighted mean cross entropy in nats over the batches ``[B, T]`` of all processes.
+
+    Args:
+        hidden: ``[B, T]`` token ids to the last hidden state ``[B, T, D]``.
+        head: ``[V, D]``.
+        bias: ``[V]`` or None.
+        batches: inputs and labels, as many on every process.
+        processes: this process among those of the run.
+        stopping: whether this process was asked to stop; looked at before every batch.
+        compiled: head and loss by `torch.compile`.
+
+    Raises:
+        EvaluationStopped: one of the processes was asked to stop; every process raises it.
+    """
+    device = processes.device
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for inputs, labels in batches:
+        # Each process has as many batches, so they ask one another as often
+        if stopping is not None and processes.any(stopping()):
+            raise EvaluationStopped
+        total[1] += int((labels != IGNORED).sum())
+        states = hidden(inputs.to(device, non_blocking=True))
+        wanted = labels.flatten().to(device, non_blocking=True)
+        total[0] += cross_entropy_sum(states.flatten(0, 1), head, bias, wanted, compiled=compiled)
+    loss, tokens = processes.sum(total).tolist()
+    return loss / tokens
+
+
+def perplexity(loss: float) -> float:
+    """The exponential of a loss in nats; infinity where that overflows."""
+    return math.exp(loss) if loss < 700.0 else math.inf
+
+
+class Evaluator:
+    """Student and teacher losses over the validation split at every context of a run.
+
+    The teacher never changes, so each of its losses is computed once. In training it is evaluated
+    as it is distilled from: with ``--teacher_precision=fp8`` its losses are those of its fp8 form.
+
+    Args:
+        config: with the contexts, ``micro_batch`` and ``eval_max_tokens``.
+        streams: the validation tokens among them.
+        teacher: None where there is none.
+        precision: device and compute types.
+        processes: this process among those of the run; alone by default.
+        stopping: whether this process was asked to stop, see `mean_loss`.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        streams: TokenStreams,
+        teacher: Teacher | None,
+        precision: Precision,
+        processes: Processes | None = None,
+        stopping: Callable[[], bool] | None = None,
+    ) -> None:
+        self.processes = processes or Processes(device=precision.device)
+        self.config = config
+        self.streams = streams
+        self.teacher = teacher
+        self.precision = precision
+        self.stopping = stopping
+        # Head and loss. The student's body is not: that takes longer than it gives back, see
+        # bench/README.md
+        self._compiled = precision.compiles(config)
+        self._teacher_losses: dict[tuple[int, int], float] = {}
+        """By context and size of the vocabulary."""
+
+    def metrics(self, student: Student, trained_positions: int) -> dict[str, float]:
+        """``val_loss_student@512``, ``val_ppl_student@512``, ``val_loss_teacher@512``, …
+
+        The same names without ``@`` are those of the training context.
+
+        Raises:
+            EvaluationStopped: see `mean_loss`.
+        """
+        metrics: dict[str, float] = {}
+        for context in self.config.contexts:
+            losses = {"student": self.student_loss(student, context, trained_positions)}
+            teacher_loss = self.teacher_loss(context, student.config.vocab_size)
+            if teacher_loss is not None:
+                losses["teacher"] = teacher_loss
+            for who, loss in losses.items():
+                values = {f"val_loss_{who}": loss, f"val_ppl_{who}": perplexity(loss)}
+                metrics |= {f"{name}@{context}": value for name, value in values.items()}
+                if context == self.config.block_size:
+                    metrics |= values
+        return metrics
+
+    def student_loss(
+        self, student: Student, context: int, trained_positions: int, *, raw: bool = False
+    ) -> float:
+        """Mean loss in nats at a context.
+
+        Past the trained positions the table is used as `resize_positions` would make it, unless
+        ``raw``; the weights stay as they are.
+        """
+        table = None
+        if student.pos is not None and context > trained_positions and not raw:
+            table = resize_positions(
+                full_tensor(student.pos.weight.detach()),
+                trained_positions,
+                context,
+                self.config.pos_resize,
+            )
+        was_training = student.training
+        student.eval()
+        try:
+            with torch.no_grad(), self.precision.autocast():
+                return mean_loss(
+                    lambda ids: student(ids, table),
+                    full_tensor(student.lm_head.weight.detach()),
+                    None,
+                    self._batches(context),
+                    self.processes,
+                    self.stopping,
+                    compiled=self._compiled,
+                )
+        finally:
+            student.train(was_training)
+            if isinstance(student, FSDPModule):
+                student.reshard()
+
+    def teacher_loss(self, context: int, vocab_size: int) -> float | None:
+        """Mean loss in nats at a context, None where there is no teacher or it is too long.
+
+        Args:
+            context: in tokens.
+            vocab_size: of the student; the teacher's further logits are left out.
+        """
+        teacher, key = self.teacher, (context, vocab_size)
+        if teacher is None:
+            return None
+        if key not in self._teacher_losses:
+            longest = teacher.spec.max_context
+            if longest is not None and context > longest:
+                log.info(
+                    "context %d is past the teacher's %d positions: student only", context, longest
+                )
+                self._teacher_losses[key] = math.nan
+            else:
+                bias = None if teacher.bias is None else teacher.bias[:vocab_size]
+                self._teacher_losses[key] = mean_loss(
+                    teacher.hidden,
+                    teacher.head[:vocab_size],
+                    bias,
+                    self._batches(context),
+                    self.processes,
+                    self.stopping,
+                    compiled=self._compiled,
+                )
+        loss = self._teacher_losses[key]
+        return None if math.isnan(loss) else loss
+
+    def _batches(self, context: int) -> Iterable[tuple[Tensor, Tensor]]:
+        tokens_per_batch = self.config.micro_batch * self.config.context
+        return evaluation_batches(
+            self.streams.validation,
+            context=context,
+            batch=max(1, tokens_per_batch // context),
+            max_tokens=self.config.eval_max_tokens,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+        )
+
+
+def check_contexts(
+    contexts: Iterable[int], trained_at: int, streams: TokenStreams, max_tokens: int
+) -> None:
+    """Refuse contexts that no token of the validation split can have before it.
+
+    They would take memory, and far from their loss would be that of a shorter one. What was
+    trained at goes through: a small split is worth something at it, and its memory is known.
+
+    Args:
+        contexts: to evaluate at, in tokens.
+        trained_at: the longest context trained at, in tokens.
+        streams: the validation tokens among them.
+        max_tokens: ``eval_max_tokens``; 0 takes them all.
+
+    Raises:
+        UsageError: one is longer than what is evaluated.
+    """
+    tokens = len(streams.validation)
+    for context in sorted(contexts):
+        if context > max(trained_at, tokens):
+            raise UsageError(
+                f"--eval_ctx_lens={context} is longer than the validation split of {tokens} tokens;"
+                " leave it out"
+            )
+        if 0 < max_tokens < context and context > trained_at:
+            raise UsageError(
+                f"--eval_ctx_lens={context} is longer than --eval_max_tokens={max_tokens};"
+                " leave it out, or evaluate on more"
+            )

@@ -1,0 +1,477 @@
+"""The training loop: updates, evaluations and snapshots from where a run starts to its end."""
+
+from __future__ import annotations
+
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import asdict
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from trainer.checkpoints.checkpoint import Snapshot
+from trainer.checkpoints.metadata import build_meta
+from trainer.checkpoints.names import (
+    BEST,
+    FINAL,
+    TIME_EVERY_SECONDS,
+    best_name,
+    step_name,
+    time_name,
+)
+from trainer.checkpoints.snapshots import Snapshots
+from trainer.checkpoints.state_copies import StateCopies, gather
+from trainer.data.batches import BatchSampler, prefetched
+from trainer.data.streams import TokenStreams
+from trainer.loss.chunked import Mix
+from trainer.models.teacher import Teacher
+from trainer.runtime.errors import CheckpointError, Preempted, TrainingError
+from trainer.runtime.log import log, log_values, on_terminal, seconds_since_start
+from trainer.runtime.processes import Processes
+from trainer.settings.config import TrainConfig
+from trainer.settings.schedules import learning_rate
+from trainer.training.evaluation import EvaluationStopped, Evaluator, check_contexts
+from trainer.training.log_window import LogWindow
+from trainer.training.precision import Precision
+from trainer.training.progress import Progress, RunResult
+from trainer.training.scalars import ScalarLog
+from trainer.training.start import Start
+from trainer.training.step import TrainStep
+
+
+class TrainingLoop:
+    """One process's share of a run.
+
+    Args:
+        config: with ``grad_accum`` and ``global_batch`` resolved.
+        start: student, step and state to go on from.
+        teacher: None where no update has alpha above 0.
+        streams: training and validation tokens.
+        precision: device and compute types.
+        snapshots: where checkpoints go; only the main process writes.
+        processes: this process among those of the run; alone by default.
+
+    Raises:
+        UsageError: a context to evaluate at is longer than the validation split.
+        CheckpointError: the optimizer's state does not fit the student.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        start: Start,
+        teacher: Teacher | None,
+        streams: TokenStreams,
+        precision: Precision,
+        snapshots: Snapshots,
+        processes: Processes | None = None,
+    ) -> None:
+        assert config.grad_accum is not None, "accumulation() was not called"
+        check_contexts(config.contexts, config.context, streams, config.eval_max_tokens)
+        self.config = config
+        self.accumulation = config.grad_accum
+        self.processes = processes or Processes(device=precision.device)
+        self.precision = precision
+        self.snapshots = snapshots
+        self.streams = streams
+        self.origin = start.origin
+        self.trained_positions = start.trained_positions
+        self.step = start.step
+        self.continued = bool(start.trainer_state)
+        self.progress = Progress.load(start.trainer_state)
+        if not self.continued:
+            self.progress.first_step = start.step
+        try:
+            self.device_step = TrainStep(
+                config, start.student, teacher, precision, self.processes, start.optimizer_state
+            )
+        except CheckpointError as error:
+            raise CheckpointError(f"{start.source}: {error}") from None
+        self.student = self.device_step.student
+        # Empty where the machine before needed no scaling
+        if precision.loss_scaling and start.trainer_state.get("loss_scale"):
+            self.device_step.scaler.load_state_dict(start.trainer_state["loss_scale"])
+        self.evaluator = Evaluator(
+            config,
+            streams,
+            teacher,
+            precision,
+            self.processes,
+            stopping=lambda: self.stop_signal is not None,
+        )
+        self.sampler = BatchSampler(
+            streams.train,
+            block_size=config.context,
+            global_batch=config.global_batch,
+            micro_batch=config.micro_batch,
+            seed=config.seed,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+        )
+        self.alpha, self.temperature = config.schedule_alpha, config.schedule_T
+        self.window = LogWindow(precision.device)
+        self._noted = start.step
+        """Updates known to have been made or skipped."""
+        self.copies = StateCopies()
+        self.stop_signal: int | None = None
+        self._next_time_snapshot = time.monotonic() + TIME_EVERY_SECONDS
+        self._saved = start.step if self.continued else -1
+        """The step of the newest snapshot at the run's location; -1 where there is none."""
+
+    # ── the run ───────────────────────────────────────────────────────────────────────────────
+
+    def run(self) -> RunResult:
+        """Train to ``train_steps``; evaluate, save and log on the way.
+
+        Raises:
+            Preempted: a signal asked the process to stop; its state has been saved.
+            TrainingError: too many updates in a row had non-finite gradients, or no evaluation was
+                finite.
+        """
+        self._announce()
+        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        scalars = ScalarLog(self.config.local_workdir, step=self.step, enabled=self.processes.main)
+        bar = tqdm(
+            total=self.config.train_steps,
+            initial=self.step,
+            desc="training",
+            unit="step",
+            disable=not (on_terminal() and self.processes.main),
+            leave=False,
+        )
+        batches = self._batches()
+        try:
+            self._catch_up(scalars)
+            update = self._first_update
+            while self.step < self.config.train_steps:
+                update(batches)
+                update = self._update
+                bar.update()
+                self._after_update(scalars)
+            self._finish(scalars)
+        except Exception as error:  # whatever it is, what is trained so far is saved
+            if not isinstance(error, Preempted):
+                self.snapshots.rescue(error)
+            raise
+        finally:
+            bar.close()
+            batches.close()
+            scalars.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        return RunResult(
+            self.step, self.progress.metrics, self.progress.best_value, self.progress.best_step
+        ).checked(self.config)
+
+    def _announce(self) -> None:
+        config = self.config
+        log.info(
+            "training from step %d to %d at context %d: %d windows per update (%d x %d), %s on %s",
+            self.step,
+            config.train_steps,
+            config.context,
+            config.global_batch,
+            self.accumulation,
+            config.micro_batch,
+            self.precision.compute,
+            self.precision.device,
+        )
+        for name, schedule in (("alpha", self.alpha), ("T", self.temperature)):
+            pending = schedule.pending(self.step) or "nothing"
+            log.info(
+                "%s is %g at step %d, pending: %s", name, schedule.at(self.step), self.step, pending
+            )
+
+    # ── one update ────────────────────────────────────────────────────────────────────────────
+
+    def _first_update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """The start-up's end: told in the log, and left out of the speed where it compiled."""
+        before = seconds_since_start()
+        began = time.perf_counter()
+        self._update(batches)
+        if self.precision.device.type == "cuda":
+            torch.cuda.synchronize()
+        took = time.perf_counter() - began
+        compiled = self.precision.compiles(self.config)
+        if compiled:
+            self.window.leave_out_updates()
+        log_values(
+            f"started in {before:.1f} s; first update in {took:.1f} s"
+            + ", compilation included" * compiled,
+            startup_seconds=before,
+            first_update_seconds=took,
+        )
+
+    def _update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """Schedules first, then the micro-batches, then clipping and AdamW."""
+        mix = Mix(self.alpha.at(self.step), self.temperature.at(self.step), self.config.kd_scheme)
+        for micro_step in range(self.accumulation):
+            inputs, labels = next(batches)
+            self._seed_dropout(micro_step)
+            last = micro_step == self.accumulation - 1
+            output = self.device_step.micro_step(
+                inputs, labels, mix, accumulation=self.accumulation, last=last
+            )
+            self.window.add(output)
+            if self.stop_signal is not None and self.processes.world_size == 1:
+                self._stop()
+        self.window.add_norm(self.device_step.update(self._learning_rate(self.step)))
+        self.step += 1
+        self._count_skipped(wait=False)
+
+    def _seed_dropout(self, micro_step: int) -> None:
+        """The masks depend on the place in the run alone, so a resumed run draws the same."""
+        if self.config.dropout > 0.0:
+            place = (self.config.seed, self.step, micro_step, self.processes.rank)
+            torch.manual_seed(hash(place) & 0x7FFF_FFFF_FFFF)
+
+    def _count_skipped(self, *, wait: bool) -> None:
+        """Take note of updates that a non-finite gradient skipped.
+
+        Raises:
+            TrainingError: ``max_nonfinite`` of them came in a row.
+        """
+        for finite in self.device_step.outcomes(wait=wait):
+            self._noted += 1
+            if finite:
+                self.progress.skipped_in_row = 0
+                continue
+            self.progress.skipped += 1
+            self.progress.skipped_in_row += 1
+            in_row, step = self.progress.skipped_in_row, self._noted - 1
+            log.warning("step %d skipped: its gradient is not finite (%d in a row)", step, in_row)
+            if in_row >= self.config.max_nonfinite:
+                raise TrainingError(
+                    f"{in_row} updates in a row had a non-finite gradient, the last at step {step}"
+                    f" with learning rate {self._learning_rate(step):.3g}; {self._way_out()}"
+                )
+
+    def _way_out(self) -> str:
+        if self._saved < 0:
+            return "no checkpoint had been due. Lower --lr_peak or lengthen --warmup_steps"
+        return (
+            f"the last good checkpoint, of step {self._saved}, is kept at {self.config.uri}. Start"
+            " from it with --resume_gcs_uri at another output, a lower --lr_peak or longer"
+            " --warmup_steps"
+        )
+
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate(
+            step,
+            peak=self.config.peak_lr,
+            warmup_steps=self.config.warmup_steps,
+            train_steps=self.config.train_steps,
+        )
+
+    def _batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """Micro-batches from this step on; a thread prepares the next ones."""
+        gpu = self.precision.device.type == "cuda"
+
+        def prepare(place: int) -> tuple[Tensor, Tensor]:
+            inputs, labels = self.sampler.batch(*divmod(place, self.accumulation))
+            return (inputs.pin_memory(), labels.pin_memory()) if gpu else (inputs, labels)
+
+        first, end = self.step, self.config.train_steps
+        places = range(first * self.accumulation, end * self.accumulation)
+        return prefetched(prepare, places)
+
+    # ── between updates ───────────────────────────────────────────────────────────────────────
+
+    def _after_update(self, scalars: ScalarLog) -> None:
+        config, last = self.config, self.step == self.config.train_steps
+        # Clocks differ, and a sharded snapshot is every process's work
+        stop, timed = self.processes.any_of(
+            self.stop_signal is not None, time.monotonic() >= self._next_time_snapshot
+        )
+        if stop:
+            self._stop()
+        if self.step % config.log_interval == 0 or last:
+            self._log(scalars)
+        names: list[str] = []
+        if self.step % config.eval_every == 0 or last:
+            names += self._evaluate(scalars)
+        if self.step % config.save_every == 0:
+            names.append(step_name(self.step))
+        if timed:
+            self._next_time_snapshot += TIME_EVERY_SECONDS
+            names.append(time_name(time.time()))
+        if last:
+            names.append(FINAL)
+        self._save(names)
+
+    def _save(self, names: list[str]) -> None:
+        """Copy the state and queue it under these names; sharded, every process takes part."""
+        if not names:
+            return
+        self._count_skipped(wait=True)
+        if self.processes.any(not self.device_step.weights_are_finite()):
+            raise TrainingError(
+                f"the weights are not finite after step {self.step}; {self._way_out()}"
+            )
+        with self.window.paused():
+            if self.processes.main:
+                self.snapshots.save(self.snapshot(), names)
+            elif self.device_step.sharded:
+                gather(self._tensors())
+        self._saved = self.step
+
+    def _catch_up(self, scalars: ScalarLog) -> None:
+        """What a kill or a signal may have cut off at the very step of the run's own snapshot."""
+        if not self.continued:
+            return
+        due = self.step % self.config.eval_every == 0 or self.step == self.config.train_steps
+        # Before a phase's first update nothing is evaluated
+        began = self.progress.first_step
+        beginnings = (began,) if began >= 0 else (0, self.origin.get("step"))
+        first = self.progress.metrics_step < 0 and self.step in beginnings
+        names: list[str] = []
+        if due and not first and self.progress.metrics_step != self.step:
+            names = self._evaluate(scalars)
+        elif self.progress.best_step == self.step:
+            names = [BEST]
+        if self.step == self.config.train_steps:
+            names.append(FINAL)
+        self._save(names)
+        if self.processes.main and BEST not in names and self.progress.best_step >= 0:
+            self.snapshots.restore_best(self.progress.best_step)
+
+    def _log(self, scalars: ScalarLog) -> None:
+        if self.precision.device.type == "cuda":
+            torch.cuda.synchronize()
+            memory = torch.cuda.max_memory_allocated() / 2**30
+        else:
+            # In KiB, but on macOS in bytes: getrusage(2) of either
+            unit = 2**30 if sys.platform == "darwin" else 2**20
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        last = self.step - 1
+        values: dict[str, float] = {
+            **self.window.means(self.processes),
+            "lr": self.device_step.optimizer.param_groups[0]["lr"],
+            "alpha": self.alpha.at(last),
+            "T": self.temperature.at(last),
+            "memory_gib": memory,
+        }
+        timed = self.window.updates - self.window.untimed
+        if timed:
+            tokens = timed * self.config.global_batch * self.config.context
+            values["tokens_per_second"] = tokens / max(self.window.seconds(), 1e-9)
+        if self.progress.skipped:
+            values["skipped_updates"] = self.progress.skipped
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        log_values(f"step {self.step}/{self.config.train_steps}: {shown}", step=self.step, **values)
+        scalars.add({f"train/{name}": value for name, value in values.items()}, self.step)
+        self.window.clear()
+
+    def _evaluate(self, scalars: ScalarLog) -> list[str]:
+        """Metrics at every context; returns the names of best checkpoints to write.
+
+        Raises:
+            Preempted: a signal asked to stop. What was evaluated is dropped: started again, the
+                run evaluates this step first.
+        """
+        began = time.perf_counter()
+        try:
+            with self.window.paused():
+                metrics = self.evaluator.metrics(self.student, self.trained_positions)
+        except EvaluationStopped:
+            self._stop()
+        took = time.perf_counter() - began
+        self.progress.metrics, self.progress.metrics_step = metrics, self.step
+        shown = ", ".join(
+            f"{name} {value:.4f}"
+            for name, value in metrics.items()
+            if "@" in name and "loss" in name
+        )
+        log_values(
+            f"step {self.step}: {shown} ({took:.1f} s)",
+            step=self.step,
+            eval_seconds=took,
+            **metrics,
+        )
+        scalars.add({f"eval/{name}": value for name, value in metrics.items()}, self.step)
+        scalars.flush()
+        value = metrics[self.config.save_best_on]
+        if not (math.isfinite(value) and value < self.progress.best_value):
+            return []
+        if self.processes.any(not self.device_step.weights_are_finite()):
+            log.warning("step %d: weights are not finite, so this is not called best", self.step)
+            return []
+        self.progress.best_value, self.progress.best_step = value, self.step
+        return [BEST, best_name(self.step, value)]
+
+    def snapshot(self) -> Snapshot:
+        """The whole state after the last complete update, copied to the CPU."""
+        copy = self.copies.copy(self._tensors())
+        state = {
+            **asdict(self.progress),
+            "optimizer_names": self.device_step.parameter_names,
+            "loss_scale": self.device_step.scaler.state_dict(),
+        }
+        config = self.config
+        snapshot = Snapshot(
+            **copy,
+            scheduler={
+                "step": self.step,
+                "peak": config.peak_lr,
+                "warmup_steps": config.warmup_steps,
+                "train_steps": config.train_steps,
+            },
+            step=self.step,
+            trainer_state=state,
+            meta=build_meta(
+                config,
+                self.student.config,
+                step=self.step,
+                trained_positions=self.trained_positions,
+                metrics=self.progress.metrics,
+                metrics_step=self.progress.metrics_step,
+                origin=self.origin,
+                tokens=self.streams.info.fingerprint,
+            ),
+        )
+        self.copies.free_with(snapshot, copy)
+        return snapshot
+
+    def _tensors(self) -> dict[str, Any]:
+        return {
+            "model": dict(self.student.state_dict()),
+            "optimizer": self.device_step.optimizer.state_dict(),
+        }
+
+    def _finish(self, scalars: ScalarLog) -> None:
+        self.snapshots.finish()
+        log.info(
+            "finished at step %d: best %s %.4f at step %d; checkpoints in %s",
+            self.step,
+            self.config.save_best_on,
+            self.progress.best_value,
+            self.progress.best_step,
+            self.config.uri,
+        )
+
+    # ── preemption ────────────────────────────────────────────────────────────────────────────
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.stop_signal = number
+
+    def _stop(self) -> NoReturn:
+        """Save the last complete update and leave; started again, the run goes on from there."""
+        name = signal.Signals(self.stop_signal or signal.SIGTERM).name
+        # Sent again, it would not be whole for a while, and the process may be killed meanwhile
+        saved = self._saved == self.step
+        log.warning("%s: %s step %d and stopping", name, "has" if saved else "saving", self.step)
+        if not saved:
+            self._save([step_name(self.step)])
+        self.snapshots.finish()
+        raise Preempted(
+            f"stopped by {name} at step {self.step}; started again with its output at"
+            f" {self.config.uri}, it goes on",
+            name,
+        )

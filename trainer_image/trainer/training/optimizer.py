@@ -1,0 +1,77 @@
+"""AdamW over named parameters, and its state from checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from trainer.runtime.errors import CheckpointError
+from trainer.runtime.sharding import like_parameter
+from trainer.settings.config import TrainConfig
+
+
+def build_optimizer(student: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter, 2019); weight decay on parameters of two or more dimensions."""
+    parameters = list(student.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups,
+        lr=config.peak_lr,
+        betas=config.betas,
+        eps=config.eps,
+        # Fused AdamW takes no flag to skip an update where parameters are sharded
+        fused=parameters[0].device.type == "cuda" and not isinstance(parameters[0], DTensor),
+    )
+
+
+def parameter_names(optimizer: torch.optim.Optimizer, student: nn.Module) -> list[str]:
+    """Names of the parameters in the order in which the optimizer counts them."""
+    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def load_state_by_name(
+    optimizer: torch.optim.Optimizer,
+    student: nn.Module,
+    state: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Give the optimizer the moments of ``state``; hyperparameters stay as they are.
+
+    Raises:
+        CheckpointError: a moment has another shape than its parameter, or some are missing.
+    """
+    names = parameter_names(optimizer, student)
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise CheckpointError(
+            f"the optimizer state lacks {len(missing)} parameters: {missing[0]} …"
+        )
+    parameters = dict(student.named_parameters())
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    for name in names:
+        for key in ("exp_avg", "exp_avg_sq"):
+            moment = state[name].get(key)
+            if not isinstance(moment, Tensor) or moment.shape != shapes[name]:
+                found = list(moment.shape) if isinstance(moment, Tensor) else moment
+                raise CheckpointError(
+                    f"optimizer state {key} of {name} has shape {found}, not {list(shapes[name])}"
+                )
+            if not bool(torch.isfinite(moment).all()):
+                raise CheckpointError(f"optimizer state {key} of {name} is not finite")
+    current = optimizer.state_dict()
+    entries = {
+        index: {
+            "step": torch.as_tensor(state[name].get("step", 0), dtype=torch.float32),
+            "exp_avg": like_parameter(state[name]["exp_avg"], parameters[name]),
+            "exp_avg_sq": like_parameter(state[name]["exp_avg_sq"], parameters[name]),
+        }
+        for index, name in enumerate(names)
+    }
+    optimizer.load_state_dict({"state": entries, "param_groups": current["param_groups"]})

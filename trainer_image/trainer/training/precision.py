@@ -1,0 +1,76 @@
+"""Arithmetic precision of a run."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trainer.models.gpt2.fp8_body import has_fp8
+from trainer.models.teacher import PRECISIONS
+from trainer.runtime.devices import choose_device
+from trainer.runtime.errors import UsageError
+from trainer.settings.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Where and in which type the student computes; its weights are always fp32."""
+
+    device: torch.device
+    compute: torch.dtype
+    teacher: torch.dtype
+    fp8_teacher: bool = False
+    """Whether the teacher, loaded in its type, then multiplies in fp8 while training."""
+
+    @property
+    def loss_scaling(self) -> bool:
+        """Whether gradients would underflow without scaling (fp16, Micikevicius et al., 2018)."""
+        return self.compute == torch.float16
+
+    def compiles(self, config: TrainConfig) -> bool:
+        """Whether bodies are compiled: asked for, or on a GPU where nothing was asked."""
+        if config.compile == "auto":
+            return self.device.type == "cuda"
+        return config.compile == "on"
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Runs matrix products in the compute type."""
+        if self.compute == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute)
+
+
+def choose_precision(config: TrainConfig, device: torch.device | None = None) -> Precision:
+    """The precision asked for, or the best the device has: bf16, else fp16, fp32 on the CPU.
+
+    Raises:
+        UsageError: the device does not have what was asked for.
+    """
+    device = device or choose_device()
+    gpu = device.type == "cuda"
+    if config.fp16 and not gpu:
+        raise UsageError("--fp16 needs a GPU; leave it out to compute in fp32 on the CPU")
+    if config.bf16 and gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UsageError(
+            f"--bf16: {torch.cuda.get_device_name(device)} has no bfloat16; leave it out for fp16"
+        )
+    asked = next((name for name in ("bf16", "fp16", "fp32") if getattr(config, name)), None)
+    if asked is None:
+        native = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        asked = "bf16" if native else "fp16" if gpu else "fp32"
+    compute = PRECISIONS[asked]
+    wanted = config.teacher_precision
+    if wanted == "fp8":
+        if not has_fp8(device):
+            raise UsageError(
+                "--teacher_precision=fp8 needs an NVIDIA GPU of compute capability 8.9 or above,"
+                " such as L4 or H100; use bf16"
+            )
+        return Precision(device, compute, torch.bfloat16, fp8_teacher=True)
+    teacher = compute if wanted == "auto" else PRECISIONS[wanted]
+    if teacher == torch.float16 and not gpu:
+        raise UsageError("--teacher_precision=fp16 needs a GPU; use fp32 or bf16 on the CPU")
+    return Precision(device, compute, teacher)

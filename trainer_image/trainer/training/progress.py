@@ -1,0 +1,56 @@
+"""What a run remembers beside weights and moments, and how it ends."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainer.runtime.errors import TrainingError
+from trainer.settings.config import TrainConfig
+
+
+@dataclass
+class Progress:
+    """What a run remembers beside weights and moments (``trainer_state`` in checkpoints)."""
+
+    best_value: float = math.inf
+    best_step: int = -1
+    skipped: int = 0
+    """Updates skipped for a non-finite loss or gradient, in all."""
+    skipped_in_row: int = 0
+    metrics_step: int = -1
+    """Updates done at the last evaluation; -1 before the first."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What that evaluation gave."""
+    first_step: int = -1
+    """Updates done where this phase began; -1 in snapshots of releases that did not say."""
+
+    @classmethod
+    def load(cls, state: dict[str, Any]) -> Progress:
+        """From ``trainer_state``; fields that it lacks start afresh."""
+        return cls(**{key: state[key] for key in cls.__dataclass_fields__ if key in state})
+
+
+@dataclass
+class RunResult:
+    """How a run ended."""
+
+    step: int
+    metrics: dict[str, float]
+    best_value: float
+    best_step: int
+
+    def checked(self, config: TrainConfig) -> RunResult:
+        """Itself.
+
+        Raises:
+            TrainingError: no evaluation was finite, so there is no best checkpoint.
+        """
+        if self.best_step < 0:
+            raise TrainingError(
+                f"no evaluation up to step {self.step} gave a finite {config.save_best_on}, so"
+                f" {config.uri} has no best checkpoint; give a smaller --lr_peak than"
+                f" {config.peak_lr:g}, or check the data"
+            )
+        return self

@@ -1,0 +1,370 @@
+"""A training run from its settings to its end."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoints.checkpoint import Checkpoint
+from trainer.checkpoints.metadata import run_settings_of
+from trainer.checkpoints.names import FINAL
+from trainer.checkpoints.snapshots import Snapshots, read_from
+from trainer.data.batches import evaluation_batches
+from trainer.data.streams import TokenStreams, streams_for
+from trainer.models.hugging_face import load_tokenizer
+from trainer.models.teacher import Teacher, TeacherSpec, load_teacher, read_teacher_spec
+from trainer.runtime.devices import choose_device
+from trainer.runtime.errors import CheckpointError, UsageError
+from trainer.runtime.log import log, log_values
+from trainer.runtime.processes import Processes, find_nodes, launch_if_needed
+from trainer.settings.accumulation import accumulation
+from trainer.settings.config import AUTO, REQUIRED, SETTINGS, TrainConfig
+from trainer.settings.hf_token import find_hf_token
+from trainer.settings.layers import CHECKPOINT, DEFAULT, Resolved, resolve
+from trainer.settings.values import as_text
+from trainer.training.loop import TrainingLoop
+from trainer.training.micro_batch import resolve_micro_batch
+from trainer.training.precision import choose_precision
+from trainer.training.progress import RunResult
+from trainer.training.start import (
+    Start,
+    check_tokens,
+    check_vocabularies,
+    from_own_snapshot,
+    from_scratch,
+    new_phase,
+    restarts,
+)
+
+_FP8_TOKENS = 8192
+"""Of the validation split, to compare an fp8 teacher with its original on."""
+
+
+def run(
+    command_line: Mapping[str, Any],
+    config_file: Mapping[str, Any] | None = None,
+    processes: Processes | None = None,
+) -> RunResult | None:
+    """Train with settings as from the command line; None when there is nothing to train.
+
+    Args:
+        command_line: setting names and values, as `settings_from_args` gives them.
+        config_file: settings of a lower precedence.
+        processes: this process among those of the run; alone by default.
+
+    Raises:
+        LiquidError: anything that a user can act on.
+    """
+    config_file = config_file or {}
+    processes = processes or Processes(device=choose_device())
+    # The start time may be part of a location: one for all processes
+    now = processes.broadcast(time.time())
+    asked = resolve(command_line, config_file, now=now)
+    asked.config.require(*REQUIRED)
+    if not asked.config.resume_gcs_uri:
+        # Said at once; what a checkpoint's metadata gives is checked with it, below
+        accumulation(asked, processes.world_size)
+    places = _places(asked.config, {**config_file, **command_line})
+    command_line = {**command_line, **places}
+    snapshots = Snapshots(asked.config.uri, asked.config.local_workdir)
+    dry = asked.config.train_steps == 0 and asked.given("train_steps")
+    own = None if dry else _own_snapshot(snapshots, processes)
+    foreign = None
+    if own is not None:
+        resolved = _resolve_own(own, asked, command_line, config_file, processes.world_size)
+    else:
+        resolved, foreign = _resolve_foreign(asked, command_line, config_file)
+    resolved = _with_accumulation(resolved, processes.world_size)
+    resolved = replace(
+        resolved, sources={**resolved.sources, **{name: asked.sources[name] for name in places}}
+    )
+    config = resolved.config
+    for line in resolved.lines():
+        log.info(line)
+    _check_metric(config)
+    if own is not None and own.source.rpartition("/")[2] == FINAL:
+        log.info("nothing to do: %s is at step %d of %d", own.source, own.step, config.train_steps)
+        return _finished(own).checked(config)
+    token = find_hf_token(config)
+    spec = _teacher_spec(config, token)
+    start = _start(resolved, own, foreign, token)
+    vocabulary = start.student.config.vocab_size
+    # Before a data set is tokenized; a token stream tells its own vocabulary
+    unknown = foreign is not None and not config.tokens_dir
+    check_vocabularies(
+        vocabulary,
+        len(load_tokenizer(config.teacher, token)) if unknown else None,
+        spec.vocab_size if spec else None,
+        config.resume_gcs_uri or "student",
+    )
+    if config.train_steps == 0:
+        log.info("--train_steps=0: settings resolved and checkpoint read, nothing trained")
+        return None
+    return _train(config, start, spec, snapshots, token, processes)
+
+
+def _places(config: TrainConfig, given: Mapping[str, Any]) -> dict[str, str]:
+    """Where the run writes, dates expanded: a second look at the clock might give another place."""
+    names = [name for name in ("local_workdir", "output_gcs_uri") if getattr(config, name)]
+    places = {name: getattr(config, name) for name in names}
+    for name, place in places.items():
+        if place != os.path.expanduser(str(given.get(name) or place)):
+            log.warning(
+                "--%s is %s for this start; to go on after a stop, give that, not the date",
+                name,
+                place,
+            )
+    return places
+
+
+def _start(
+    resolved: Resolved, own: Checkpoint | None, foreign: Checkpoint | None, token: str | None
+) -> Start:
+    """From the run's own snapshot, else from the checkpoint asked for, else from scratch."""
+    if own is not None:
+        return from_own_snapshot(resolved, own)
+    if foreign is not None:
+        return new_phase(resolved, foreign)
+    return from_scratch(resolved, len(load_tokenizer(resolved.config.teacher, token)))
+
+
+def _train(
+    config: TrainConfig,
+    start: Start,
+    spec: TeacherSpec | None,
+    snapshots: Snapshots,
+    token: str | None,
+    processes: Processes,
+) -> RunResult:
+    if processes.main:
+        snapshots.check_writable()
+    precision = choose_precision(config, processes.device)
+    # The first process of a machine makes what the others then find
+    streams = streams_for(config, token) if processes.local_rank == 0 else None
+    processes.barrier()
+    streams = streams or streams_for(config, token)
+    check_tokens(start, streams.info.fingerprint)
+    check_vocabularies(
+        start.student.config.vocab_size,
+        streams.info.vocab_size,
+        None,
+        config.resume_gcs_uri or "student",
+    )
+    teacher = None
+    if spec is not None:
+        teacher = load_teacher(spec, dtype=precision.teacher, device=precision.device, token=token)
+        if precision.fp8_teacher:
+            _quantize(teacher, streams, config)
+        else:
+            teacher.prepare(
+                compiled=precision.compiles(config),
+                sharded=config.shard_teacher and processes.world_size > 1,
+            )
+    else:
+        log.info("alpha is 0 throughout: the teacher is not loaded")
+    if config.micro_batch == AUTO:
+        config = resolve_micro_batch(config, start.student, teacher, precision, processes)
+    return TrainingLoop(config, start, teacher, streams, precision, snapshots, processes).run()
+
+
+def _quantize(teacher: Teacher, streams: TokenStreams, config: TrainConfig) -> None:
+    """Turn the teacher to fp8, and say what that changes on the first validation windows."""
+    windows = max(1, min(_FP8_TOKENS, len(streams.validation) - 1) // config.context)
+    inputs, _ = next(
+        iter(evaluation_batches(streams.validation, context=config.context, batch=windows))
+    )
+    error = teacher.quantize(inputs.to(teacher.device))
+    log_values(
+        f"teacher in fp8: KL to bf16 {error.divergence:.4f} nats a token, same first choice for"
+        f" {error.same_choice:.1%} of {inputs.numel()} tokens, hidden state off by"
+        f" {error.hidden:.1%}",
+        fp8_divergence=error.divergence,
+        fp8_same_choice=error.same_choice,
+        fp8_hidden_error=error.hidden,
+    )
+
+
+def _resolve_own(
+    own: Checkpoint,
+    asked: Resolved,
+    command_line: Mapping[str, Any],
+    config_file: Mapping[str, Any],
+    world_size: int,
+) -> Resolved:
+    """Settings of a run that goes on: its own, and the user's where they do not define it.
+
+    Raises:
+        UsageError: naming every setting that defines the run and was given another value.
+    """
+    try:
+        kept = run_settings_of(own.meta)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{own.source}: {error}, so it is no run to go on with; give another --output_gcs_uri"
+            " or --local_workdir"
+        ) from None
+    resolved = resolve(command_line, config_file, kept)
+    accumulated = _with_accumulation(resolved, world_size).config
+    changed = []
+    defaults = TrainConfig().run_settings()
+    for name, now in accumulated.run_settings().items():
+        # A release that did not know a setting yet did what is its default now
+        before = own.meta["settings"].get(name, defaults[name])
+        if before != now:
+            changed.append(f"{name} {before!r} -> {now!r}")
+    if changed:
+        raise UsageError(
+            f"{asked.config.uri} holds another run ({', '.join(changed)}); give another"
+            " --output_gcs_uri or --local_workdir, or the run's own settings to go on with it"
+        )
+    origin = (own.meta.get("origin") or {}).get("checkpoint", "scratch")
+    if asked.config.resume_gcs_uri and asked.config.resume_gcs_uri != origin:
+        log.warning(
+            "%s goes on with its own run, which started from %s, not from --resume_gcs_uri=%s",
+            asked.config.uri,
+            origin,
+            asked.config.resume_gcs_uri,
+        )
+    return resolved
+
+
+def _resolve_foreign(
+    asked: Resolved, command_line: Mapping[str, Any], config_file: Mapping[str, Any]
+) -> tuple[Resolved, Checkpoint | None]:
+    config = asked.config
+    if not config.resume_gcs_uri:
+        return asked, None
+    foreign = read_from(config.resume_gcs_uri, Path(config.local_workdir))
+    settings = foreign.settings()
+    resolved = resolve(command_line, config_file, settings)
+    spent = [name for name in ("alpha_schedule", "temp_schedule") if name in settings]
+    if spent and restarts(resolved, foreign):
+        # Its steps were counted by the phase behind; what it had reached goes on
+        log.info(
+            "%s of the checkpoint's phase end with it: alpha goes on from %g, T from %g",
+            " and ".join(spent),
+            resolved.config.alpha,
+            resolved.config.T,
+        )
+        kept = {name: value for name, value in settings.items() if name not in spent}
+        resolved = resolve(command_line, config_file, kept)
+    return resolved, foreign
+
+
+def _own_snapshot(snapshots: Snapshots, processes: Processes) -> Checkpoint | None:
+    """The newest snapshot of the run itself; the main process chooses, all read the same one."""
+    own = snapshots.newest() if processes.main else None
+    source = processes.broadcast(own.source if own is not None else None)
+    if source is not None and own is None:
+        own = read_from(source, snapshots.workdir)
+    return own
+
+
+def _with_accumulation(resolved: Resolved, world_size: int) -> Resolved:
+    """``grad_accum`` and ``global_batch`` as they follow from each other, in the configuration.
+
+    Where ``micro_batch`` is yet to be found, ``grad_accum`` stays open.
+    """
+    resolved = _with_fitting_micro_batch(resolved, world_size)
+    steps = accumulation(resolved, world_size)
+    if steps == AUTO:
+        return resolved
+    config = replace(
+        resolved.config,
+        grad_accum=steps,
+        global_batch=steps * resolved.config.micro_batch * world_size,
+    )
+    derived = {
+        name: "derived"
+        for name in ("grad_accum", "global_batch")
+        if resolved.sources[name] == DEFAULT
+        or getattr(config, name) != getattr(resolved.config, name)
+    }
+    return Resolved(config, {**resolved.sources, **derived})
+
+
+def _with_fitting_micro_batch(resolved: Resolved, world_size: int) -> Resolved:
+    """With the largest micro-batch up to the default that divides a checkpoint's global batch."""
+    config, sources = resolved.config, resolved.sources
+    told = (sources["micro_batch"], sources["global_batch"]) == (DEFAULT, CHECKPOINT)
+    windows, rest = divmod(config.global_batch, world_size)
+    if not told or config.grad_accum is not None or rest:
+        return resolved
+    fits = max(n for n in range(1, config.micro_batch + 1) if windows % n == 0)
+    if fits == config.micro_batch:
+        return resolved
+    return Resolved(replace(config, micro_batch=fits), {**sources, "micro_batch": "derived"})
+
+
+def _teacher_spec(config: TrainConfig, token: str | None) -> TeacherSpec | None:
+    """The teacher's description, None where no update needs it.
+
+    Raises:
+        UsageError: the training context is longer than the teacher's.
+    """
+    if not config.needs_teacher:
+        return None
+    spec = read_teacher_spec(config.teacher, token)
+    if spec.max_context is not None and config.context > spec.max_context:
+        raise UsageError(
+            f"--block_size={config.context} is over the {spec.max_context} positions of teacher"
+            f" {spec.name!r}; give a smaller one"
+        )
+    return spec
+
+
+def _check_metric(config: TrainConfig) -> None:
+    """``--save_best_on`` must be one of the student's metrics of this run."""
+    known = config.student_metrics
+    if config.save_best_on not in known:
+        near = difflib.get_close_matches(config.save_best_on, known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}"
+        raise UsageError(
+            f"--save_best_on={config.save_best_on!r} is not evaluated in this run; {hint}"
+        )
+
+
+def _finished(own: Checkpoint) -> RunResult:
+    state = own.trainer_state
+    return RunResult(
+        own.step,
+        dict(own.meta.get("metrics") or {}),
+        float(state.get("best_value", "inf")),
+        int(state.get("best_step", -1)),
+    )
+
+
+def run_on_all_gpus(settings: Mapping[str, Any]) -> RunResult | None:
+    """Train on every GPU of the job: in this process where it is one, else through torchrun.
+
+    Returns:
+        What came of the run; None on machines other than the first, which alone reports.
+
+    Raises:
+        UsageError: ``train_steps`` is 0.
+        LiquidError: the run failed.
+    """
+    if resolve(settings, {}).config.train_steps == 0:
+        raise UsageError("--train_steps=0 trains nothing; a stage needs at least 1 update")
+    # Any process of the machine can read a command line
+    token = settings.get("hf_token_value")
+    if token:
+        os.environ.setdefault("HF_TOKEN", token)
+    flags = [
+        f"--{name}={as_text(name, value)}"
+        for name, value in settings.items()
+        if not SETTINGS[name].metadata["secret"]
+    ]
+    if launch_if_needed("trainer.entrypoint", flags):
+        if find_nodes().index:
+            return None
+        config = resolve(settings, {}).config
+        own = Snapshots(config.uri, config.local_workdir).newest()
+        assert own is not None, "the run has written its final checkpoint"
+        return _finished(own).checked(config)
+    return run(settings)
