@@ -1,9 +1,9 @@
 """An HTTP proxy between the real Cloud Storage client and fake-gcs-server.
 
 It does two things. It gives the fake the semantics that Cloud Storage documents and the fake lacks:
-``ifGenerationMatch`` on resumable uploads and removals, questions for the state of a resumable
-upload, bytes that are sent twice, and answers about a finished upload. And it injects faults: drawn
-from a seeded generator, counted by kind.
+``ifGenerationMatch`` on resumable uploads, copies and removals, questions for the state of a
+resumable upload, bytes that are sent twice, and answers about a finished upload. And it injects
+faults: drawn from a seeded generator, counted by kind.
 """
 
 from __future__ import annotations
@@ -118,6 +118,8 @@ class FaultProxy:
         self.refusal: tuple[int, str] | None = None
         # What every chunk of a resumable upload is answered with, nothing of it being kept
         self.chunk_status: int | None = None
+        # Copies are answered as unfinished the first time, as large ones may be
+        self.copies_in_parts = False
         # Requests wait while this is clear
         self.gate = threading.Event()
         self.gate.set()
@@ -297,10 +299,32 @@ class _Handler(BaseHTTPRequestHandler):
                 if there not in ("0", self.query["ifGenerationMatch"]):
                     return self._refusal()
                 return self._forward(body)
+        if self.command == "POST" and "/rewriteTo/" in self.where:
+            return self._copy(body)
         if self.command == "POST":
             with self.proxy.commit:
                 return self._forward(body)
         return self._forward(body)
+
+    def _copy(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        """A copy on the server, which the fake makes without looking at conditions."""
+        parts = [unquote(part) for part in self.where.split("/")]
+        conditions = {
+            "ifSourceGenerationMatch": (parts[4], parts[6]),
+            "ifGenerationMatch": (parts[9], parts[11]),
+        }
+        with self.proxy.commit:
+            for key, (bucket, name) in conditions.items():
+                there = self.proxy.generation(bucket, name)
+                if key == "ifSourceGenerationMatch" and there == "0":
+                    return 404, {"Content-Type": "application/json"}, b'{"error": {"code": 404}}'
+                if self.query.get(key, there) != there:
+                    return self._refusal()
+            if self.proxy.copies_in_parts and "rewriteToken" not in self.query:
+                answer = {"done": False, "totalBytesRewritten": "0", "objectSize": "1"}
+                answer["rewriteToken"] = "go on"
+                return 200, {"Content-Type": "application/json"}, json.dumps(answer).encode()
+            return self._forward(body)
 
     def _begin(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         bucket = self.where.split("/")[5]

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.proxy import KINDS, UPLOAD, FaultProxy, Faults
+from tests.faults.pairs import SIDECAR, Pairs, difference, sidecar_of
+from tests.faults.proxy import ANY, KINDS, UPLOAD, FaultProxy, Faults
 from tests.faults.server import ObjectServer
 from trainer.runtime.errors import StorageError
 from trainer.storage.base import Location, StorageMissingError, TransferPolicy
-from trainer.storage.files import crc32c_of
+from trainer.storage.files import crc32c_of, crc32c_of_bytes
 from trainer.storage.places import open_location
 from trainer.storage.uploads import Uploader
 
@@ -50,29 +51,23 @@ class Writer:
 
     def run(self, steps: int) -> None:
         self.location.list()
-        with Uploader(self.location) as uploads:
-            for step in range(steps):
-                for name in (f"ckpt_step_{step}.pt", "best.pt"):
-                    self._submit(uploads, name)
-                if step >= 2:
-                    for name in (f"ckpt_step_{step - 2}.pt.meta.json", f"ckpt_step_{step - 2}.pt"):
-                        uploads.submit_delete(name)
-                        del self.expected[name]
-
-    def _submit(self, uploads: Uploader, name: str) -> None:
-        # From one request to several chunks, often not a whole number of them
-        data = self._random.randbytes(self._random.choice((1_000, 300_000, 512 * KIB, 900_001)))
-        weights = self._workdir / name
-        weights.write_bytes(data)
-        sidecar = self._workdir / f"{name}.meta.json"
-        described = {"size": len(data), "crc32c": crc32c_of(weights)}
-        sidecar.write_text(json.dumps(described))
-        uploads.submit([(weights, name), (sidecar, sidecar.name)])
-        self.expected[name] = data
-        self.expected[sidecar.name] = sidecar.read_bytes()
-        # What is submitted no longer depends on these names
-        weights.unlink()
-        sidecar.unlink()
+        uploads = Uploader(self.location)
+        pairs = Pairs(uploads, self.location, self._workdir)
+        for step in range(steps):
+            # From one request to several chunks, often not a whole number of them
+            size = self._random.choice((1_000, 300_000, 512 * KIB, 900_001))
+            data = self._random.randbytes(size)
+            names = (f"ckpt_step_{step}.pt", "best.pt")
+            pairs.submit(data, *names)
+            for name in names:
+                self.expected[name] = data
+                self.expected[name + SIDECAR] = sidecar_of(data, crc32c_of_bytes(data))
+            if step >= 2:
+                for name in (f"ckpt_step_{step - 2}.pt{SIDECAR}", f"ckpt_step_{step - 2}.pt"):
+                    uploads.submit_delete(name)
+                    del self.expected[name]
+        uploads.drain()
+        uploads.close()
 
 
 class Reader(threading.Thread):
@@ -98,7 +93,7 @@ class Reader(threading.Thread):
             got = self.location.get(name, path)
         except StorageMissingError:
             return "passed over: not there"
-        if got.difference(said["size"], said["crc32c"]):
+        if difference(got, said):
             return "passed over: differs"
         whole = (path.stat().st_size, crc32c_of(path)) == (said["size"], said["crc32c"])
         return "whole" if whole else "CORRUPT"
@@ -189,6 +184,26 @@ def test_a_write_whose_answer_is_lost_counts_as_done(
         lost += faults.counts.total()
     assert lost >= 6
     assert open_location(gcs_bucket, FAST).stat("best.pt").generation == entry.generation
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_copy_whose_answer_is_lost_counts_as_done(
+    parts: bool, gcs_proxy: FaultProxy, gcs_bucket: str
+) -> None:
+    location = open_location(gcs_bucket, FAST)
+    original = location.put_bytes(b"content" * 1000, "ckpt_step_1.pt")
+    gcs_proxy.copies_in_parts = parts
+    lost = 0
+    for seed in range(6):
+        faults = Faults(seed=seed, rate=0.7, kinds=("answer lost", "503"), only=(ANY,), limit=5)
+        with gcs_proxy.injecting(faults):
+            entry = location.copy(original, "best.pt")
+        assert (entry.name, entry.size, entry.crc32c) == ("best.pt", 7000, original.crc32c)
+        lost += faults.counts["answer lost"]
+    assert lost >= 6
+    reader = open_location(gcs_bucket, FAST)
+    assert reader.stat("best.pt").generation == entry.generation
+    assert reader.read_bytes("best.pt", limit=7000) == b"content" * 1000
 
 
 def test_a_write_that_arrived_is_not_sent_again(gcs_proxy: FaultProxy, gcs_bucket: str) -> None:

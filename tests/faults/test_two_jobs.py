@@ -17,11 +17,11 @@ import pytest
 from trainer.storage.places import open_location
 
 JOB = """
-    import json, sys
+    import sys
     from pathlib import Path
     from trainer.runtime.errors import StorageError
     from trainer.storage.base import TransferPolicy
-    from trainer.storage.files import crc32c_of
+    from tests.faults.pairs import Pairs
     from trainer.storage.places import open_location
     from trainer.storage.uploads import Uploader
     mark, uri, workdir = sys.argv[1], sys.argv[2], Path(sys.argv[3])
@@ -32,12 +32,12 @@ JOB = """
     sys.stdin.readline()
     try:
         for step in range(5):
-            with Uploader(location) as uploads:
-                weights, sidecar = workdir / f"{step}.pt", workdir / f"{step}.json"
-                weights.write_bytes((mark * 300_000).encode())
-                said = {"size": 300_000, "crc32c": crc32c_of(weights), "step": step}
-                sidecar.write_text(json.dumps(said))
-                uploads.submit([(weights, "best.pt"), (sidecar, "best.pt.meta.json")])
+            uploads = Uploader(location)
+            content = (mark * 300_000).encode()
+            names = ["best.pt"] if step % 2 == 0 else [f"{mark}.pt", "best.pt"]
+            Pairs(uploads, location, workdir).submit(content, *names, step=step)
+            uploads.drain()
+            uploads.close()
             print("wrote", flush=True)
     except StorageError as error:
         print(f"{type(error).__name__}: {error}", flush=True)

@@ -22,8 +22,8 @@ from trainer.settings.config import SETTINGS, TrainConfig
 from trainer.settings.flags import build_parser, settings_from_args
 from trainer.settings.hf_token import find_hf_token
 from trainer.settings.layers import for_evaluation, resolve
-from trainer.storage.files import atomic_write
-from trainer.storage.places import check_output, is_remote, open_location
+from trainer.storage.places import check_output
+from trainer.storage.publish import publishing
 from trainer.training.evaluation import Evaluator, check_contexts, perplexity
 from trainer.training.precision import choose_precision
 from trainer.training.start import check_vocabularies, known_trained_rows, student_config
@@ -93,7 +93,7 @@ def run(
     teacher = load_teacher(spec, dtype=precision.teacher, device=precision.device, token=token)
     evaluator = Evaluator(config, streams, teacher, precision)
     rows = [row for one in loaded for row in _rows(one, evaluator)]
-    _write(rows, output)
+    _write(rows, output, Path(config.local_workdir))
     return rows
 
 
@@ -131,20 +131,11 @@ def _rows(one: _Loaded, evaluator: Evaluator) -> list[EvaluationRow]:
     return rows
 
 
-def _write(rows: Sequence[EvaluationRow], output: str) -> None:
-    written = {
-        "metrics.json": dumps([asdict(row) for row in rows], indent=2),
-        "metrics.md": markdown_table(rows),
-    }
-    if is_remote(output):
-        location = open_location(output)
-        location.list()  # what is there now may be replaced
-        for name, text in written.items():
-            location.put_bytes(text.encode(), name)
-        return
-    for name, text in written.items():
-        with atomic_write(Path(output, name)) as file:
-            file.write(text.encode())
+def _write(rows: Sequence[EvaluationRow], output: str, workdir: Path) -> None:
+    with publishing(output, last="metrics.md", workdir=workdir, replacing=True) as directory:
+        text = dumps([asdict(row) for row in rows], indent=2)
+        (directory / "metrics.json").write_text(text, encoding="utf-8")
+        (directory / "metrics.md").write_text(markdown_table(rows), encoding="utf-8")
 
 
 def markdown_table(rows: Sequence[EvaluationRow]) -> str:

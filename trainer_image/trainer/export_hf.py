@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,8 @@ from trainer.settings.config import TrainConfig
 from trainer.settings.flags import build_parser, settings_from_args
 from trainer.settings.hf_token import find_hf_token
 from trainer.settings.layers import resolve
-from trainer.storage.places import check_output, is_remote, open_location
+from trainer.storage.places import check_output, is_empty
+from trainer.storage.publish import publishing
 from trainer.training.start import known_trained_rows, student_config
 
 FLAGS = ["n_heads", "trained_positions", "local_workdir"]
@@ -54,8 +53,9 @@ def run(
         LiquidError: the checkpoint or the tokenizer cannot be read or do not fit together, or the
             output is in use or cannot be written.
     """
-    _check_new(output)
-    check_output(output if is_remote(output) else str(Path(output).parent))
+    if not is_empty(output):
+        raise UsageError(f"{output} is in use; give a new directory to export to")
+    check_output(output)
     source = read_from(checkpoint, Path(workdir))
     config = student_config(source, n_heads)
     name = tokenizer or source.meta.get("tokenizer")
@@ -69,24 +69,11 @@ def run(
             f" {config.vocab_size}; give --tokenizer with the one it was trained with"
         )
     model = gpt2_model(source.weights, config, positions)
-    if is_remote(output):
-        _upload(model, loaded, output, Path(workdir))
-    else:
-        _save(model, loaded, Path(output))
+    # Without the model's configuration nothing loads it
+    with publishing(output, last="config.json", workdir=Path(workdir)) as directory:
+        _write(model, loaded, directory)
     log.info("%s written to %s: %d positions", checkpoint, output, positions)
     return output
-
-
-def _check_new(output: str) -> None:
-    """Raises `UsageError` where something is at the output already, or where it is no place."""
-    location = open_location(output)
-    if is_remote(output):
-        used = bool(location.list())
-    else:
-        directory = Path(output)
-        used = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
-    if used:
-        raise UsageError(f"{output} is in use; give a new directory to export to")
 
 
 def _write(model: Any, tokenizer: Any, directory: Path) -> None:
@@ -96,32 +83,6 @@ def _write(model: Any, tokenizer: Any, directory: Path) -> None:
     tokenizer.model_max_length = model.config.n_positions
     model.save_pretrained(str(directory))
     tokenizer.save_pretrained(str(directory))
-
-
-def _save(model: Any, tokenizer: Any, directory: Path) -> None:
-    """Write beside the target, then rename, so that the directory is whole or absent."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
-        _write(model, tokenizer, scratch)
-        scratch.chmod(0o755)
-        if directory.is_dir():
-            directory.rmdir()
-        scratch.rename(directory)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _upload(model: Any, tokenizer: Any, output: str, workdir: Path) -> None:
-    """Write to scratch space, then upload; without the model's configuration nothing loads it."""
-    with tempfile.TemporaryDirectory(prefix="export-", dir=workdir) as scratch:
-        _write(model, tokenizer, Path(scratch))
-        files = [path for path in Path(scratch).rglob("*") if path.is_file()]
-        last = Path(scratch, "config.json")
-        for path in sorted(files, key=lambda path: (path == last, path)):
-            folder = path.parent.relative_to(scratch).as_posix()
-            place = output if folder == "." else f"{output.rstrip('/')}/{folder}"
-            open_location(place).put(path, path.name)
 
 
 def main(argv: list[str]) -> None:

@@ -19,9 +19,8 @@ from trainer.runtime.errors import UsageError
 from trainer.runtime.log import log, set_up_logging
 from trainer.settings.flags import build_parser, settings_from_args
 from trainer.settings.layers import resolve
-from trainer.storage.base import check_name
-from trainer.storage.places import check_output, is_remote, open_location, split_uri
-from trainer.storage.scratch import scratch_directory
+from trainer.storage.places import check_output_file, split_uri
+from trainer.storage.publish import publishing
 from trainer.training.start import known_trained_rows, stretched_student, student_config
 
 FLAGS = ["block_size", "pos_resize", "trained_positions", "n_heads", "local_workdir"]
@@ -63,7 +62,7 @@ def run(
         CheckpointError: the checkpoint cannot be read, or its trained positions are not known.
         StorageError: the output cannot be written.
     """
-    _check_file(output)
+    check_output_file(output)
     source = read_from(checkpoint, Path(workdir))
     config = student_config(source, n_heads)
     trained = known_trained_rows(source, trained_positions)
@@ -85,19 +84,12 @@ def run(
         trained_positions=max(block_size, trained or 0),
         origin=origin,
     )
-    _write(Snapshot(weights, None, {}, 0, {}, meta), output, workdir)
+    directory, name = split_uri(output)
+    last = sidecar_name(name)
+    with publishing(directory, last=last, workdir=Path(workdir), replacing=True) as made:
+        Snapshot(weights, None, {}, 0, {}, meta).write(made / name)
     log.info("%s at context %s -> %s at context %d", checkpoint, old_context, output, block_size)
     return meta
-
-
-def _check_file(output: str) -> None:
-    """Fail now where the file could not be written after all the work."""
-    parent, name = split_uri(output)
-    if is_remote(output):
-        check_name(name)
-    elif Path(output).is_dir():
-        raise UsageError(f"{output!r} is a directory; give the path of the file to write")
-    check_output(parent)
 
 
 def _check_memory(table: Tensor, rows: int) -> None:
@@ -126,21 +118,6 @@ def _free_memory() -> int | None:
         except (OSError, ValueError):
             continue  # no such controller, or no limit
     return min(found, default=None)
-
-
-def _write(snapshot: Snapshot, output: str, workdir: str) -> None:
-    parent, _, name = output.rpartition("/")
-    if not is_remote(output):
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        snapshot.write(Path(output))
-        return
-    with scratch_directory("resize", Path(workdir)) as scratch:
-        path = Path(scratch) / name
-        snapshot.write(path)
-        location = open_location(parent)
-        location.list()  # what is there now may be replaced
-        location.put(path, name)
-        location.put(path.with_name(sidecar_name(name)), sidecar_name(name))
 
 
 def main(argv: list[str]) -> None:

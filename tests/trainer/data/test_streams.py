@@ -188,7 +188,7 @@ def test_a_second_start_and_another_context_retokenize_nothing(
     def fail(*args: object) -> None:
         raise AssertionError("tokenized again")
 
-    monkeypatch.setattr("trainer.data.streams.prepare_streams", fail)
+    monkeypatch.setattr("trainer.data.streams.write_streams", fail)
     again = streams_for(replace(config, block_size=512))
     assert again.directory == first.directory
     assert (again.directory / "train.bin").stat().st_mtime_ns == stamp

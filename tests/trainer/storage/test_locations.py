@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import errno
+import fcntl
 import json
 import os
 import random
@@ -22,7 +23,6 @@ import pytest
 from tests.faults.proxy import FaultProxy
 from trainer.runtime.errors import StorageError, UsageError
 from trainer.storage.base import (
-    Entry,
     Location,
     StorageConflictError,
     StorageMissingError,
@@ -213,9 +213,10 @@ def test_fetch_gives_a_local_path(uri: str, tmp_path: Path) -> None:
     at(uri).put_bytes(b"weights", "w.pt")
     target = tmp_path / "work"
     target.mkdir()
-    path = fetch(f"{uri}/w.pt", target)
+    path, crc32c = fetch(f"{uri}/w.pt", target)
     assert path.read_bytes() == b"weights"
     assert path == (target / "w.pt" if is_remote(uri) else Path(uri) / "w.pt")
+    assert crc32c == (crc32c_of_bytes(b"weights") if is_remote(uri) else None)
 
 
 def test_a_writable_place_is_left_as_it_was(uri: str) -> None:
@@ -250,12 +251,127 @@ def test_bad_names_are_refused(uri: str, name: str, tmp_path: Path) -> None:
             use()
 
 
-def test_a_sidecar_tells_other_weights() -> None:
-    entry = Entry("best.pt", 7, "AAAAAA==", 1, 0.0)
-    assert entry.difference(7, "AAAAAA==") is None
-    assert entry.difference(8, "AAAAAA==") == "best.pt has 7 bytes, its sidecar says 8"
-    assert "CRC32C AAAAAA==, its sidecar says BBBBBB==" in str(entry.difference(7, "BBBBBB=="))
-    assert replace(entry, crc32c=None).difference(7, "BBBBBB==") is None
+# Moved into place, and copied
+
+
+def test_an_adopted_file_is_whole_and_only_this_jobs(uri: str, tmp_path: Path) -> None:
+    data = random.Random(3).randbytes(600_000)
+    place, other = at(uri), at(uri)
+    other.list()
+    made = file_of(tmp_path / "made", data)
+    entry = place.adopt(made, "w.pt", crc32c_of_bytes(data))
+    assert (entry.size, entry.crc32c) == (600_000, crc32c_of_bytes(data))
+    assert at(uri).stat("w.pt").generation == entry.generation
+    assert at(uri).read_bytes("w.pt", limit=600_000) == data
+    with pytest.raises(StorageConflictError):
+        other.adopt(file_of(tmp_path / "theirs", b"x"), "w.pt", crc32c_of_bytes(b"x"))
+    assert at(uri).read_bytes("w.pt", limit=600_000) == data
+    place.adopt(file_of(tmp_path / "again", b"y"), "w.pt", crc32c_of_bytes(b"y"))
+    assert at(uri).read_bytes("w.pt", limit=9) == b"y"
+
+
+def test_a_copy_has_the_content_and_outlives_its_original(uri: str, tmp_path: Path) -> None:
+    data = random.Random(4).randbytes(600_000)
+    place = at(uri)
+    place.put_bytes(b"before", "best.pt")
+    original = place.put(file_of(tmp_path / "source", data), "ckpt_step_1.pt")
+    for name in ("best.pt", "final.pt", "best.pt"):
+        entry = place.copy(original, name)
+        assert (entry.name, entry.size, entry.crc32c) == (name, 600_000, original.crc32c)
+        assert at(uri).stat(name).generation == entry.generation
+    place.put_bytes(b"other", "final.pt")
+    place.delete("ckpt_step_1.pt")
+    assert at(uri).read_bytes("best.pt", limit=600_000) == data
+    assert at(uri).read_bytes("final.pt", limit=5) == b"other"
+    assert [entry.name for entry in at(uri).list()] == ["best.pt", "final.pt"]
+
+
+def test_a_copy_replaces_nothing_of_another_job(uri: str) -> None:
+    place, other = at(uri), at(uri)
+    place.list(), other.list()
+    original = place.put_bytes(b"mine", "ckpt_step_1.pt")
+    other.put_bytes(b"theirs", "best.pt")
+    with pytest.raises(StorageConflictError, match=r"best\.pt was written by another job"):
+        place.copy(original, "best.pt")
+    assert at(uri).read_bytes("best.pt", limit=9) == b"theirs"
+
+
+@pytest.mark.parametrize("changed", ["removed", "replaced"])
+def test_only_what_was_written_is_copied(uri: str, changed: str) -> None:
+    place, other = at(uri), at(uri)
+    original = place.put_bytes(b"mine", "ckpt_step_1.pt")
+    other.list()
+    if changed == "removed":
+        other.delete("ckpt_step_1.pt")
+    else:
+        other.put_bytes(b"theirs", "ckpt_step_1.pt")
+    with pytest.raises(StorageMissingError, match=r"ckpt_step_1\.pt"):
+        place.copy(original, "best.pt")
+    with pytest.raises(StorageMissingError):
+        at(uri).stat("best.pt")
+
+
+def test_a_copy_on_the_server_sends_no_content(
+    gcs_bucket: str, gcs_proxy: FaultProxy, tmp_path: Path
+) -> None:
+    place = at(gcs_bucket)
+    original = place.put(file_of(tmp_path / "source", b"x" * 600_000), "ckpt_step_1.pt")
+    gcs_proxy.requests.clear()
+    gcs_proxy.copies_in_parts = True
+    place.copy(original, "best.pt")
+    assert ["rewriteTo" in path for _, path in gcs_proxy.requests] == [True, True]
+    assert all(f"ifSourceGenerationMatch={original.generation}" in p for _, p in gcs_proxy.requests)
+    assert all("ifGenerationMatch=0" in path for _, path in gcs_proxy.requests)
+
+
+def test_a_copy_of_other_content_is_not_vouched_for(gcs_bucket: str, gcs_proxy: FaultProxy) -> None:
+    place = at(gcs_bucket)
+    original = place.put_bytes(b"x" * 1000, "ckpt_step_1.pt")
+    with pytest.raises(StorageError, match=r"best\.pt arrived damaged 3 times"):
+        place.copy(replace(original, crc32c="AAAAAA=="), "best.pt")
+    assert [entry.name for entry in at(gcs_bucket).list()] == ["ckpt_step_1.pt"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_local_copy_shares_its_content_where_the_file_system_can(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    place = at(str(tmp_path))
+    original = place.put_bytes(b"x" * 1000, "ckpt_step_1.pt")
+    entry = place.copy(original, "best.pt")
+    assert (tmp_path / "best.pt").read_bytes() == b"x" * 1000
+    assert entry == replace(at(str(tmp_path)).stat("best.pt"), crc32c=original.crc32c)
+    inodes = {(tmp_path / name).stat().st_ino for name in ("ckpt_step_1.pt", "best.pt")}
+    assert len(inodes) == (1 if links else 2)
+    assert sorted(os.listdir(tmp_path)) == [".writers.json", "best.pt", "ckpt_step_1.pt"]
+    if not links:
+        with pytest.raises(StorageError, match="has changed since it was written"):
+            place.copy(replace(original, crc32c="AAAAAA=="), "final.pt")
+        assert not (tmp_path / "final.pt").exists()
+
+
+def test_a_file_of_another_file_system_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.replace
+
+    def across(source: str | Path, target: Path) -> None:
+        if Path(source).parent != target.parent:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", across)
+    made = file_of(tmp_path / "made", b"content")
+    place = at(str(tmp_path / "place"))
+    entry = place.adopt(made, "w.pt", crc32c_of_bytes(b"content"))
+    assert (tmp_path / "place" / "w.pt").read_bytes() == b"content"
+    assert place.stat("w.pt").generation == entry.generation
 
 
 # URIs

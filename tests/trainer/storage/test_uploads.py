@@ -10,21 +10,23 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.faults.pairs import SIDECAR, Pairs, difference
 from tests.faults.proxy import FaultProxy
 from trainer.runtime.errors import StorageError
-from trainer.storage.base import Entry, Location, Source, StorageConflictError, TransferPolicy
-from trainer.storage.files import atomic_write, crc32c_of
+from trainer.storage.base import Entry, Location, StorageConflictError, TransferPolicy
+from trainer.storage.files import crc32c_of
 from trainer.storage.places import open_location
 from trainer.storage.uploads import Uploader
 
 POLICY = TransferPolicy(
     chunk_bytes=256 * 1024, first_delay=0.005, longest_delay=0.05, deadline=20, first_deadline=20
 )
-SIDECAR = ".meta.json"
 
 
 @pytest.fixture(params=["local", "gs"])
@@ -48,11 +50,20 @@ class Watched:
     def __getattr__(self, name: str) -> object:
         return getattr(self.inner, name)
 
-    def put(self, source: Source, name: str) -> Entry:
+    def adopt(self, path: Path, name: str, crc32c: str) -> Entry:
+        return self._noted(f"put {name}", lambda: self.inner.adopt(path, name, crc32c))
+
+    def copy(self, original: Entry, name: str) -> Entry:
+        return self._noted(f"copy {name}", lambda: self.inner.copy(original, name))
+
+    def put_bytes(self, data: bytes, name: str) -> Entry:
+        return self._noted(f"put {name}", lambda: self.inner.put_bytes(data, name))
+
+    def _noted(self, what: str, write: Callable[[], Entry]) -> Entry:
         self.started.set()
         self.gate.wait()
-        entry = self.inner.put(source, name)
-        self.done.append(f"put {name}")
+        entry = write()
+        self.done.append(what)
         return entry
 
     def delete(self, name: str) -> None:
@@ -64,23 +75,15 @@ def watched(uri: str) -> Watched:
     return Watched(open_location(uri, POLICY))
 
 
-def pair(directory: Path, name: str, content: bytes) -> list[tuple[Path, str]]:
-    """Weights and the sidecar that vouches for them."""
-    weights, sidecar = directory / name, directory / (name + SIDECAR)
-    with atomic_write(weights) as file:
-        file.write(content)
-    said = {"size": len(content), "crc32c": crc32c_of(weights)}
-    with atomic_write(sidecar) as file:
-        file.write(json.dumps(said).encode())
-    return [(weights, name), (sidecar, name + SIDECAR)]
-
-
 def test_groups_arrive_in_order_with_removals_behind_them(uri: str, tmp_path: Path) -> None:
     location = watched(uri)
-    with Uploader(location) as uploads:
-        uploads.submit(pair(tmp_path, "ckpt_step_1.pt", b"1" * 300_000), key="ckpt_step_1.pt")
-        uploads.submit(pair(tmp_path, "ckpt_step_2.pt", b"2" * 300_000), key="ckpt_step_2.pt")
-        uploads.submit_delete("ckpt_step_1.pt")
+    uploads = Uploader(location)
+    pairs = Pairs(uploads, location, tmp_path)
+    pairs.submit(b"1" * 300_000, "ckpt_step_1.pt", key="ckpt_step_1.pt")
+    pairs.submit(b"2" * 300_000, "ckpt_step_2.pt", key="ckpt_step_2.pt")
+    uploads.submit_delete("ckpt_step_1.pt")
+    uploads.drain()
+    uploads.close()
     assert location.done == [
         "delete ckpt_step_1.pt.meta.json",
         "put ckpt_step_1.pt",
@@ -99,18 +102,17 @@ def test_the_newest_waiting_best_wins_and_the_one_in_flight_is_finished(
 ) -> None:
     location = watched(uri)
     location.gate.clear()
-    with Uploader(location) as uploads:
-        assert uploads.submit(pair(tmp_path, "best.pt", b"first"), key="best.pt") == []
-        assert location.started.wait(10)
-        # The paths are used again, or go, at once: what was submitted has its files open
-        assert uploads.submit(pair(tmp_path, "other.pt", b"other")) == []
-        for path in tmp_path.glob("*.pt*"):
-            path.unlink()
-        assert uploads.submit(pair(tmp_path, "best.pt", b"second"), key="best.pt") == []
-        dropped = uploads.submit(pair(tmp_path, "best.pt", b"third"), key="best.pt")
-        assert dropped == ["best.pt", "best.pt.meta.json"]
-        assert uploads.waiting == 3
-        location.gate.set()
+    uploads = Uploader(location)
+    pairs = Pairs(uploads, location, tmp_path)
+    assert pairs.submit(b"first", "best.pt", key="best.pt") == []
+    assert location.started.wait(10)
+    assert pairs.submit(b"other", "other.pt") == []
+    assert pairs.submit(b"second", "best.pt", key="best.pt") == []
+    dropped = pairs.submit(b"third", "best.pt", key="best.pt")
+    assert dropped == ["best.pt", "best.pt.meta.json"]
+    location.gate.set()
+    uploads.drain()
+    uploads.close()
     puts = [line for line in location.done if line.startswith("put") and SIDECAR not in line]
     assert puts == ["put best.pt", "put other.pt", "put best.pt"]
     reader = open_location(uri, POLICY)
@@ -123,18 +125,23 @@ def test_a_rename_over_a_file_does_not_tear_its_upload(
 ) -> None:
     location = open_location(gcs_bucket, POLICY)
     gcs_proxy.bandwidth = 2e6
-    with Uploader(location) as uploads:
-        uploads.submit(pair(tmp_path, "best.pt", b"a" * 1_000_000))
-        while not gcs_proxy.kept:
-            threading.Event().wait(0.001)
-        other = tmp_path / "other"
-        other.write_bytes(b"b" * 1_000_000)
-        os.replace(other, tmp_path / "best.pt")
+    weights = tmp_path / "best.pt"
+    weights.write_bytes(b"a" * 1_000_000)
+    uploads = Uploader(location)
+    uploads.submit(["best.pt"], lambda: [partial(location.put, weights)])
+    while not gcs_proxy.kept:
+        threading.Event().wait(0.001)
+    other = tmp_path / "other"
+    other.write_bytes(b"b" * 1_000_000)
+    os.replace(other, weights)
+    uploads.drain()
+    uploads.close()
     assert location.read_bytes("best.pt", limit=10**6) == b"a" * 1_000_000
 
 
+@pytest.mark.parametrize("names", [["best.pt"], ["ckpt_step_2.pt", "best.pt"]])
 def test_no_sidecar_ever_stands_beside_weights_it_does_not_describe(
-    gcs_bucket: str, gcs_proxy: FaultProxy, tmp_path: Path
+    names: list[str], gcs_bucket: str, gcs_proxy: FaultProxy, tmp_path: Path
 ) -> None:
     """Looks at the bucket between every two requests of the replacement."""
     reader = open_location(gcs_bucket, POLICY)
@@ -161,11 +168,12 @@ def test_no_sidecar_ever_stands_beside_weights_it_does_not_describe(
     def state() -> str:
         gcs_proxy.ask = asked  # type: ignore[method-assign]
         try:
-            found = {entry.name: entry for entry in reader.list()}
+            every = {entry.name: entry for entry in reader.list()}
+            found = {name: entry for name, entry in every.items() if name.startswith("best.pt")}
             if "best.pt" not in found or "best.pt" + SIDECAR not in found:
                 return " and ".join(found) or "nothing"
             said = json.loads(reader.read_bytes("best.pt" + SIDECAR, limit=1000))
-            wrong = found["best.pt"].difference(said["size"], said["crc32c"])
+            wrong = difference(found["best.pt"], said)
             return f"WRONG: {wrong}" if wrong else f"pair of {said['size']}"
         finally:
             gcs_proxy.ask = ask  # type: ignore[method-assign]
@@ -174,9 +182,13 @@ def test_no_sidecar_ever_stands_beside_weights_it_does_not_describe(
     looking = threading.Thread(target=look, daemon=True)
     looking.start()
     gcs_proxy.ask = ask  # type: ignore[method-assign]
-    with Uploader(open_location(gcs_bucket, POLICY)) as uploads:
-        uploads.submit(pair(tmp_path, "best.pt", b"1" * 300_000))
-        uploads.submit(pair(tmp_path, "best.pt", b"2" * 400_000))
+    location = open_location(gcs_bucket, POLICY)
+    uploads = Uploader(location)
+    pairs = Pairs(uploads, location, tmp_path)
+    pairs.submit(b"1" * 300_000, "best.pt")
+    pairs.submit(b"2" * 400_000, *names)
+    uploads.drain()
+    uploads.close()
     ended.set()
     asking.set()
     assert states[-1] == "pair of 400000"
@@ -185,8 +197,9 @@ def test_no_sidecar_ever_stands_beside_weights_it_does_not_describe(
     assert not [one for one in states if one.startswith("WRONG")]
 
 
+@pytest.mark.parametrize("copied", [[], ["best.pt"]], ids=["sent", "copied"])
 def test_a_failure_reaches_the_loop_and_nothing_is_removed_behind_it(
-    uri: str, tmp_path: Path
+    copied: list[str], uri: str, tmp_path: Path
 ) -> None:
     other = open_location(uri, POLICY)
     location = watched(uri)
@@ -194,9 +207,10 @@ def test_a_failure_reaches_the_loop_and_nothing_is_removed_behind_it(
     other.put_bytes(b"theirs", "best.pt")
     location.gate.clear()
     uploads = Uploader(location)
-    uploads.submit(pair(tmp_path, "ckpt_step_1.pt", b"1"))
-    uploads.submit(pair(tmp_path, "best.pt", b"mine"))
-    uploads.submit(pair(tmp_path, "ckpt_step_2.pt", b"2"))
+    pairs = Pairs(uploads, location, tmp_path)
+    pairs.submit(b"1", "ckpt_step_1.pt", *copied)
+    pairs.submit(b"mine", "best.pt")
+    pairs.submit(b"2", "ckpt_step_2.pt")
     uploads.submit_delete("ckpt_step_1.pt")
     uploads.check()
     location.gate.set()
@@ -205,7 +219,7 @@ def test_a_failure_reaches_the_loop_and_nothing_is_removed_behind_it(
     for use in (
         uploads.check,
         uploads.drain,
-        lambda: uploads.submit(pair(tmp_path, "x.pt", b"x")),
+        lambda: pairs.submit(b"x", "x.pt"),
         lambda: uploads.submit_delete("ckpt_step_1.pt"),
     ):
         with pytest.raises(StorageConflictError):
@@ -219,14 +233,15 @@ def test_a_failure_reaches_the_loop_and_nothing_is_removed_behind_it(
 
 def test_a_defect_in_the_thread_is_not_silent(tmp_path: Path) -> None:
     class Broken(Watched):
-        def put(self, source: Source, name: str) -> Entry:
+        def adopt(self, path: Path, name: str, crc32c: str) -> Entry:
             raise ZeroDivisionError
 
     seen: list[type[BaseException] | None] = []
     hook, threading.excepthook = threading.excepthook, lambda one: seen.append(one.exc_type)
     try:
-        uploads = Uploader(Broken(open_location(str(tmp_path / "place"))))
-        uploads.submit(pair(tmp_path, "best.pt", b"1"))
+        location = Broken(open_location(str(tmp_path / "place")))
+        uploads = Uploader(location)
+        Pairs(uploads, location, tmp_path).submit(b"1", "best.pt")
         with pytest.raises(StorageError, match="ended by a defect"):
             uploads.drain()
         uploads.close()
@@ -239,83 +254,59 @@ def test_the_end_does_not_wait_for_ever(uri: str, tmp_path: Path) -> None:
     location = watched(uri)
     location.gate.clear()
     uploads = Uploader(location)
-    uploads.submit(pair(tmp_path, "best.pt", b"1"))
-    uploads.submit(pair(tmp_path, "final.pt", b"1"))
+    pairs = Pairs(uploads, location, tmp_path)
+    pairs.submit(b"1", "best.pt", "final.pt")
     with pytest.raises(StorageError, match=r"not at .* after 0.01 s: best.pt, .*final.pt"):
         uploads.drain(timeout=0.01)
     location.gate.set()
     uploads.drain(timeout=20)
     uploads.close()
     with pytest.raises(StorageError, match="have ended"):
-        uploads.submit(pair(tmp_path, "late.pt", b"1"))
+        pairs.submit(b"1", "late.pt")
     assert len(open_location(uri, POLICY).list()) == 4
 
 
-def test_an_exception_in_the_loop_drops_what_waits(
+def test_what_waits_at_the_end_is_dropped_and_named(
     uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     location = watched(uri)
     location.gate.clear()
-
-    def loop() -> None:
-        with Uploader(location) as uploads:
-            uploads.submit(pair(tmp_path, "a.pt", b"1"))
-            assert location.started.wait(10)
-            uploads.submit(pair(tmp_path, "b.pt", b"2"))
-            threading.Timer(0.05, location.gate.set).start()
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        loop()
+    uploads = Uploader(location)
+    pairs = Pairs(uploads, location, tmp_path)
+    pairs.submit(b"1", "a.pt")
+    assert location.started.wait(10)
+    pairs.submit(b"2", "b.pt")
+    threading.Timer(0.05, location.gate.set).start()
+    uploads.close()
     assert [entry.name for entry in open_location(uri, POLICY).list()] == ["a.pt", "a.pt.meta.json"]
     assert "not uploaded" in caplog.text
     assert "b.pt" in caplog.text
 
 
-def test_a_file_changed_in_place_while_it_waits_fails(tmp_path: Path) -> None:
-    location = watched(str(tmp_path / "place"))
-    location.gate.clear()
+def test_a_name_that_cannot_be_is_refused_at_once(tmp_path: Path) -> None:
+    location = open_location(str(tmp_path / "place"))
     uploads = Uploader(location)
-    uploads.submit(pair(tmp_path, "first.pt", b"first"))
-    uploads.submit(pair(tmp_path, "best.pt", b"whole"))
-    with open(tmp_path / "best.pt", "r+b") as file:
-        file.write(b"other content")
-    location.gate.set()
-    with pytest.raises(StorageError, match=r"file of best\.pt was changed in place"):
-        uploads.drain()
+    with pytest.raises(StorageError, match="cannot be the name"):
+        Pairs(uploads, location, tmp_path).submit(b"x", "../gone.pt")
     uploads.close()
-    assert "put best.pt" not in location.done
-
-
-def test_a_file_that_cannot_be_opened_is_refused_at_once(tmp_path: Path) -> None:
-    with Uploader(open_location(str(tmp_path / "place"))) as uploads:
-        with pytest.raises(StorageError, match=r"gone\.pt.*does not exist"):
-            uploads.submit([(tmp_path / "gone.pt", "gone.pt")])
-        with pytest.raises(StorageError, match="cannot be the name"):
-            uploads.submit([(tmp_path / "gone.pt", "../gone.pt")])
 
 
 KILLED = """
-    import json, os, random, sys
+    import os, random, sys
     from pathlib import Path
+    from tests.faults.pairs import Pairs
     from trainer.storage.base import TransferPolicy
-    from trainer.storage.files import crc32c_of
     from trainer.storage.places import open_location
     from trainer.storage.uploads import Uploader
     uri, workdir = sys.argv[1], Path(sys.argv[2])
     location = open_location(uri, TransferPolicy(chunk_bytes=256 * 1024, first_delay=0.01))
     location.list()
-    with Uploader(location) as uploads:
-        for step in range(10**6):
-            data = os.urandom(random.randrange(1, 900_000))
-            for name in (f"ckpt_best_step{step % 4}.pt", "best.pt"):
-                weights, sidecar = workdir / name, workdir / (name + ".meta.json")
-                weights.write_bytes(data)
-                sidecar.write_text(json.dumps({"size": len(data), "crc32c": crc32c_of(weights)}))
-                uploads.submit([(weights, name), (sidecar, sidecar.name)])
-                weights.unlink(), sidecar.unlink()
-            uploads.drain()
-            print(step, flush=True)
+    uploads = Uploader(location)
+    for step in range(10**6):
+        data = os.urandom(random.randrange(1, 900_000))
+        Pairs(uploads, location, workdir).submit(data, f"ckpt_best_step{step % 4}.pt", "best.pt")
+        uploads.drain()
+        print(step, flush=True)
     """
 
 
@@ -341,7 +332,7 @@ def killed(uri: str, tmp_path: Path, times: int) -> int:
         for name in sidecars:
             said = json.loads(reader.read_bytes(name, limit=1000))
             got = reader.get(name.removesuffix(SIDECAR), tmp_path / "copy")
-            assert got.difference(said["size"], said["crc32c"]) is None
+            assert not difference(got, said)
             assert crc32c_of(tmp_path / "copy") == said["crc32c"]
             checked += 1
     return checked

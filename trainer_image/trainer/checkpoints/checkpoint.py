@@ -23,7 +23,7 @@ from trainer.checkpoints.tensor_checks import check_moments
 from trainer.models.student import StudentConfig, expected_shapes, student_config_from_weights
 from trainer.runtime.errors import CheckpointError, UsageError
 from trainer.settings.config import TrainConfig
-from trainer.storage.files import atomic_write, crc32c_of
+from trainer.storage.files import Checksummed, atomic_write
 
 
 @dataclass
@@ -48,15 +48,24 @@ class Snapshot:
             "meta": self.meta,
         }
 
+    def write_file(self, path: Path) -> tuple[int, str]:
+        """Write the file alone, atomically; returns its bytes and its CRC32C.
+
+        Raises:
+            StorageError: the disk is full, or the directory cannot be written.
+        """
+        with atomic_write(path) as file:
+            checksummed: Any = Checksummed(file)
+            torch.save(self.payload(), checksummed)
+        return path.stat().st_size, checksummed.crc32c
+
     def write(self, path: Path, name: str | None = None) -> Sidecar:
         """Write the file, then its sidecar, each atomically; returns the sidecar.
 
         Raises:
             StorageError: the disk is full, or the directory cannot be written.
         """
-        with atomic_write(path) as file:
-            torch.save(self.payload(), file)
-        sidecar = Sidecar(name or path.name, path.stat().st_size, crc32c_of(path), self.meta)
+        sidecar = Sidecar(name or path.name, *self.write_file(path), self.meta)
         with atomic_write(path.with_name(sidecar_name(path.name))) as file:
             file.write(sidecar.dump())
         return sidecar

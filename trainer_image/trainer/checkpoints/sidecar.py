@@ -69,8 +69,13 @@ class Sidecar:
         return cls(name, content["size"], content["crc32c"], meta)
 
 
-def verify_file(path: Path, sidecar: Sidecar) -> None:
+def verify_file(path: Path, sidecar: Sidecar, crc32c: str | None = None) -> None:
     """Check a checkpoint file against its sidecar.
+
+    Args:
+        path: the file.
+        sidecar: what it is checked against.
+        crc32c: the file's checksum where it has been computed already.
 
     Raises:
         CheckpointError: size or checksum differ.
@@ -81,8 +86,8 @@ def verify_file(path: Path, sidecar: Sidecar) -> None:
             f"{sidecar.name} has {size} bytes, but its sidecar says {sidecar.size}: it was"
             " cut short or belongs to another sidecar"
         )
-    found = crc32c_of(path)
-    if found != sidecar.crc32c:
+    crc32c = crc32c or crc32c_of(path)
+    if crc32c != sidecar.crc32c:
         raise CheckpointError(
-            f"{sidecar.name} has checksum {found}, but its sidecar says {sidecar.crc32c}"
+            f"{sidecar.name} has checksum {crc32c}, but its sidecar says {sidecar.crc32c}"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -22,11 +21,11 @@ from trainer.checkpoints.reading import read_checkpoint
 from trainer.checkpoints.sidecar import SIDECAR_LIMIT, Sidecar, verify_file
 from trainer.runtime.errors import CheckpointError, LiquidError
 from trainer.runtime.log import log
-from trainer.storage.base import Location, StorageMissingError, StorageTooLargeError
-from trainer.storage.files import atomic_write, os_errors, remove_abandoned
-from trainer.storage.places import fetch, is_remote, open_location, split_uri
+from trainer.storage.base import Entry, Location, StorageMissingError, StorageTooLargeError
+from trainer.storage.files import os_errors
+from trainer.storage.places import fetch, open_location, split_uri, working_directory
 from trainer.storage.scratch import remove_abandoned_scratch, scratch_directory
-from trainer.storage.uploads import Uploader
+from trainer.storage.uploads import Uploader, Write
 
 RESCUE_SECONDS = 600.0
 
@@ -71,8 +70,8 @@ def read_verified(location: Location, sidecar: Sidecar, workdir: Path) -> Checkp
     """
     uri = location.child(sidecar.name)
     with scratch_directory("fetch", workdir) as scratch:
-        path = fetch(uri, Path(scratch))
-        verify_file(path, sidecar)
+        path, crc32c = fetch(uri, Path(scratch))
+        verify_file(path, sidecar, crc32c)
         checkpoint = read_checkpoint(path, uri)
     if checkpoint.step != sidecar.step:
         raise CheckpointError(
@@ -97,30 +96,44 @@ def read_from(uri: str, workdir: Path) -> Checkpoint:
     if data is not None:
         return read_verified(location, Sidecar.parse(data, name), workdir)
     with scratch_directory("fetch", workdir) as scratch:
-        return read_checkpoint(fetch(uri, Path(scratch)), uri)
+        return read_checkpoint(fetch(uri, Path(scratch))[0], uri)
 
 
 class _Staged:
-    """A snapshot's file, written once when its first name's turn comes, removed after the last."""
+    """A snapshot on its way: written and sent once, then copied to its further names."""
 
-    def __init__(self, snapshot: Snapshot, directory: Path) -> None:
+    def __init__(self, snapshot: Snapshot, location: Location, directory: Path) -> None:
         self._snapshot: Snapshot | None = snapshot
+        self._location = location
         self._parent = directory
-        self._directory: tempfile.TemporaryDirectory[str] | None = None
-        self._sidecar: Sidecar | None = None
+        self._meta = snapshot.meta
+        self._first: Entry | None = None
 
-    def files(self, name: str) -> list[tuple[Path, str]]:
-        """Local paths of weights and sidecar under a name."""
-        if self._directory is None or self._sidecar is None:
-            assert self._snapshot is not None
-            self._directory = scratch_directory("staging", self._parent)
-            self._sidecar = self._snapshot.write(Path(self._directory.name) / "snapshot.pt")
-            self._snapshot = None
-        scratch = Path(self._directory.name)
-        described = scratch / sidecar_name(name)
-        with atomic_write(described) as file:
-            file.write(replace(self._sidecar, name=name).dump())
-        return [(scratch / "snapshot.pt", name), (described, described.name)]
+    def writes(self, name: str) -> list[Write]:
+        """What writes weights and sidecar under a name, in the uploads' thread."""
+        return [self._write_weights(), partial(self._write_sidecar, name)]
+
+    def _write_weights(self) -> Write:
+        if self._first is not None:
+            return partial(self._location.copy, self._first)
+        assert self._snapshot is not None
+        directory = scratch_directory("staging", self._parent)
+        path = Path(directory.name) / "snapshot.pt"
+        _, crc32c = self._snapshot.write_file(path)
+        self._snapshot = None
+
+        def send(name: str) -> Entry:
+            with directory:
+                self._first = self._location.adopt(path, name, crc32c)
+            return self._first
+
+        return send
+
+    def _write_sidecar(self, name: str, sidecar: str) -> Entry:
+        assert self._first is not None
+        assert self._first.crc32c is not None
+        described = Sidecar(name, self._first.size, self._first.crc32c, self._meta)
+        return self._location.put_bytes(described.dump(), sidecar)
 
 
 class Snapshots:
@@ -138,8 +151,7 @@ class Snapshots:
         self.uri = uri
         self.location = open_location(uri)
         self.workdir = Path(workdir)
-        # On the file system of a local output, so that the disk that fills up is that one
-        self._staging = self.workdir if is_remote(uri) else Path(uri).expanduser()
+        self._staging = working_directory(uri, self.workdir)
         self._uploads: Uploader | None = None
         self._names: set[str] = set()
         """Checkpoints of this run, which retention may remove."""
@@ -214,16 +226,12 @@ class Snapshots:
         best = next((one for one in found.values() if is_best_of(one.name, step)), None)
         if best is None or (rolling is not None and rolling.step >= step):
             return
-        with scratch_directory("fetch", self.workdir) as scratch:
-            path = fetch(self.location.child(best.name), Path(scratch))
-            try:
-                verify_file(path, best)
-            except CheckpointError as error:
-                log.warning("%s, so %s is left as it is", error, BEST)
-                return
-            self.location.put(path, BEST)
-            sidecar = replace(best, name=BEST).dump()
-            self.location.put_bytes(sidecar, sidecar_name(BEST))
+        whole = self.location.stat(best.name, checksum=True)
+        if (whole.size, whole.crc32c) != (best.size, best.crc32c):
+            log.warning("%s is not what its sidecar says, so %s is left as it is", best.name, BEST)
+            return
+        self.location.copy(whole, BEST)
+        self.location.put_bytes(replace(best, name=BEST).dump(), sidecar_name(BEST))
         log.info("%s is %s again", BEST, best.name)
 
     def check_writable(self) -> None:
@@ -236,8 +244,6 @@ class Snapshots:
         with os_errors("making", self._staging):
             self._staging.mkdir(parents=True, exist_ok=True)
         remove_abandoned_scratch(self._staging)
-        if not is_remote(self.uri):
-            remove_abandoned(self._staging)
 
     def save(self, snapshot: Snapshot, names: Iterable[str]) -> None:
         """Queue a snapshot under its names; waits only while another one is still queued.
@@ -251,13 +257,13 @@ class Snapshots:
             self._names = described if self._goes_on else set()
             self._uploads = Uploader(self.location)
         self._uploads.wait_for_room(_IN_FLIGHT)
-        staged = _Staged(snapshot, self._staging)
+        staged = _Staged(snapshot, self.location, self._staging)
         order = {BEST: 1, FINAL: 2}
         written = sorted(dict.fromkeys(names), key=lambda name: order.get(name, 0))
         for name in written:
             pair = [name, sidecar_name(name)]
             key = BEST if name == BEST else None
-            self._uploads.submit_made(pair, partial(staged.files, name), key=key)
+            self._uploads.submit(pair, partial(staged.writes, name), key=key)
             self._names.add(name)
         for old in outdated(self._names, written):
             self._names.remove(old)

@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +20,19 @@ from tqdm import tqdm
 
 from trainer.data.corpus import documents, load_corpus, split_corpus
 from trainer.models.hugging_face import load_tokenizer
-from trainer.runtime.errors import DataError, ModelError
+from trainer.runtime.errors import DataError, ModelError, StorageError
 from trainer.runtime.log import log, on_terminal
+from trainer.runtime.strict_json import dumps
 from trainer.settings.config import TrainConfig
-from trainer.storage.places import is_remote, open_location
+from trainer.storage.places import fetch_directory
+from trainer.storage.publish import publishing
 
 INFO_NAME = "tokens.json"
+INFO_LIMIT = 1 << 20
+"""Bytes; a larger description is not one of ours."""
+STREAMS = ("train.bin", "validation.bin")
+SOURCE = "source"
+"""Key of the description's ``dataset`` that holds the `cache_key` of what was tokenized."""
 
 TOKENIZER_DIR = "tokenizer"
 
@@ -124,15 +129,28 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(f"{described}|{tokenizer.eos_token_id}".encode()).hexdigest()[:24]
 
 
-def prepare_streams(config: TrainConfig, output: Path, tokenizer: Any, token: str | None) -> None:
-    """Tokenize the corpus into ``output``, which appears complete or not at all.
+def write_streams(
+    config: TrainConfig,
+    directory: Path,
+    tokenizer: Any,
+    token: str | None,
+    *,
+    source: str | None = None,
+) -> TokenInfo:
+    """Tokenize the corpus into a directory.
+
+    Args:
+        config: the data set.
+        directory: an existing one.
+        tokenizer: of the teacher.
+        token: of Hugging Face.
+        source: the `cache_key` of the data set, to be told apart by later.
 
     Raises:
         DataError: the corpus cannot be read, has no such text column or no text in it, or is too
             small, or the tokenizer makes no tokens of it.
         UsageError: a configuration is asked for of a data set that has none.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
     corpus = load_corpus(config, token)
     if "train" not in corpus:
         raise DataError(
@@ -141,48 +159,32 @@ def prepare_streams(config: TrainConfig, output: Path, tokenizer: Any, token: st
     train, validation, policy = split_corpus(config, corpus)
     log.info("validation split of %s: %s", config.dataset_name, policy)
     dtype = np.uint16 if len(tokenizer) <= np.iinfo(np.uint16).max + 1 else np.uint32
-    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        counts = {}
-        for split, rows in (("train", train), ("validation", validation)):
-            texts = documents(rows, config.text_column)
-            counts[split] = _write_stream(
-                scratch / f"{split}.bin", texts, len(rows), tokenizer, dtype, split
-            )
-        info = TokenInfo(
-            train_tokens=counts["train"],
-            validation_tokens=counts["validation"],
-            vocab_size=len(tokenizer),
-            dtype=np.dtype(dtype).name,
-            eos_token_id=int(tokenizer.eos_token_id),
-            tokenizer=str(config.teacher_name),
-            dataset={
-                "name": config.dataset_name,
-                "config": config.dataset_config,
-                "revision": config.dataset_revision,
-                "text_column": config.text_column,
-            },
-            validation_split=policy,
-            fingerprint=_content_fingerprint(scratch),
-            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        )
-        tokenizer.save_pretrained(str(scratch / TOKENIZER_DIR))
-        (scratch / INFO_NAME).write_text(json.dumps(asdict(info), indent=2), encoding="utf-8")
-        _publish(scratch, output)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _publish(scratch: Path, output: Path) -> None:
-    """Rename into place; another process that was faster has written the same."""
-    scratch.chmod(0o755)
-    if output.is_dir() and not any(output.iterdir()):
-        output.rmdir()
-    try:
-        os.rename(scratch, output)
-    except OSError:
-        if not (output / INFO_NAME).exists():
-            raise
+    counts = {}
+    for split, rows in (("train", train), ("validation", validation)):
+        texts = documents(rows, config.text_column)
+        path = directory / f"{split}.bin"
+        counts[split] = _write_stream(path, texts, len(rows), tokenizer, dtype, split)
+    dataset = {
+        "name": config.dataset_name,
+        "config": config.dataset_config,
+        "revision": config.dataset_revision,
+        "text_column": config.text_column,
+    }
+    info = TokenInfo(
+        train_tokens=counts["train"],
+        validation_tokens=counts["validation"],
+        vocab_size=len(tokenizer),
+        dtype=np.dtype(dtype).name,
+        eos_token_id=int(tokenizer.eos_token_id),
+        tokenizer=str(config.teacher_name),
+        dataset=dataset if source is None else {**dataset, SOURCE: source},
+        validation_split=policy,
+        fingerprint=_content_fingerprint(directory),
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+    )
+    tokenizer.save_pretrained(str(directory / TOKENIZER_DIR))
+    (directory / INFO_NAME).write_text(dumps(asdict(info), indent=2), encoding="utf-8")
+    return info
 
 
 def _write_stream(
@@ -230,6 +232,47 @@ def _content_fingerprint(directory: Path) -> str:
     return digest.hexdigest()[:24]
 
 
+def read_info(described: bytes, directory: str) -> TokenInfo:
+    """The description of token streams, from its JSON.
+
+    Raises:
+        DataError: it is none, or one of another format.
+    """
+    try:
+        content = json.loads(described)
+        if content.get("format") != _FORMAT:
+            raise DataError(
+                f"token streams at {directory} have format {content.get('format')!r}, not"
+                f" {_FORMAT}; prepare them again"
+            )
+        return TokenInfo(**content)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise no_streams(directory, error) from error
+
+
+def no_streams(directory: str, reason: object) -> DataError:
+    """The error for a directory that holds something else."""
+    return DataError(
+        f"{directory} does not hold token streams ({INFO_NAME}: {reason}); write them with"
+        " python -m trainer.prepare_tokens"
+    )
+
+
+def check_sizes(info: TokenInfo, sizes: Mapping[str, int], directory: str) -> None:
+    """Compare the bytes of the streams with their description.
+
+    Raises:
+        DataError: a stream is missing, or longer or shorter.
+    """
+    for name, tokens in zip(STREAMS, (info.train_tokens, info.validation_tokens), strict=True):
+        size = sizes.get(name, -1)
+        if size != tokens * np.dtype(info.dtype).itemsize:
+            raise DataError(
+                f"{directory}/{name} is damaged: {size} bytes for {tokens} tokens; delete"
+                f" {directory}"
+            )
+
+
 def open_streams(directory: Path) -> TokenStreams:
     """Map the streams of a prepared directory.
 
@@ -238,33 +281,21 @@ def open_streams(directory: Path) -> TokenStreams:
             ids that its tokenizer does not have.
     """
     try:
-        described = json.loads((directory / INFO_NAME).read_text(encoding="utf-8"))
-        if described.get("format") != _FORMAT:
-            raise DataError(
-                f"token streams at {directory} have format {described.get('format')!r}, not"
-                f" {_FORMAT}; prepare them again"
-            )
-        info = TokenInfo(**described)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(
-            f"{directory} does not hold token streams ({INFO_NAME}: {error}); write them with"
-            " python -m trainer.prepare_tokens"
-        ) from error
-    streams = {}
-    for split, expected in (("train", info.train_tokens), ("validation", info.validation_tokens)):
-        path = directory / f"{split}.bin"
-        size = path.stat().st_size if path.exists() else -1
-        if size != expected * np.dtype(info.dtype).itemsize:
-            raise DataError(
-                f"{path} is damaged: {size} bytes for {expected} tokens; delete {directory}"
-            )
-        streams[split] = np.memmap(path, dtype=info.dtype, mode="r")
-        if (largest := _largest_seen(streams[split])) >= info.vocab_size:
+        info = read_info((directory / INFO_NAME).read_bytes(), str(directory))
+    except OSError as error:
+        raise no_streams(str(directory), error) from error
+    paths = [directory / name for name in STREAMS]
+    sizes = {path.name: path.stat().st_size for path in paths if path.exists()}
+    check_sizes(info, sizes, str(directory))
+    streams = []
+    for path in paths:
+        streams.append(np.memmap(path, dtype=info.dtype, mode="r"))
+        if (largest := _largest_seen(streams[-1])) >= info.vocab_size:
             raise DataError(
                 f"{path} is damaged: it has token {largest}, over a vocabulary of"
                 f" {info.vocab_size}; delete {directory}"
             )
-    return TokenStreams(directory, info, streams["train"], streams["validation"])
+    return TokenStreams(directory, info, *streams)
 
 
 def _largest_seen(stream: np.ndarray) -> int:
@@ -290,7 +321,9 @@ def streams_for(config: TrainConfig, token: str | None = None) -> TokenStreams:
         UsageError: a configuration is asked for of a data set that has none.
     """
     if config.tokens_dir:
-        streams = open_streams(_local_tokens(config.tokens_dir, config.local_workdir))
+        workdir = Path(config.local_workdir)
+        names = (*STREAMS, INFO_NAME)
+        streams = open_streams(fetch_directory(config.tokens_dir, names, workdir, limit=INFO_LIMIT))
         _check_tokenizer(streams.info, config, token)
         return streams
     tokenizer = load_tokenizer(config.teacher, token)
@@ -299,7 +332,7 @@ def streams_for(config: TrainConfig, token: str | None = None) -> TokenStreams:
         log.info("token streams reused from %s", directory)
     else:
         log.info("tokenizing %s into %s", config.dataset_name, directory)
-        prepare_streams(config, directory, tokenizer, token)
+        _fill_cache(config, directory, tokenizer, token)
     streams = open_streams(directory)
     log.info(
         "%s: %d training and %d validation tokens",
@@ -308,6 +341,17 @@ def streams_for(config: TrainConfig, token: str | None = None) -> TokenStreams:
         streams.info.validation_tokens,
     )
     return streams
+
+
+def _fill_cache(config: TrainConfig, directory: Path, tokenizer: Any, token: str | None) -> None:
+    workdir = Path(config.local_workdir)
+    try:
+        with publishing(str(directory), last=INFO_NAME, workdir=workdir) as made:
+            write_streams(config, made, tokenizer, token)
+    except StorageError:
+        # Another process that was faster has written the same
+        if not (directory / INFO_NAME).exists():
+            raise
 
 
 def _check_tokenizer(info: TokenInfo, config: TrainConfig, token: str | None) -> None:
@@ -337,18 +381,3 @@ def _check_tokenizer(info: TokenInfo, config: TrainConfig, token: str | None) ->
             f" that of teacher {config.teacher!r}; prepare it again with the teacher's, or give"
             " the other teacher"
         )
-
-
-def _local_tokens(uri: str, workdir: str) -> Path:
-    """The directory itself, or a local copy of a ``gs://`` one; a whole copy is used again."""
-    if not is_remote(uri):
-        return Path(uri).expanduser()
-    location = open_location(uri)
-    described = location.read_bytes(INFO_NAME, limit=1 << 20)
-    directory = (
-        Path(workdir) / f"tokens-{hashlib.sha256(uri.encode() + described).hexdigest()[:16]}"
-    )
-    if not (directory / INFO_NAME).exists():
-        for name in ("train.bin", "validation.bin", INFO_NAME):
-            location.get(name, directory / name)
-    return directory

@@ -10,14 +10,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 from trainer.runtime.errors import StorageError, UsageError
 from trainer.runtime.log import log
 
 KIB, MIB = 2**10, 2**20
-
-Source = str | os.PathLike[str] | BinaryIO
 
 
 class StorageMissingError(StorageError):
@@ -46,14 +44,6 @@ class Entry:
     crc32c: str | None
     generation: int
     updated: float
-
-    def difference(self, size: int, crc32c: str) -> str | None:
-        """What speaks against this being the file of that size and CRC32C; None if nothing."""
-        if self.size != size:
-            return f"{self.name} has {self.size} bytes, its sidecar says {size}"
-        if self.crc32c is not None and self.crc32c != crc32c:
-            return f"{self.name} has CRC32C {self.crc32c}, its sidecar says {crc32c}"
-        return None
 
 
 @dataclass(frozen=True)
@@ -128,11 +118,34 @@ class Location(Protocol):
             StorageMissingError: there is no such file.
         """
 
-    def put(self, source: Source, name: str) -> Entry:
-        """Copy a local file (path, or open for reading) to a name, whole or not at all.
+    def put(self, path: Path, name: str) -> Entry:
+        """Copy a local file to a name, whole or not at all.
 
         Raises:
             StorageConflictError: another writer changed that name; its content is left alone.
+        """
+
+    def adopt(self, path: Path, name: str, crc32c: str) -> Entry:
+        """As `put`, for a file that is this job's alone and serves nothing else afterwards.
+
+        Where it lies on the location's own file system it is renamed.
+
+        Args:
+            path: a file that has been forced to disk.
+            name: what it is called from now on.
+            crc32c: the checksum that was computed while it was written.
+        """
+
+    def copy(self, original: Entry, name: str) -> Entry:
+        """Give a file that this job wrote another name; its bytes stay where they are stored.
+
+        Args:
+            original: what `adopt`, `put` or `stat` gave, with its CRC32C.
+            name: the further name.
+
+        Raises:
+            StorageConflictError: another writer changed that name; its content is left alone.
+            StorageMissingError: the original is gone, or is another one by now.
         """
 
     def put_bytes(self, data: bytes, name: str) -> Entry:

@@ -19,7 +19,7 @@ import google_crc32c
 
 from trainer.runtime.errors import StorageError
 from trainer.runtime.log import log
-from trainer.storage.base import MIB, Source, StorageMissingError
+from trainer.storage.base import MIB, StorageMissingError
 
 BLOCK = 4 * MIB
 
@@ -29,6 +29,37 @@ _TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
 # is still between creating it and locking it
 _ABANDONED_AFTER = 60.0
 
+_FICLONE = 0x40049409
+"""Linux's request for a reflink, ioctl_ficlone(2); Python names it from 3.12 on."""
+
+
+class Checksummed:
+    """Writes to a binary file and computes the CRC32C of what passes.
+
+    Args:
+        file: open for writing; written to from one end to the other.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._checksum = google_crc32c.Checksum()
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write bytes; returns how many."""
+        view = memoryview(data)
+        for start in range(0, len(view), BLOCK):
+            self._checksum.update(bytes(view[start : start + BLOCK]))
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        """Pass on to the operating system what is buffered."""
+        self._file.flush()
+
+    @property
+    def crc32c(self) -> str:
+        """Of everything written so far, in base64, big-endian."""
+        return _as_text(self._checksum)
+
 
 def crc32c_of(source: str | os.PathLike[str] | BinaryIO) -> str:
     """The CRC32C of a file (an open one is read from its start), in base64, big-endian.
@@ -36,18 +67,24 @@ def crc32c_of(source: str | os.PathLike[str] | BinaryIO) -> str:
     Raises:
         StorageError: the file cannot be read.
     """
-    with os_errors("reading", shown(source)), opened(source) as file:
-        checksum = google_crc32c.Checksum()
-        file.seek(0)
-        while block := file.read(BLOCK):
-            checksum.update(block)
-        file.seek(0)
-    return base64.b64encode(checksum.digest()).decode("ascii")
+    if isinstance(source, (str, os.PathLike)):
+        with os_errors("reading", source), open(source, "rb") as file:
+            return crc32c_of(file)
+    checksum = google_crc32c.Checksum()
+    source.seek(0)
+    while block := source.read(BLOCK):
+        checksum.update(block)
+    source.seek(0)
+    return _as_text(checksum)
 
 
 def crc32c_of_bytes(data: bytes) -> str:
     """The CRC32C of bytes in memory, in base64, big-endian."""
-    return base64.b64encode(google_crc32c.Checksum(data).digest()).decode("ascii")
+    return _as_text(google_crc32c.Checksum(data))
+
+
+def _as_text(checksum: google_crc32c.Checksum) -> str:
+    return base64.b64encode(checksum.digest()).decode("ascii")
 
 
 @contextmanager
@@ -89,28 +126,9 @@ def remove_abandoned(directory: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
-def opened(source: Source) -> Iterator[BinaryIO]:
-    """A path opened for reading, or the open file itself, which stays open."""
-    if isinstance(source, (str, os.PathLike)):
-        with os_errors("reading", source):
-            file = open(source, "rb")  # noqa: SIM115
-        with file:
-            yield file
-    else:
-        yield source
-
-
-def shown(source: Source) -> str:
-    """What messages call a file: its path or name."""
-    if isinstance(source, (str, os.PathLike)):
-        return os.fspath(source)
-    return str(getattr(source, "name", "a file"))
-
-
-@contextmanager
 def temporary_beside(path: Path) -> Iterator[BinaryIO]:
     """A new locked file in the directory of a path, removed at the end unless it was renamed."""
-    name = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    name = _temporary_name(path)
     try:
         with open(name, "x+b") as file:
             lock_file(file, wait=True)
@@ -118,6 +136,37 @@ def temporary_beside(path: Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             name.unlink()
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+
+
+def share_content(source: BinaryIO, temporary: BinaryIO, path: Path) -> bool:
+    """Let a temporary file's name stand for a file's content without copying its bytes.
+
+    By a reflink, which keeps the two apart from then on, else by a hard link.
+
+    Args:
+        source: the open file.
+        temporary: of `temporary_beside`.
+        path: that of ``source``.
+
+    Returns:
+        False where the file system has neither; the temporary file is empty then, as before.
+    """
+    with contextlib.suppress(OSError):
+        fcntl.ioctl(temporary.fileno(), _FICLONE, source.fileno())
+        to_disk(temporary)
+        return True
+    # The link has the age of its source: locked, it is no abandoned file
+    lock_file(source, wait=True)
+    link = _temporary_name(path)
+    with contextlib.suppress(OSError):
+        os.link(path, link)
+        os.replace(link, temporary.name)
+        return True
+    return False
 
 
 def lock_file(file: BinaryIO, *, wait: bool) -> bool:

@@ -31,7 +31,6 @@ from trainer.storage.base import (
     KIB,
     Entry,
     Sightings,
-    Source,
     StorageMissingError,
     StorageTooLargeError,
     TransferPolicy,
@@ -40,7 +39,7 @@ from trainer.storage.base import (
     describe_writer,
     usable_names,
 )
-from trainer.storage.files import atomic_write, crc32c_of, crc32c_of_bytes, opened
+from trainer.storage.files import atomic_write, crc32c_of, crc32c_of_bytes, os_errors
 
 try:
     import requests
@@ -200,14 +199,45 @@ class BucketLocation:
 
         return self._reading(name, to_file)[0]
 
-    def put(self, source: Source, name: str) -> Entry:
+    def put(self, path: Path, name: str) -> Entry:
         """See `Location.put`."""
-        with opened(source) as file:
-            return self._write(file, os.fstat(file.fileno()).st_size, check_name(name))
+        return self.adopt(path, name, crc32c_of(path))
 
     def put_bytes(self, data: bytes, name: str) -> Entry:
         """See `Location.put_bytes`."""
-        return self._write(io.BytesIO(data), len(data), check_name(name))
+        return self._write(io.BytesIO(data), len(data), crc32c_of_bytes(data), check_name(name))
+
+    def adopt(self, path: Path, name: str, crc32c: str) -> Entry:
+        """See `Location.adopt`; the file is uploaded, and stays."""
+        with os_errors("reading", path):
+            file = open(path, "rb")  # noqa: SIM115
+        with file:
+            size = os.fstat(file.fileno()).st_size
+            return self._write(file, size, crc32c, check_name(name))
+
+    def copy(self, original: Entry, name: str) -> Entry:
+        """See `Location.copy`; the server copies, under the same conditions as an upload."""
+        assert original.crc32c is not None
+        source = self._blob(original.name)
+
+        def rewrite(blob: storage.Blob, expected: int) -> Entry:
+            blob.content_type = "application/octet-stream"
+            copied = partial(
+                blob.rewrite,
+                source,
+                if_generation_match=expected,
+                if_source_generation_match=original.generation,
+                retry=None,
+                timeout=self._timeout,
+            )
+            token = None
+            while True:  # across storage classes a large object takes several requests
+                request = partial(copied, token=token)
+                token, _, _ = self._retrying("copying to", self.child(name), request)
+                if token is None:
+                    return _entry(name, blob)
+
+        return self._create(check_name(name), original.size, original.crc32c, rewrite, original)
 
     def delete(self, name: str) -> None:
         """See `Location.delete`."""
@@ -220,24 +250,47 @@ class BucketLocation:
         """
         probe = f".probe-{self._id}"
         for data in (b"1", b"2"):
-            self._write(io.BytesIO(data), len(data), probe)
+            self._write(io.BytesIO(data), len(data), crc32c_of_bytes(data), probe)
         self._remove(probe)
 
     # Writing
 
-    def _write(self, file: BinaryIO, size: int, name: str) -> Entry:
-        crc32c, write_id = crc32c_of(file), secrets.token_hex(8)
+    def _write(self, file: BinaryIO, size: int, crc32c: str, name: str) -> Entry:
+        def send(blob: storage.Blob, expected: int) -> Entry:
+            # The server compares and refuses
+            blob.crc32c = crc32c
+            return self._send(name, blob, file, size, expected)
+
+        return self._create(name, size, crc32c, send)
+
+    def _create(
+        self,
+        name: str,
+        size: int,
+        crc32c: str,
+        send: Callable[[storage.Blob, int], Entry],
+        original: Entry | None = None,
+    ) -> Entry:
+        """Make an object, unless somebody else changed what has its name.
+
+        Args:
+            name: of the object.
+            size: of its content.
+            crc32c: of its content.
+            send: one try, given the object and the generation that it may replace.
+            original: what the content is copied from, where it is not sent.
+        """
+        write_id = secrets.token_hex(8)
         for attempt in range(1, _RESTARTS + 1):
             expected = self._sightings.expected(name)
             blob = self._blob(name)
             blob.metadata = {"writer": describe_writer(), "location": self._id, "write": write_id}
-            # The server compares and refuses
-            blob.crc32c = crc32c
             try:
-                entry = self._send(name, blob, file, size, expected)
+                entry = send(blob, expected)
             except exceptions.PreconditionFailed:
                 arrived = self._arrived(name, write_id, crc32c)
                 if arrived is None:
+                    self._check_there(original)
                     continue
                 entry = arrived
             except _SessionLost:
@@ -247,6 +300,7 @@ class BucketLocation:
                 self._arrived_damaged(name, attempt)
                 continue
             except exceptions.NotFound:
+                self._check_there(original)
                 raise self._no_bucket() from None
             self._sightings.wrote(name, entry.generation)
             if (entry.size, entry.crc32c) == (size, crc32c):
@@ -254,6 +308,14 @@ class BucketLocation:
             self.delete(name)
             self._arrived_damaged(name, attempt)
         raise StorageError(f"uploading {self.child(name)} failed {_RESTARTS} times from its start")
+
+    def _check_there(self, original: Entry | None) -> None:
+        """Raise `StorageMissingError` if what is to be copied is gone, or another one by now."""
+        if original is None:
+            return
+        if int(self._look(original.name).generation) != original.generation:
+            uri = self.child(original.name)
+            raise StorageMissingError(f"{uri} is another object by now than the one to copy")
 
     def _send(
         self, name: str, blob: storage.Blob, file: BinaryIO, size: int, expected: int

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
+import errno
 import io
 import json
 import os
@@ -14,12 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-import google_crc32c
-
+from trainer.runtime.errors import StorageError
 from trainer.storage.base import (
     Entry,
     Sightings,
-    Source,
+    StorageMissingError,
     StorageTooLargeError,
     check_name,
     conflict,
@@ -28,14 +27,14 @@ from trainer.storage.base import (
 )
 from trainer.storage.files import (
     BLOCK,
+    Checksummed,
     atomic_write,
     crc32c_of,
     directory_to_disk,
     lock_file,
-    opened,
     os_errors,
     remove_abandoned,
-    shown,
+    share_content,
     temporary_beside,
     to_disk,
 )
@@ -110,15 +109,42 @@ class LocalLocation:
         self._sightings.look(entry)
         return replace(entry, crc32c=crc32c)
 
-    def put(self, source: Source, name: str) -> Entry:
+    def put(self, path: Path, name: str) -> Entry:
         """See `Location.put`."""
-        path = self._root / check_name(name)
-        with os_errors("reading", shown(source)), contextlib.ExitStack() as stack:
-            file = stack.enter_context(opened(source))
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return self._take_over(path, file)
-            file.seek(0)
-            return self._write(path, file)
+        with os_errors("reading", path):
+            source = open(path, "rb")  # noqa: SIM115
+        with source:
+            return self._write(self._root / check_name(name), source)
+
+    def adopt(self, path: Path, name: str, crc32c: str) -> Entry:
+        """See `Location.adopt`."""
+        target = self._root / check_name(name)
+        with os_errors("writing", target):
+            self._root.mkdir(parents=True, exist_ok=True)
+            try:
+                entry = self._rename(path, target)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                return self.put(path, name)
+            directory_to_disk(self._root)
+        return replace(entry, crc32c=crc32c)
+
+    def copy(self, original: Entry, name: str) -> Entry:
+        """See `Location.copy`: a reflink, else a hard link, else a copy of the bytes."""
+        path = self._root / check_name(original.name)
+        target = self._root / check_name(name)
+        with os_errors("copying", path), open(path, "rb") as source:
+            if _entry_of_open(original.name, source).generation != original.generation:
+                raise StorageMissingError(f"{path} is another file by now than the one to copy")
+            with temporary_beside(target) as file:
+                if not share_content(source, file, path):
+                    if _copy(source, file) != original.crc32c:
+                        raise StorageError(f"{path} has changed since it was written")
+                    to_disk(file)
+                entry = self._rename(Path(file.name), target)
+            directory_to_disk(self._root)
+        return replace(entry, crc32c=original.crc32c)
 
     def put_bytes(self, data: bytes, name: str) -> Entry:
         """See `Location.put_bytes`."""
@@ -155,32 +181,29 @@ class LocalLocation:
             with temporary_beside(path) as file:
                 crc32c = _copy(source, file)
                 to_disk(file)
-                with self._lock, self._writers() as writers:
-                    self._check_unchanged(path, writers)
-                    os.replace(file.name, path)
-                    # Some user-space file systems give a renamed file another inode or time
-                    entry = _entry(path)
-                    writers[path.name] = describe_writer()
-                    self._sightings.wrote(path.name, entry.generation)
+                entry = self._rename(Path(file.name), path)
             directory_to_disk(self._root)
         return replace(entry, crc32c=crc32c)
 
-    def _take_over(self, path: Path, file: BinaryIO) -> Entry:
-        """The file is already in place: written here by `atomic_write`, it only gets its owner."""
+    def _rename(self, made: Path, path: Path) -> Entry:
+        """Give a file its name, unless somebody else changed what has it."""
         with self._lock, self._writers() as writers:
-            entry = _entry_of_open(path.name, file)
+            self._check_unchanged(path, writers)
+            os.replace(made, path)
+            # Some user-space file systems give a renamed file another inode or time
+            entry = _entry(path)
             writers[path.name] = describe_writer()
             self._sightings.wrote(path.name, entry.generation)
-        return replace(entry, crc32c=crc32c_of(file))
+        return entry
 
     def _check_unchanged(self, path: Path, writers: dict[str, str]) -> None:
         try:
-            there = _entry(path)
+            entry = _entry(path)
         except FileNotFoundError:
             return  # nothing that could be overwritten
-        if there.generation != self._sightings.expected(path.name):
+        if entry.generation != self._sightings.expected(path.name):
             writer = writers.get(path.name, "a writer that left no name")
-            raise conflict(str(path), str(writer), there.updated)
+            raise conflict(str(path), str(writer), entry.updated)
 
     @contextmanager
     def _writers(self) -> Iterator[dict[str, str]]:
@@ -218,8 +241,7 @@ def _entry_from(name: str, status: os.stat_result) -> Entry:
 
 
 def _copy(source: BinaryIO, target: BinaryIO) -> str:
-    checksum = google_crc32c.Checksum()
+    checksummed = Checksummed(target)
     while block := source.read(BLOCK):
-        checksum.update(block)
-        target.write(block)
-    return base64.b64encode(checksum.digest()).decode("ascii")
+        checksummed.write(block)
+    return checksummed.crc32c

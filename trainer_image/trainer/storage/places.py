@@ -15,7 +15,9 @@ says so and takes the next best.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.runtime.errors import UsageError
@@ -87,12 +89,15 @@ def split_uri(uri: str) -> tuple[str, str]:
     return parent or slash or ".", name
 
 
-def fetch(uri: str, destination: str | os.PathLike[str]) -> Path:
+def fetch(uri: str, destination: Path) -> tuple[Path, str | None]:
     """A file of either kind as a local path: an object is copied, a local file stays in place.
 
     Args:
         uri: one file.
         destination: where an object goes: a file, or an existing directory for one of its name.
+
+    Returns:
+        The path, and the CRC32C of its content where copying has told it.
 
     Raises:
         StorageMissingError: there is no such file.
@@ -106,12 +111,71 @@ def fetch(uri: str, destination: str | os.PathLike[str]) -> Path:
             if not path.is_file():
                 code = errno.EISDIR if path.is_dir() else errno.ENOENT
                 raise OSError(code, os.strerror(code))
-        return path
-    target = Path(destination)
-    if target.is_dir():
-        target /= check_name(name)
-    open_location(parent).get(name, target)
-    return target
+        return path, None
+    if destination.is_dir():
+        destination /= check_name(name)
+    return destination, open_location(parent).get(name, destination).crc32c
+
+
+def fetch_directory(uri: str, names: Sequence[str], workdir: Path, *, limit: int) -> Path:
+    """Files of a directory as local paths: a local one stays in place, objects are copied once.
+
+    Args:
+        uri: a local directory or ``gs://`` prefix.
+        names: the files; the last one vouches for the others and tells them from other versions.
+        workdir: where copies are kept.
+        limit: bytes of the last file.
+
+    Raises:
+        StorageError: a file cannot be read, or its copy not be written.
+    """
+    if not is_remote(uri):
+        return Path(uri).expanduser()
+    location = open_location(uri)
+    version = location.read_bytes(names[-1], limit=limit)
+    directory = workdir / f"fetched-{hashlib.sha256(uri.encode() + version).hexdigest()[:16]}"
+    if not (directory / names[-1]).exists():
+        for name in names:
+            location.get(name, directory / name)
+    return directory
+
+
+def is_empty(uri: str) -> bool:
+    """Whether nothing is at a local directory or ``gs://`` prefix.
+
+    Raises:
+        UsageError: the URI has another scheme or is malformed.
+        StorageError: it cannot be listed.
+    """
+    check_scheme(uri)
+    if is_remote(uri):
+        return not open_location(uri).list()
+    directory = Path(uri).expanduser()
+    return not directory.exists() or (directory.is_dir() and not any(directory.iterdir()))
+
+
+def check_output_file(uri: str) -> None:
+    """Fail now if a file could not be written later; leaves nothing behind.
+
+    Raises:
+        UsageError: the URI is malformed, or a directory's.
+        StorageError: the file has no possible name, or its directory cannot be written.
+    """
+    parent, name = split_uri(uri)
+    if is_remote(uri):
+        check_name(name)
+    elif Path(uri).is_dir():
+        raise UsageError(f"{uri!r} is a directory; give the path of the file to write")
+    check_output(parent)
+
+
+def working_directory(uri: str, workdir: Path) -> Path:
+    """Where files on their way to a location are made.
+
+    For a directory that is the directory itself: its files only need a rename, and the disk that
+    fills up is the one that is named.
+    """
+    return workdir if is_remote(uri) else Path(uri).expanduser()
 
 
 def read_bytes(uri: str, *, limit: int) -> bytes:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trainer.storage.files import os_errors
 
-_KINDS = ("staging", "fetch", "resize")
+_KINDS = ("staging", "fetch", "publish")
 
 _made: set[str] = set()
 """Names of this process's own, which are in use."""
@@ -21,7 +21,7 @@ def scratch_directory(kind: str, parent: Path) -> tempfile.TemporaryDirectory[st
     """A new directory, removed at the end of a `with` block or with the object.
 
     Args:
-        kind: what it is for: ``staging``, ``fetch`` or ``resize``.
+        kind: what it is for: ``staging``, ``fetch`` or ``publish``.
         parent: where to make it; made too if it is missing.
 
     Raises:
@@ -39,8 +39,7 @@ def scratch_directory(kind: str, parent: Path) -> tempfile.TemporaryDirectory[st
 def remove_abandoned_scratch(parent: Path) -> None:
     """Remove the scratch directories of killed processes of this machine.
 
-    One of this process's own number that it has not made is of a killed one too: in containers
-    numbers come again.
+    Containers reuse PIDs: our own PID on a directory that we did not make means a dead process.
     """
     kinds = "|".join(_KINDS)
     pattern = re.compile(rf"\.(?:{kinds})-{re.escape(socket.gethostname())}-(\d+)-.*")

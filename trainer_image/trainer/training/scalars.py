@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from trainer.runtime.errors import StorageError
 from trainer.runtime.log import log
-from trainer.storage.places import is_remote, open_location
+from trainer.storage.mirror import Mirror
 
 
 class ScalarLog:
@@ -30,10 +29,8 @@ class ScalarLog:
         self.target = os.environ.get("AIP_TENSORBOARD_LOG_DIR") or str(
             Path(workdir) / "tensorboard"
         )
-        self._remote = open_location(self.target) if is_remote(self.target) else None
-        self._scratch = tempfile.TemporaryDirectory(prefix="liquid-tb-") if self._remote else None
-        self._directory = Path(self._scratch.name) if self._scratch else Path(self.target)
-        self._writer = SummaryWriter(str(self._directory), purge_step=step + 1)
+        self._mirror = Mirror(self.target)
+        self._writer = SummaryWriter(str(self._mirror.directory), purge_step=step + 1)
 
     def add(self, values: Mapping[str, float], step: int) -> None:
         """Record scalars under their names after ``step`` updates."""
@@ -47,11 +44,8 @@ class ScalarLog:
         if self._writer is None:
             return
         self._writer.flush()
-        if self._remote is None:
-            return
         try:
-            for path in self._directory.rglob("events.*"):
-                self._remote.put(path, path.name)
+            self._mirror.flush()
         except StorageError as error:
             log.warning("TensorBoard scalars were not copied: %s", error)
 
@@ -61,5 +55,4 @@ class ScalarLog:
             return
         self.flush()
         self._writer.close()
-        if self._scratch:
-            self._scratch.cleanup()
+        self._mirror.close()
