@@ -168,7 +168,7 @@ class Snapshots:
             StorageError: the location or this machine keeps one from being read.
         """
         candidates, unreadable = _read_sidecars(self.location)
-        candidates.sort(key=lambda one: (one.step, one.name == FINAL), reverse=True)
+        candidates.sort(key=lambda sidecar: (sidecar.step, sidecar.name == FINAL), reverse=True)
         with os_errors("making", self.workdir):
             self.workdir.mkdir(parents=True, exist_ok=True)
         remove_abandoned_scratch(self.workdir)
@@ -221,9 +221,9 @@ class Snapshots:
         Raises:
             StorageError: it cannot be read or written.
         """
-        found = {one.name: one for one in read_sidecars(self.location)}
-        rolling = found.get(BEST)
-        best = next((one for one in found.values() if is_best_of(one.name, step)), None)
+        sidecars = {sidecar.name: sidecar for sidecar in read_sidecars(self.location)}
+        rolling = sidecars.get(BEST)
+        best = next((sidecars[name] for name in sidecars if is_best_of(name, step)), None)
         if best is None or (rolling is not None and rolling.step >= step):
             return
         whole = self.location.stat(best.name, checksum=True)
@@ -252,8 +252,8 @@ class Snapshots:
             LiquidError: an earlier snapshot could not be written.
         """
         if self._uploads is None:
-            there = {entry.name for entry in self.location.list()}
-            described = {name for name in there if sidecar_name(name) in there}
+            names_there = {entry.name for entry in self.location.list()}
+            described = {name for name in names_there if sidecar_name(name) in names_there}
             self._names = described if self._goes_on else set()
             self._uploads = Uploader(self.location)
         self._uploads.wait_for_room(_IN_FLIGHT)

@@ -83,8 +83,8 @@ def load_corpus(config: TrainConfig, token: str | None = None) -> Any:
         huggingface_hub.errors.HfHubHTTPError,
     ) as error:
         cause = error.__cause__ or error
-        told = textwrap.shorten(str(cause), 300, placeholder=" …")
-        raise DataError(f"data set {name!r} cannot be loaded: {told or _unsaid(cause)}") from error
+        reason = textwrap.shorten(str(cause), 300, placeholder=" …") or _unsaid(cause)
+        raise DataError(f"data set {name!r} cannot be loaded: {reason}") from error
     if isinstance(loaded, datasets.Dataset):
         loaded = datasets.DatasetDict({"train": loaded})
     return loaded

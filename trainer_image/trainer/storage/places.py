@@ -17,7 +17,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trainer.runtime.errors import UsageError
@@ -26,9 +26,21 @@ from trainer.storage.files import os_errors
 from trainer.storage.local import LocalLocation
 
 
+def _open_bucket(uri: str, policy: TransferPolicy) -> Location:
+    # Its client is an extra, which local paths do not need
+    from trainer.storage.gcs import BucketLocation
+
+    return BucketLocation(uri, policy)
+
+
+BACKENDS: dict[str, Callable[[str, TransferPolicy], Location]] = {"gs": _open_bucket}
+"""What opens URIs of each scheme; without a scheme they are local paths."""
+
+
 def is_remote(uri: str) -> bool:
-    """Whether a URI lies in Cloud Storage rather than on a local path."""
-    return uri.startswith("gs://")
+    """Whether a URI lies in an object store rather than on a local path."""
+    scheme, separator, _ = uri.partition("://")
+    return bool(separator) and scheme in BACKENDS
 
 
 def place(uri: str, path: str) -> str:
@@ -49,9 +61,7 @@ def open_location(uri: str, policy: TransferPolicy | None = None) -> Location:
     check_scheme(uri)
     if not is_remote(uri):
         return LocalLocation(uri)
-    from trainer.storage.gcs import BucketLocation
-
-    return BucketLocation(uri, policy or TransferPolicy())
+    return BACKENDS[uri.partition("://")[0]](uri, policy or TransferPolicy())
 
 
 def check_output(uri: str) -> None:
@@ -68,10 +78,10 @@ def check_output(uri: str) -> None:
     if is_remote(uri):
         open_location(uri).check_writable()
         return
-    there = Path(uri)
-    while not os.path.lexists(there) and there != there.parent:
-        there = there.parent  # what is missing is made when it is needed
-    open_location(str(there)).check_writable()
+    directory = Path(uri)
+    while not os.path.lexists(directory) and directory != directory.parent:
+        directory = directory.parent  # what is missing is made when it is needed
+    open_location(str(directory)).check_writable()
 
 
 def split_uri(uri: str) -> tuple[str, str]:
@@ -82,7 +92,7 @@ def split_uri(uri: str) -> tuple[str, str]:
     """
     check_scheme(uri)
     parent, slash, name = uri.rpartition("/")
-    if not name or (is_remote(uri) and parent in ("gs:", "gs:/")):
+    if not name or (is_remote(uri) and "://" not in parent):
         raise UsageError(f"{uri!r} names no file; write the full path of one")
     if is_remote(uri):
         return parent, name
@@ -191,5 +201,5 @@ def check_scheme(uri: str) -> None:
         UsageError: another scheme, an empty text or a NUL character.
     """
     scheme, separator, _ = uri.partition("://")
-    if not uri or "\0" in uri or (separator and scheme != "gs"):
+    if not uri or "\0" in uri or (separator and scheme not in BACKENDS):
         raise UsageError(f"{uri!r} is neither gs://bucket/path nor a local path")
