@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.loss.chunked import KD_SCHEMES, Mix, distill_loss
+from trainer.loss.chunked import Mix, distill_loss
+from trainer.loss.divergences import DIVERGENCES
 
 
 def reference(
@@ -41,7 +42,7 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("scheme", KD_SCHEMES)
+@pytest.mark.parametrize("scheme", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.2, 4.0])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("padding", [0, 7])
@@ -102,7 +103,7 @@ def test_alpha_zero_needs_no_teacher_and_alpha_one_no_labels_gradient() -> None:
 def test_extreme_logits_stay_finite() -> None:
     hidden = (torch.randn(8, 4) * 300).requires_grad_()
     head = torch.randn(50, 4) * 10
-    for scheme in KD_SCHEMES:
+    for scheme in DIVERGENCES:
         output = distill_loss(
             hidden,
             head.clone().requires_grad_(),

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 
-from trainer.models.positions import resize_positions
+from trainer.models.positions import RESIZE_METHODS, resize_positions
 from trainer.runtime.errors import UsageError
 
 TABLE = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
@@ -51,3 +54,28 @@ def test_enough_trained_rows_stay_as_they_are() -> None:
 def test_impossible_requests_are_refused(trained: int, length: int, method: str) -> None:
     with pytest.raises(UsageError):
         resize_positions(TABLE, trained, length, method)
+
+
+def test_another_method_is_an_entry_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        RESIZE_METHODS,
+        "last",
+        lambda rows, length: torch.cat([rows, rows[-1:].expand(length - len(rows), -1)]),
+    )
+    found = resize_positions(TABLE, 16, 20, "last")
+    assert torch.equal(found[:16], TABLE[:16])
+    assert torch.equal(found[16:], TABLE[15].expand(4, -1))
+
+
+def test_settings_take_another_method_and_do_not_import_torch() -> None:
+    """In a process of its own: the table is read when the settings are imported."""
+    code = """
+import sys
+from trainer.models.positions import RESIZE_METHODS
+RESIZE_METHODS["last"] = lambda rows, length: rows
+from trainer.settings.flags import build_parser, settings_from_args
+args = build_parser("train", "").parse_args(["--pos_resize=last"])
+print(settings_from_args(args), "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "{'pos_resize': 'last'} False", done.stderr

@@ -2,16 +2,11 @@
 
 ``alpha · T² · D(teacher_T, student_T) + (1 − alpha) · CE``, the mean over predicted tokens in
 nats, with the cross entropy at temperature 1 (Hinton et al., 2015, arXiv:1503.02531). The
-divergence D is one of
+divergence D is one of `trainer.loss.divergences`.
 
-- ``forward_kl``: KL(teacher ‖ student);
-- ``reverse_kl``: KL(student ‖ teacher) (Gu et al., 2023, arXiv:2306.08543);
-- ``jsd``: the Jensen-Shannon divergence, ½ KL(teacher ‖ m) + ½ KL(student ‖ m) with
-  m = ½ (teacher + student) (Agarwal et al., 2023, arXiv:2306.13649, at beta ½).
-
-A vocabulary of 50,257 makes logits by far the largest tensor of the step. Tokens are therefore
-taken in chunks: each chunk's logits are computed, reduced to the loss *and* to the gradient with
-respect to them, multiplied back into the gradients of hidden state and head, and dropped.
+With a vocabulary of 50,257, logits are by far the largest tensor of the step. Tokens are therefore
+taken in chunks: each chunk's logits are computed, reduced to the loss *and* to the loss's gradient
+by these logits, which two products turn into gradients of hidden state and head, and dropped.
 """
 
 from __future__ import annotations
@@ -24,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-KD_SCHEMES = ("forward_kl", "reverse_kl", "jsd")
+from trainer.loss.divergences import DIVERGENCES
 
 CHUNK_ELEMENTS = 1 << 25
 """Upper bound on tokens × vocabulary of one chunk (128 MiB in fp32)."""
@@ -43,11 +38,12 @@ class DistillLoss(NamedTuple):
 
 @dataclass(frozen=True)
 class Mix:
-    """How the two terms are weighed in one step."""
+    """How one update weighs the two terms of the loss."""
 
     alpha: float
     temperature: float
     scheme: str = "forward_kl"
+    """A name of `DIVERGENCES`."""
 
 
 def distill_loss(
@@ -75,11 +71,12 @@ def distill_loss(
         chunk_elements: bound on tokens × vocabulary per chunk.
 
     Products are computed in the dtype of the hidden states (bf16 on a GPU; a head of another dtype
-    is cast once), everything after them in fp32 or better. The gradients, each in the dtype of
-    what it belongs to, are computed in the forward pass, so memory does not grow with ``N``.
+    is cast once), everything after them in fp32 or better. The gradients, each in the dtype of its
+    tensor, are computed in the forward pass, so memory does not grow with ``N``.
 
     Raises:
-        ValueError: shapes that do not agree, or no teacher although ``alpha`` > 0.
+        ValueError: shapes that do not agree, no teacher although ``alpha`` > 0, or an unknown
+            divergence.
     """
     check_shapes(student_hidden, student_head, teacher_hidden, teacher_head, labels, mix)
     if mix.alpha == 0.0:
@@ -112,10 +109,11 @@ def check_shapes(
     """Refuse operands that do not fit together.
 
     Raises:
-        ValueError: shapes that do not agree, no teacher although alpha > 0, or no such divergence.
+        ValueError: shapes that do not agree, no teacher although alpha > 0, or an unknown
+            divergence.
     """
-    if mix.scheme not in KD_SCHEMES:
-        raise ValueError(f"unknown divergence {mix.scheme!r}; known: {', '.join(KD_SCHEMES)}")
+    if mix.scheme not in DIVERGENCES:
+        raise ValueError(f"unknown divergence {mix.scheme!r}; known: {', '.join(DIVERGENCES)}")
     if student_hidden.ndim != 2 or student_hidden.shape[1] != student_head.shape[1]:
         raise ValueError(
             f"student hidden {tuple(student_hidden.shape)} and head {tuple(student_head.shape)}"
@@ -139,9 +137,19 @@ def check_shapes(
         )
 
 
-def loss_and_logit_grad(
+def mixed_loss(ce: Tensor, kd: Tensor, mix: Mix) -> Tensor:
+    """The loss from the means of its terms; a term of weight 0, which is NaN, is left out."""
+    loss = torch.zeros_like(ce)
+    if mix.alpha < 1.0:
+        loss = loss + (1.0 - mix.alpha) * ce
+    if mix.alpha > 0.0:
+        loss = loss + mix.alpha * mix.temperature**2 * kd
+    return loss
+
+
+def _sums_and_gradient(
     student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, mix: Mix
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over one chunk, and the gradient of the mixed loss's *sum* by the student's logits.
 
     Args:
@@ -151,11 +159,11 @@ def loss_and_logit_grad(
         mix: alpha, temperature and divergence.
 
     Returns:
-        The sum of cross entropies (None when alpha is 1), the sum of divergences (None when
-        alpha is 0), and the gradient ``[n, V]``.
+        The sum of cross entropies (NaN when alpha is 1), the sum of divergences (NaN when alpha
+        is 0), and the gradient ``[n, V]``.
     """
     alpha, temperature = mix.alpha, mix.temperature
-    ce_sum = kd_sum = None
+    ce_sum = kd_sum = student_logits.new_full((), math.nan)
     grad = torch.zeros_like(student_logits)
     if alpha < 1.0:
         log_probs = F.log_softmax(student_logits, dim=-1)
@@ -166,36 +174,18 @@ def loss_and_logit_grad(
         assert teacher_logits is not None
         log_q = F.log_softmax(student_logits / temperature, dim=-1)
         log_p = F.log_softmax(teacher_logits / temperature, dim=-1)
-        kd_sum, kd_grad = _divergence(log_p, log_q, mix.scheme)
+        kd_sum, kd_grad = DIVERGENCES[mix.scheme].sum_and_gradient(log_p, log_q)
         # d(T² D)/dz = T² · (dD/d(z/T)) / T
         grad.add_(kd_grad, alpha=alpha * temperature)
     return ce_sum, kd_sum, grad
 
 
-def _divergence(log_p: Tensor, log_q: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
-    """Sum of D(p, q) over tokens, and its gradient by the logits of q."""
-    q = log_q.exp()
-    if scheme == "forward_kl":
-        p = log_p.exp()
-        return (p * (log_p - log_q)).sum(), q - p
-    if scheme == "reverse_kl":
-        ratio = log_q - log_p
-        per_token = (q * ratio).sum(-1, keepdim=True)
-        return per_token.sum(), q * (ratio - per_token)
-    p = log_p.exp()
-    log_m = torch.logaddexp(log_p, log_q) - math.log(2.0)
-    ratio = log_q - log_m
-    student_part = (q * ratio).sum(-1, keepdim=True)
-    total = 0.5 * (p * (log_p - log_m)).sum() + 0.5 * student_part.sum()
-    return total, 0.5 * q * (ratio - student_part)
-
-
 def gradient_scale(kind: torch.dtype, mix: Mix) -> float:
-    """A power of two that keeps fp16 gradients by logits from underflowing.
+    """The power of two by which gradients by logits are multiplied, so that fp16 holds them.
 
-    A probability of 1 / V would lie at the edge of what fp16 holds in full. By a logit, CE has a
-    gradient of at most 1, the divergences one of about alpha · T; reverse KL's may be larger by a
-    log ratio of probabilities, for which 2^8 are left.
+    A probability of 1 / V lies at the edge of fp16's normal numbers. The gradient of CE by a logit
+    is at most 1, that of a divergence about alpha · T; reverse KL's may be larger by a log ratio
+    of probabilities, for which a factor of 2^8 is left below fp16's largest number.
     """
     if kind != torch.float16:
         return 1.0
@@ -203,33 +193,34 @@ def gradient_scale(kind: torch.dtype, mix: Mix) -> float:
 
 
 def product(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> None:
-    """``out = left @ right``, added to what ``out`` holds if ``add``."""
+    """``out = left @ right``, or ``out += left @ right`` with ``add``."""
     beta = 1 if add else 0
     if left.dtype == out.dtype:
         torch.addmm(out, left, right, beta=beta, out=out)
     elif out.device.type == "cuda":
-        # fp32 results of narrow operands: chunks add up without rounding in between
+        # An fp32 result of narrow operands: nothing is rounded between the sums of two chunks
         torch.addmm(out, left, right, beta=beta, out_dtype=out.dtype, out=out)
     else:
         torch.addmm(out, left.to(out.dtype), right.to(out.dtype), beta=beta, out=out)
 
 
 def scaled_gradients(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-    """What a backward pass returns that only scales the gradients which its forward has kept.
+    """The result of a backward pass that only scales the gradients saved by its forward pass.
 
-    They are those of the sum over tokens in fp32, to be divided by ``ctx.divisor`` and rounded to
-    ``ctx.dtypes`` once: fp16 gradients need the loss scaler's factor first.
+    Those belong to the sum over tokens times `gradient_scale`, in fp32. They are divided by
+    ``ctx.divisor`` and multiplied by the incoming gradient, in which the loss scaler's factor is,
+    before they are rounded to ``ctx.dtypes``.
     """
     scale = incoming / ctx.divisor
     gradients = (
-        None if kept is None else (kept * scale).to(kind)
-        for kept, kind in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        None if saved is None else (saved * scale).to(kind)
+        for saved, kind in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
     )
     return (*gradients, *(None,) * 6)
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Loss and gradients chunk by chunk; backward only scales what forward has computed."""
+    """Loss and gradients chunk by chunk; the backward pass only scales the gradients."""
 
     @staticmethod
     def forward(
@@ -254,17 +245,18 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_head = torch.zeros_like(student_head, dtype=wide) if need_head else None
         ce_sum = student_hidden.new_zeros((), dtype=wide)
         kd_sum = student_hidden.new_zeros((), dtype=wide)
-        for rows in torch.arange(tokens).split(max(1, chunk_elements // vocabulary)):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        size = max(1, chunk_elements // vocabulary)
+        for start in range(0, tokens, size):
+            part = slice(start, min(start + size, tokens))
             hidden = student_hidden[part]
             teacher_logits = None
             if teacher_hidden is not None and teacher_head is not None:
                 teacher_logits = F.linear(teacher_hidden[part], teacher_head, teacher_bias).to(wide)
-            ce, kd, grad = loss_and_logit_grad(
+            ce, kd, grad = _sums_and_gradient(
                 F.linear(hidden, head).to(wide), teacher_logits, labels[part], mix
             )
-            ce_sum += 0.0 if ce is None else ce
-            kd_sum += 0.0 if kd is None else kd
+            ce_sum += ce
+            kd_sum += kd
             grad = grad.mul_(gradient_scale(head.dtype, mix)).to(head.dtype)
             if grad_hidden is not None:
                 product(grad_hidden[part], grad, head)
@@ -273,12 +265,9 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.divisor = tokens * gradient_scale(head.dtype, mix)
         ctx.dtypes = student_hidden.dtype, student_head.dtype
-        ce_mean = ce_sum / tokens if mix.alpha < 1.0 else torch.full_like(ce_sum, math.nan)
-        kd_mean = kd_sum / tokens if mix.alpha > 0.0 else torch.full_like(kd_sum, math.nan)
-        loss = (1.0 - mix.alpha) * (ce_sum / tokens)
-        loss = loss + mix.alpha * mix.temperature**2 * (kd_sum / tokens)
+        ce_mean, kd_mean = ce_sum / tokens, kd_sum / tokens
         ctx.mark_non_differentiable(ce_mean, kd_mean)
-        return loss, ce_mean, kd_mean
+        return mixed_loss(ce_mean, kd_mean, mix), ce_mean, kd_mean
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -2,25 +2,25 @@
 
 Computes what `trainer.loss.chunked.distill_loss` computes. There, every step of the softmaxes and
 of the divergence reads and writes a tensor of tokens × vocabulary; here a chunk's logits leave the
-two products in the type of their operands, and one program per token does all the rest:
+two products in the type of their operands, and one program per token does the rest:
 
-1. one pass over both rows keeps running maxima and sums (Milakov & Gimelshein, 2018,
-   arXiv:1805.02867) of the student at temperature 1 and at T and of the teacher at T, together
-   with the divergence's own sum;
-2. a second pass, which finds the rows in the L2 cache, writes the gradient of the mixed loss over
-   the student's logits.
+1. a pass over the token's two rows of logits keeps running maxima and sums (Milakov & Gimelshein,
+   2018, arXiv:1805.02867) of the student at temperature 1 and at T and of the teacher at T,
+   together with the sum of the divergence;
+2. a second pass, which finds the rows in the L2 cache, overwrites the student's logits by the
+   gradient of the mixed loss.
 
 Two more products turn that gradient into those of hidden state and head, the latter accumulated
 in fp32 over the chunks. Nothing is read back to the host, and alpha and T are plain arguments of
 the kernel, so schedules do not recompile it.
 
-Operands in bf16 are multiplied as fp16, which is as fast and as small. What bf16 can hold and fp16
-cannot, beyond 65,504 or below 6e-8, does not occur in a normalized hidden state or matters in a
-head; but logits and their gradient keep 11 significant bits instead of 8. GPT-2's logits lie near
--60, where the step of bf16 is a quarter of a nat and that of fp16 a thirty-second.
+Operands in bf16 are multiplied as fp16, which is as fast and as small, but gives logits and their
+gradient 11 significant bits instead of 8: GPT-2's logits lie near -60, where the step of bf16 is a
+quarter of a nat and that of fp16 a thirty-second. fp16's smaller range is no loss: numbers beyond
+65,504 do not occur in a normalized hidden state or a head, and those below 6e-8 do not matter.
 
-The vocabulary is padded inside to a multiple of 64, because rows that do not start at a multiple
-of 16 bytes (50,257 is odd) cost both the products and the kernel their wide memory accesses.
+The vocabulary is padded inside to a multiple of 64: rows that do not start at a multiple of 16
+bytes (50,257 is odd) keep the products and the kernel from wide memory accesses.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,14 +36,15 @@ import torch
 from torch import Tensor
 
 from trainer.loss.chunked import (
-    KD_SCHEMES,
     DistillLoss,
     Mix,
     check_shapes,
     gradient_scale,
+    mixed_loss,
     product,
     scaled_gradients,
 )
+from trainer.loss.divergences import DIVERGENCES
 
 WORKSPACE_BYTES = 600 << 20
 """Upper bound on the logits of one chunk, student's and teacher's together."""
@@ -62,20 +64,36 @@ def usable(
 ) -> bool:
     """Whether `distill_loss` of this module can take these operands.
 
-    That needs Triton and an NVIDIA GPU of compute capability 8.0 or above that holds them all, in
-    bf16, fp16 or fp32. A teacher that alpha = 0 leaves unused does not matter.
+    That needs Triton and an NVIDIA GPU of compute capability 8.0 or above that holds them all, and
+    a divergence and types that the kernel has. A teacher that alpha = 0 leaves unused does not
+    matter.
     """
     operands = [student_hidden, student_head]
     if mix.alpha > 0.0:
         operands += [part for part in (teacher_hidden, teacher_head) if part is not None]
     device = student_hidden.device
-    if any(part.device != device or part.dtype not in _OPERANDS for part in operands):
-        return False
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    if mix.scheme not in KD_SCHEMES or student_hidden.shape[0] == 0:
-        return False
-    return _has_triton() and torch.cuda.get_device_capability(device) >= (8, 0)
+    return (
+        student_hidden.shape[0] > 0
+        and in_kernel(mix, (part.dtype for part in operands))
+        and device.type == "cuda"
+        and torch.version.hip is None
+        and all(part.device == device for part in operands)
+        and _has_triton()
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def in_kernel(mix: Mix, dtypes: Iterable[torch.dtype]) -> bool:
+    """Whether the kernel has the divergence of ``mix`` and operands of these types: on any device.
+
+    At alpha = 0 the kernel computes cross entropy alone, whichever divergence is named.
+    """
+    divergence = DIVERGENCES.get(mix.scheme)
+    return (
+        divergence is not None
+        and (mix.alpha == 0.0 or divergence.kernel_branch is not None)
+        and all(dtype in _OPERANDS for dtype in dtypes)
+    )
 
 
 def distill_loss(
@@ -89,27 +107,21 @@ def distill_loss(
     teacher_bias: Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> DistillLoss:
-    """Loss over ``N`` predicted tokens; see `trainer.loss.chunked.distill_loss` for the definition.
+    """Loss over ``N`` predicted tokens; arguments as of `trainer.loss.chunked.distill_loss`.
 
-    Args:
-        student_hidden: ``[N, D_s]``, the student's last hidden state; receives a gradient.
-        student_head: ``[V, D_s]``, the student's output embedding; receives a gradient.
-        teacher_hidden: ``[N, D_t]``, or None when ``alpha`` is 0.
-        teacher_head: ``[V_t, D_t]`` with ``V_t ≥ V``; rows past ``V`` are padding and are left
-            out of the teacher's distribution. None when ``alpha`` is 0.
-        labels: ``[N]`` token ids.
-        mix: alpha, temperature and divergence.
-        teacher_bias: ``[V_t]``, the bias of the teacher's head where it has one.
-        chunk_tokens: tokens taken at a time; by default as many as `WORKSPACE_BYTES` hold, in
-            chunks of equal size.
+    ``chunk_tokens`` is the number of tokens of a chunk; by default as many as `WORKSPACE_BYTES`
+    hold, in chunks of equal size.
 
     Products take fp32 operands where the hidden state is fp32, else fp16, and accumulate in fp32;
     logits are kept in the type of the operands, and all else is fp32.
 
     Raises:
-        ValueError: shapes that do not agree, or no teacher although ``alpha`` > 0.
+        ValueError: shapes that do not agree, no teacher although ``alpha`` > 0, or a divergence
+            that is unknown or not in the kernel.
     """
     check_shapes(student_hidden, student_head, teacher_hidden, teacher_head, labels, mix)
+    if not in_kernel(mix, ()):
+        raise ValueError(f"the fused loss has no kernel for divergence {mix.scheme!r}")
     if mix.alpha == 0.0:
         teacher_hidden = teacher_head = teacher_bias = None
     loss, ce, kd = _FusedLoss.apply(
@@ -126,7 +138,7 @@ def distill_loss(
 
 
 class _FusedLoss(torch.autograd.Function):
-    """Loss and gradients chunk by chunk; backward only scales what forward has computed."""
+    """Loss and gradients chunk by chunk; the backward pass only scales the gradients."""
 
     @staticmethod
     def forward(
@@ -159,13 +171,8 @@ class _FusedLoss(torch.autograd.Function):
         ctx.divisor = tokens * gradient_scale(student.weight.dtype, mix)
         ctx.dtypes = student_hidden.dtype, student_head.dtype
         ce_mean, kd_mean = ce.sum() / tokens, kd.sum() / tokens
-        loss = torch.zeros_like(ce_mean)
-        if mix.alpha < 1.0:
-            loss = loss + (1.0 - mix.alpha) * ce_mean
-        if mix.alpha > 0.0:
-            loss = loss + mix.alpha * mix.temperature**2 * kd_mean
         ctx.mark_non_differentiable(ce_mean, kd_mean)
-        return loss, ce_mean, kd_mean
+        return mixed_loss(ce_mean, kd_mean, mix), ce_mean, kd_mean
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -179,7 +186,7 @@ def _has_triton() -> bool:
 
 @dataclass(frozen=True)
 class _Head:
-    """Hidden states and the head that belongs to them, made ready for the products."""
+    """Hidden states and their head, padded and cast for the products."""
 
     hidden: Tensor
     """``[N, D]``, as given."""
@@ -202,11 +209,11 @@ class _Head:
         return cls(hidden, weight, wide_bias)
 
     def chunk(self, tokens: slice) -> Tensor:
-        """Hidden states of some tokens in the type that is multiplied."""
+        """Hidden states of ``tokens`` in the type that is multiplied."""
         return self.hidden[tokens].to(self.weight.dtype)
 
     def buffer(self, tokens: int) -> Tensor:
-        """Room for the logits of so many tokens."""
+        """Uninitialized logits ``[tokens, V_p]``."""
         return self.weight.new_empty((tokens, self.weight.shape[0]))
 
 
@@ -234,24 +241,24 @@ def _over_chunks(
         ``[N, D]`` and head ``[V, D]`` times `gradient_scale`, each None where not needed; all
         in fp32.
     """
-    from trainer.loss import kernel as fused_loss_kernel
+    from trainer.loss import kernel
 
     tokens, width = student.hidden.shape
     size = min(chunk_tokens, tokens)
-    logits = student.buffer(size)
-    targets = None if teacher is None else teacher.buffer(size)
+    student_rows = student.buffer(size)
+    teacher_rows = None if teacher is None else teacher.buffer(size)
     per_token = torch.full((2, tokens), math.nan, dtype=torch.float32, device=labels.device)
-    grad_hidden = logits.new_empty((tokens, width), dtype=torch.float32) if needs[0] else None
+    grad_hidden = student_rows.new_empty((tokens, width), dtype=torch.float32) if needs[0] else None
     grad_head = torch.empty_like(student.weight, dtype=torch.float32) if needs[1] else None
     for start in range(0, tokens, size):
         part = slice(start, min(start + size, tokens))
-        hidden, gradient = student.chunk(part), logits[: part.stop - start]
-        product(gradient, hidden, student.weight.T)
-        if teacher is not None and targets is not None:
-            product(targets[: part.stop - start], teacher.chunk(part), teacher.weight.T)
-        fused_loss_kernel.launch(
-            gradient,
-            targets,
+        hidden, logits = student.chunk(part), student_rows[: part.stop - start]
+        product(logits, hidden, student.weight.T)
+        if teacher is not None and teacher_rows is not None:
+            product(teacher_rows[: part.stop - start], teacher.chunk(part), teacher.weight.T)
+        kernel.launch(
+            logits,
+            teacher_rows,
             None if teacher is None else teacher.bias,
             labels[part],
             per_token[:, part],
@@ -259,7 +266,7 @@ def _over_chunks(
             vocabulary,
             gradient_scale=gradient_scale(student.weight.dtype, mix),
         )
-        # From here on the gradient stands where the student's logits stood
+        gradient = logits  # the kernel has overwritten them
         if grad_hidden is not None:
             product(grad_hidden[part], gradient, student.weight)
         if grad_head is not None:

@@ -1,8 +1,11 @@
-"""The Triton kernel of `trainer.fused_loss`: one program per token.
+"""The Triton kernel of `trainer.loss.fused`: one program per token.
 
-Exponentials are taken to base 2, the hardware's own: with s = log2(e) / T, a softmax at
-temperature T is 2^(s · z − n), its normalizer n = s · top + log2 Σ 2^(s · z − s · top), top being
-the largest logit.
+Exponentials are taken to base 2, which the hardware computes: with s = log2(e) / T, the softmax of
+logits z at temperature T is 2^(s · z − n), where the normalizer n is s · top + log2 Σ 2^(s · z −
+s · top) and top the largest logit.
+
+In names, ``s_`` stands for the student and ``t_`` for the teacher; ``one`` is at temperature 1,
+``own`` the student's and ``other`` the teacher's at T.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trainer.loss.chunked import Mix
+from trainer.loss.divergences import DIVERGENCES
 
 BLOCK = 2048
 """Vocabulary entries that a program takes at a time."""
@@ -23,23 +27,28 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 READ_AGAIN = tl.constexpr("evict_last")
-"""Rows in work fit the L2 cache, if what is done with does not push out what is read again."""
+"""The L2 cache holds the rows of all running programs as long as it evicts finished ones first."""
 
 DONE_WITH = tl.constexpr("evict_first")
 
-_SCHEMES = {"forward_kl": 1, "reverse_kl": 2, "jsd": 3}
+FORWARD_KL = tl.constexpr(DIVERGENCES["forward_kl"].kernel_branch)
+"""Values of ``SCHEME``; 0 is cross entropy alone."""
+
+REVERSE_KL = tl.constexpr(DIVERGENCES["reverse_kl"].kernel_branch)
+
+JENSEN_SHANNON = tl.constexpr(DIVERGENCES["jsd"].kernel_branch)
 
 
 @triton.jit
 def _raw(row, cols, padded, EVICT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Entries as they are stored; 0 past the row."""
+    """Entries of a row in their stored type; 0 past its end."""
     return tl.load(row + cols, mask=cols < padded, other=0.0, eviction_policy=EVICT)
 
 
 @triton.jit
 def _wide(raw, bias, cols, padded, vocabulary, HAS_BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Logits in fp32. Past the vocabulary: finite, so that differences stay numbers, and so low
-    that their exponential is 0."""
+    """Logits in fp32. Those past the vocabulary are so low that their exponential is 0, yet finite,
+    so that no difference of two is NaN."""
     z = raw.to(tl.float32)
     if HAS_BIAS:
         z += _raw(bias, cols, padded, READ_AGAIN)
@@ -53,7 +62,7 @@ def _larger_of_each(a, b, other_a, other_b):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _mean_log_ratio(log_own, log_other):  # type: ignore[no-untyped-def]
-    """log2(own / m) with m = (own + other) / 2, from log2 of both; finite for any finite two."""
+    """log2(own / m) with m = (own + other) / 2, from log2 of both; finite where both are."""
     gap = log_other - log_own
     return 1.0 - tl.maximum(gap, 0.0) - tl.log2(1.0 + tl.exp2(-tl.abs(gap)))
 
@@ -86,7 +95,7 @@ def _sums(  # type: ignore[no-untyped-def]
     own = tl.zeros([BLOCK], tl.float32)
     other = tl.zeros([BLOCK], tl.float32)
     cross = tl.zeros([BLOCK], tl.float32)
-    # Each block is loaded while the one before it is worked on
+    # Each block is loaded while the one before it is being reduced
     raw = _raw(s_row, offsets, padded, READ_AGAIN)
     if SCHEME != 0:
         t_raw = _raw(t_row, offsets, padded, READ_AGAIN)
@@ -111,12 +120,12 @@ def _sums(  # type: ignore[no-untyped-def]
                 fade = tl.exp2((top - highest) * sharp)
                 power = tl.exp2(z * sharp - highest * sharp)
                 own = own * fade + power
-            if SCHEME == 2:
+            if SCHEME == REVERSE_KL:
                 cross = cross * fade + power * (z - t + shift)
             fade = tl.exp2((t_top - t_highest) * sharp)
             power = tl.exp2(t * sharp - t_highest * sharp)
             other = other * fade + power
-            if SCHEME == 1:
+            if SCHEME == FORWARD_KL:
                 cross = cross * fade + power * (t - z - shift)
             t_top = t_highest
         top = highest
@@ -138,7 +147,7 @@ def _jensen_shannon(  # type: ignore[no-untyped-def]
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A pass for KL(student ‖ m) and KL(teacher ‖ m) in bits, which needs the normalizers."""
+    """A further pass, once the normalizers are known: KL(student ‖ m), KL(teacher ‖ m) in bits."""
     offsets = tl.arange(0, BLOCK)
     own = tl.zeros([BLOCK], tl.float32)
     other = tl.zeros([BLOCK], tl.float32)
@@ -176,7 +185,7 @@ def _write_gradient(  # type: ignore[no-untyped-def]
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A last pass: the gradient over the student's logits, each block after it has been read."""
+    """The last pass: overwrites the student's logits by the gradient, block by block."""
     offsets = tl.arange(0, BLOCK)
     raw = _raw(s_row, offsets, padded, DONE_WITH)
     if SCHEME != 0:
@@ -194,12 +203,12 @@ def _write_gradient(  # type: ignore[no-untyped-def]
             t_raw = _raw(t_row, cols + BLOCK, padded, DONE_WITH)
             log_q = z * sharp - s_norm
             q = one if UNIT and HAS_CE else tl.exp2(log_q)
-            if SCHEME == 1:
+            if SCHEME == FORWARD_KL:
                 gradient += kd_weight * (q - tl.exp2(t * sharp - t_norm))
-            if SCHEME == 2:
+            if SCHEME == REVERSE_KL:
                 ratio = (z - t + shift) * (sharp * LN2) - gap
                 gradient += kd_weight * q * (ratio - mean)
-            if SCHEME == 3:
+            if SCHEME == JENSEN_SHANNON:
                 ratio = _mean_log_ratio(log_q, t * sharp - t_norm)
                 gradient += (0.5 * LN2) * kd_weight * q * (ratio - mean)
         gradient = tl.where(cols < vocabulary, gradient, 0.0)
@@ -238,7 +247,8 @@ def _loss_and_gradient(  # type: ignore[no-untyped-def]
         t_label = tl.load(t_row + label).to(tl.float32)
         if HAS_BIAS:
             t_label += tl.load(bias + label)
-        # Softmaxes ignore a constant; taken out, it does not cost the divergence its digits
+        # Softmaxes ignore a constant added to all logits. The difference of the two models'
+        # constants is taken out here, for it would cost the divergence significant digits
         shift = t_label - s_label
     # fmt: off
     top, t_top, one, own, other, cross = _sums(
@@ -258,12 +268,13 @@ def _loss_and_gradient(  # type: ignore[no-untyped-def]
         # Log of the teacher's over the student's probability of the label
         s_surprise = (top - s_label) * sharp + tl.log2(own)
         gap = (s_surprise - (t_top - t_label) * sharp - tl.log2(other)) * LN2
-        if SCHEME == 1:
+        if SCHEME == FORWARD_KL:
             kd = cross / other / temperature + gap
-        elif SCHEME == 2:
+        elif SCHEME == REVERSE_KL:
             kd = cross / own / temperature - gap
             mean = kd
         else:
+            tl.static_assert(SCHEME == JENSEN_SHANNON, "no branch for this divergence")
             mean, t_mean = _jensen_shannon(
                 s_row, t_row, bias, vocabulary, padded, sharp, s_norm, t_norm, HAS_BIAS, BLOCK
             )
@@ -280,7 +291,7 @@ def _loss_and_gradient(  # type: ignore[no-untyped-def]
 
 def launch(
     logits: Tensor,
-    targets: Tensor | None,
+    teacher_logits: Tensor | None,
     bias: Tensor | None,
     labels: Tensor,
     per_token: Tensor,
@@ -288,30 +299,26 @@ def launch(
     vocabulary: int,
     *,
     gradient_scale: float = 1.0,
-    block: int = BLOCK,
-    warps: int = WARPS,
 ) -> None:
     """Loss per token, and the gradient of the mixed loss's sum by the student's logits.
 
     Args:
         logits: ``[n, V_p]``, the student's; replaced by the gradient. Columns from ``vocabulary``
             on are ignored and become 0.
-        targets: the teacher's, without its bias; None when alpha is 0.
+        teacher_logits: ``[≥ n, V_p]``, without the teacher's bias; None when alpha is 0.
         bias: ``[V_p]`` in fp32, or None.
         labels: ``[n]``.
         per_token: ``[2, n]``: CE (left alone when alpha is 1) and divergence (left alone when
             alpha is 0), in nats.
         mix: alpha, temperature and divergence.
-        vocabulary: entries of a row that are no padding.
+        vocabulary: entries of a row before its padding.
         gradient_scale: factor of the gradient, for types of small range.
-        block: vocabulary entries taken at a time, a power of two.
-        warps: warps per program.
     """
     rows, padded = logits.shape
-    scheme = 0 if targets is None else _SCHEMES[mix.scheme]
+    scheme = 0 if teacher_logits is None else DIVERGENCES[mix.scheme].kernel_branch
     _loss_and_gradient[(rows,)](
         logits,
-        logits if targets is None else targets,
+        logits if teacher_logits is None else teacher_logits,
         logits if bias is None else bias,
         labels,
         per_token[0],
@@ -326,6 +333,6 @@ def launch(
         HAS_CE=mix.alpha < 1.0,
         HAS_BIAS=bias is not None,
         UNIT=mix.temperature == 1.0,
-        BLOCK=block,
-        num_warps=warps,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
     )

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from trainer.loss.divergences import DIVERGENCES
+from trainer.models.positions import RESIZE_METHODS
 from trainer.runtime.errors import UsageError
 from trainer.settings.schedules import ALPHA_RANGE, TEMPERATURE_RANGE, StepSchedule
 
@@ -129,7 +131,7 @@ class TrainConfig:
     kd_scheme: str = setting(
         "forward_kl",
         "divergence between teacher and student",
-        choices=("forward_kl", "reverse_kl", "jsd"),
+        choices=tuple(DIVERGENCES),
     )
     eval_ctx_lens: tuple[int, ...] = setting(
         (),
@@ -153,7 +155,7 @@ class TrainConfig:
     pos_resize: str = setting(
         "linear",
         "how a learned position table is stretched to a longer context",
-        choices=("linear", "copy"),
+        choices=tuple(RESIZE_METHODS),
     )
     rope_scale: float = setting(1.0, "divides the positions of a rotary student")
     trained_positions: int | None = setting(
