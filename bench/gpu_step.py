@@ -32,9 +32,9 @@ from trainer.loss import chunked as distill
 from trainer.loss import fused as fused_loss
 from trainer.loss.chunked import Mix
 from trainer.models.gpt2.export import gpt2_model
-from trainer.models.gpt2.fp8_body import has_fp8
 from trainer.models.student import Student, StudentConfig
 from trainer.models.teacher import Teacher, TeacherSpec
+from trainer.runtime.devices import has_fp8
 from trainer.runtime.processes import Processes
 from trainer.settings.config import TrainConfig
 from trainer.training.precision import choose_precision

@@ -8,8 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.models.gpt2 import body as gpt2_body
-from trainer.models.gpt2.fp8_body import QuantizationError, quantize_teacher
+from trainer.models.fast_bodies import (
+    FastBody,
+    QuantizationError,
+    family_of,
+    quantize_teacher,
+)
 from trainer.models.hugging_face import location_of, readable_errors
 from trainer.runtime.errors import ModelError
 from trainer.runtime.log import log
@@ -19,7 +23,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """What is known of a teacher before its weights are loaded."""
+    """What a teacher's configuration tells, before its weights are loaded."""
 
     name: str
     max_context: int | None
@@ -51,7 +55,7 @@ class Teacher:
         self.body: Any = model.base_model
         self.sharded = False
         """Whether its weights are spread over the processes of the run."""
-        self._fast_body: gpt2_body.GPT2Body | None = None
+        self._fast_body: FastBody | None = None
         self._stream: torch.cuda.Stream | None = None
         self._check_decomposition()
 
@@ -67,13 +71,13 @@ class Teacher:
                         fully_shard(layer)
             fully_shard(self.model.base_model)
             self.sharded = True
-        elif compiled and self.device.type == "cuda" and gpt2_body.supports(self.model):
-            self._fast_body = gpt2_body.GPT2Body(self.model)
+        elif compiled and self.device.type == "cuda" and (family := family_of(self.model)):
+            self._fast_body = family.body(self.model)
         elif compiled:
             self.body = torch.compile(self.body, dynamic=False)
 
     def quantize(self, windows: Tensor) -> QuantizationError:
-        """Multiply in fp8 from now on; returns what that changes on ``[B, T]`` token ids.
+        """Multiply in fp8 from now on; returns how far that is from bf16 on ``[B, T]`` token ids.
 
         Raises:
             ModelError: there is no fp8 form of such a model.
@@ -82,7 +86,7 @@ class Teacher:
         return error
 
     def release(self) -> None:
-        """Give up buffers that are kept between calls."""
+        """Give up the buffers kept between calls."""
         if self._fast_body is not None:
             self._fast_body.release()
 
@@ -95,15 +99,15 @@ class Teacher:
     def hidden(self, ids: Tensor) -> Tensor:
         """``[B, T]`` token ids to the last hidden state ``[B, T, D_t]``.
 
-        May be called on any stream: each call comes after the one before, whose buffers it uses.
+        May be called on any stream: a call waits for the call before, whose buffers it uses.
         """
-        self._follow()
+        self._wait_for_last_call()
         if self._fast_body is not None:
             return self._fast_body(ids)
         return self.body(input_ids=ids, use_cache=False).last_hidden_state
 
-    def _follow(self) -> None:
-        """Put the current stream behind the one that the last call was on."""
+    def _wait_for_last_call(self) -> None:
+        """Let the current stream wait for the stream of the last call."""
         if self.device.type != "cuda":
             return
         current = torch.cuda.current_stream(self.device)
@@ -113,19 +117,19 @@ class Teacher:
 
     @torch.no_grad()
     def _check_decomposition(self) -> None:
-        """Some models change their logits after the head; taking hidden · headᵀ would be wrong."""
+        """Refuse a model that changes its logits after the head: hidden · headᵀ would be wrong."""
         if getattr(self.model.config.get_text_config(), "final_logit_softcapping", None):
-            # In half precision, small logits hardly show it
+            # The comparison below misses it in half precision: small logits hardly change
             raise self._no_linear_head()
         ids = torch.arange(1, 9, device=self.head.device)[None] % self.spec.vocab_size
         expected = self.model(input_ids=ids, use_cache=False).logits.float()
-        found = torch.nn.functional.linear(self.hidden(ids), self.head, self.bias).float()
+        linear = torch.nn.functional.linear(self.hidden(ids), self.head, self.bias).float()
         if not bool(torch.isfinite(expected).all()):
             raise ModelError(f"teacher {self.spec.name!r} computes logits that are not finite")
-        # The same product of the same operands, rounded once: a step of bf16 is 0.8 %
+        # The same product of the same operands, rounded once more: a step of bf16 is 0.8 %
         tolerance = 1e-4 if self.head.dtype == torch.float32 else 1e-2
-        if found.shape != expected.shape or not torch.allclose(
-            found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
+        if linear.shape != expected.shape or not torch.allclose(
+            linear, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
         ):
             raise self._no_linear_head()
 
@@ -147,7 +151,7 @@ def read_teacher_spec(name: str, token: str | None = None) -> TeacherSpec:
     """Longest context and vocabulary from the teacher's configuration alone.
 
     Raises:
-        ModelError: the configuration cannot be loaded, or tells no vocabulary.
+        ModelError: the configuration cannot be loaded, or has no vocabulary size.
     """
     from transformers import AutoConfig
 
@@ -183,7 +187,7 @@ def load_teacher(
             token=token,
             trust_remote_code=False,
             output_loading_info=True,
-            # Else refused without a word on which; refused below
+            # `_check_whole` refuses them and names one; transformers would not
             ignore_mismatched_sizes=True,
         )
     _check_whole(spec.name, info)
@@ -201,8 +205,8 @@ def _check_whole(name: str, info: dict[str, Any]) -> None:
             f"teacher {name!r} lacks {len(absent)} of its weights, {absent[0]} for one"
         )
     if info.get("mismatched_keys"):
-        tensor, found, needed = min(info["mismatched_keys"])
+        tensor, shape, configured = min(info["mismatched_keys"])
         raise ModelError(
-            f"teacher {name!r}: {tensor} has shape {list(found)}, but its config.json needs"
-            f" {list(needed)}; they are of different models"
+            f"teacher {name!r}: {tensor} has shape {list(shape)}, but its config.json needs"
+            f" {list(configured)}; they are of different models"
         )

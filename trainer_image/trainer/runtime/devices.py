@@ -1,4 +1,4 @@
-"""The GPUs of a machine."""
+"""The GPUs of a machine, and whether one has fp8."""
 
 from __future__ import annotations
 
@@ -12,36 +12,47 @@ if TYPE_CHECKING:
     import torch
 
 EXPECTED_GPUS = "EXPECTED_GPUS"
-"""Variable of the environment that tells how many GPUs a machine was asked to have."""
+"""Environment variable with the number of GPUs that the machine was ordered with."""
 
 
 def count_gpus(environ: Mapping[str, str] = os.environ) -> int:
     """GPUs that torch can use.
 
     Raises:
-        DeviceError: fewer than ``EXPECTED_GPUS``. Where a driver is missing or too old torch sees
-            none, and a run would go on on the CPU of a machine that is paid for its GPUs.
+        DeviceError: fewer than ``EXPECTED_GPUS``. With a driver missing or too old, torch sees
+            none, and a run would use the CPU of a machine whose GPUs are paid for.
     """
     import torch
 
-    # The count alone may be the driver's, which need not be one that torch can use
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    # device_count alone may ask a driver that torch cannot use
+    usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
     expected = environ.get(EXPECTED_GPUS, "")
-    if expected.isdecimal() and int(expected) > found:
+    if expected.isdecimal() and int(expected) > usable:
         raise DeviceError(
-            f"torch can use {found} GPUs here, but this machine should have {expected}"
+            f"torch can use {usable} GPUs here, but this machine should have {expected}"
             f" ({EXPECTED_GPUS}); check that its driver is there and new enough for CUDA"
             f" {torch.version.cuda}"
         )
-    return found
+    return usable
 
 
 def choose_device(environ: Mapping[str, str] = os.environ) -> torch.device:
     """The GPU where there is one, else the CPU.
 
     Raises:
-        DeviceError: fewer GPUs than the machine was asked to have.
+        DeviceError: fewer GPUs than the machine was ordered with.
     """
     import torch
 
     return torch.device("cuda" if count_gpus(environ) else "cpu")
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether the device multiplies fp8 numbers: NVIDIA, of compute capability 8.9 or above."""
+    import torch
+
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (8, 9)
+    )

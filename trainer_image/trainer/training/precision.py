@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from trainer.models.gpt2.fp8_body import has_fp8
 from trainer.models.teacher import PRECISIONS
-from trainer.runtime.devices import choose_device
+from trainer.runtime.devices import choose_device, has_fp8
 from trainer.runtime.errors import UsageError
 from trainer.settings.config import TrainConfig
 

@@ -13,8 +13,10 @@ from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from tests.trainer.samples import lively_gpt2
+from trainer.models.fast_bodies import quantize_teacher
 from trainer.models.gpt2.body import GPT2Body
-from trainer.models.gpt2.fp8_body import GPT2Fp8Body, has_fp8, quantize, quantize_teacher
+from trainer.models.gpt2.fp8_body import GPT2Fp8Body, quantize
+from trainer.runtime.devices import has_fp8
 from trainer.runtime.errors import ModelError, UsageError
 from trainer.settings.config import TrainConfig
 from trainer.training.precision import choose_precision

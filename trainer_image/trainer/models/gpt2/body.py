@@ -4,11 +4,11 @@ The same function as the body of a stock `transformers` GPT-2 (Radford et al., 2
 memory traffic between its matrix products:
 
 - GELU runs in the epilogue of the product before it;
-- the residual stream is the accumulator of the products that add to it, so no kernel adds it.
-  Their biases would need one; instead the stream is kept without them, and what they sum up to
-  is a constant vector that the next layer norm adds in fp32;
+- the products that add to the residual stream accumulate in it, so no kernel of their own does.
+  Their biases are left out of the stream; the sum of these so far is a constant vector, which
+  each layer norm adds in fp32;
 - layer norm is one Triton kernel that reads the stream once;
-- query, key and value stay where their product wrote them;
+- attention reads query, key and value where their product wrote them;
 - a CUDA graph replays the whole body, with no gaps between kernels.
 
 The weights are the stock model's own, not copies. Without a GPU or Triton the same algebra runs
@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from trainer.runtime.errors import ModelError
 
 MAX_GRAPHS = 4
-"""Shapes of ids that are replayed from a CUDA graph; further ones run kernel by kernel."""
+"""Shapes of ids that are replayed from a CUDA graph; others run kernel by kernel."""
 
 _BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
@@ -38,7 +38,7 @@ _BACKENDS = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-"""Attention in order of preference; one that cannot take a shape is passed over."""
+"""In order of preference; torch passes over a backend that cannot take a shape."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -68,13 +68,13 @@ def supports(model: Any) -> bool:
 
 @dataclass(frozen=True)
 class Norm:
-    """A layer norm, and what the residual stream it reads lacks."""
+    """A layer norm of the residual stream and of the biases that the stream leaves out."""
 
     weight: Tensor
     bias: Tensor
     eps: float
     missing: Tensor
-    """``[D]`` in fp32: the sum of all biases left out of the stream so far."""
+    """``[D]`` in fp32: the sum of all biases left out so far."""
 
     def __call__(self, stream: Tensor, out: Tensor) -> None:
         """Normalize ``stream + missing`` ``[N, D]`` into ``out``."""
@@ -89,18 +89,21 @@ class Norm:
         out.copy_(F.layer_norm(stream.to(wide) + self.missing, shape, weight, bias, self.eps))
 
 
+Matrix = TypeVar("Matrix")
+
+
 @dataclass(frozen=True)
-class _Layer:
-    """One block's weights; matrices ``[in, out]``, as `transformers` stores them."""
+class Layer(Generic[Matrix]):
+    """One block's weights; tensors are ``[in, out]``, as `transformers` stores them."""
 
     norm_1: Norm
-    qkv: Tensor
+    qkv: Matrix
     qkv_bias: Tensor
     projection: Tensor
     norm_2: Norm
-    expand: Tensor
+    expand: Matrix
     expand_bias: Tensor
-    contract: Tensor
+    contract: Matrix
 
 
 class Workspace:
@@ -138,7 +141,7 @@ class GPT2Body:
 
     Args:
         model: a model that `supports` accepts, already in its final type and place. Its weights
-            are used where they are: keep them unchanged.
+            are used, not copied: keep them unchanged.
 
     Raises:
         ModelError: the model is not supported.
@@ -154,7 +157,7 @@ class GPT2Body:
         self.positions = body.wpe.weight.detach()
         self.heads = model.config.num_attention_heads
         self.width = self.embed.shape[1]
-        self.layers: list[_Layer] = []
+        self.layers: list[Layer[Tensor]] = []
         missing = torch.zeros(
             self.width,
             dtype=torch.promote_types(self.embed.dtype, torch.float32),
@@ -173,7 +176,7 @@ class GPT2Body:
     def __call__(self, ids: Tensor) -> Tensor:
         """``[B, T]`` token ids to the hidden state after the last layer norm, ``[B, T, D]``.
 
-        A shape's second call captures a CUDA graph. The result is the caller's own.
+        A shape's second call captures a CUDA graph. The result is not in the workspace.
 
         Raises:
             ModelError: the ids are longer than the model's position table.
@@ -188,7 +191,7 @@ class GPT2Body:
         captured = self._graphs.get(shape)
         if ids.device.type == "cuda" and captured is None and shape in self._graphs:
             captured = self._capture(ids)
-        # Shapes that come once, such as a last and smaller batch, are not worth a capture
+        # A shape seen once, such as that of a smaller last batch, is not worth a capture
         self._graphs[shape] = captured
         if captured is None:
             return self._run(ids).clone()
@@ -197,12 +200,12 @@ class GPT2Body:
         return captured.out.clone()
 
     def release(self) -> None:
-        """Give up workspace and graphs; the next call makes its own."""
+        """Give up workspace and graphs; the next call makes new ones."""
         self._graphs.clear()
         self._workspace = None
 
     def _reserve(self, tokens: int) -> None:
-        """Make the workspace large enough; graphs of a smaller one hold its old addresses."""
+        """Make the workspace large enough; graphs hold the addresses of the old one."""
         if self._workspace is None or self._workspace.tokens < tokens:
             self._graphs.clear()
             self._workspace = None
@@ -215,7 +218,7 @@ class GPT2Body:
         ids = ids.clone()
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream()
-        # The default stream cannot be captured; any other has cuBLAS's workspace already
+        # The default stream cannot be captured; any other is, as it has cuBLAS's workspace already
         stream = None if current == torch.cuda.default_stream() else current
         with torch.cuda.graph(graph, stream=stream):
             out = self._run(ids)
@@ -244,7 +247,7 @@ class GPT2Body:
         stream.view(*ids.shape, self.width).add_(self.positions[: ids.shape[1]])
 
     def _attention(self, qkv: Tensor) -> Tensor:
-        """``[B, T, 3, H, W]`` to ``[B · T, H · W]``; no copies where the backend takes strides."""
+        """``[B, T, 3, H, W]`` to ``[B · T, H · W]``; no copy where the backend takes strides."""
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         with _attention_backends(qkv.device):
             mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
@@ -257,7 +260,7 @@ def _attention_backends(device: torch.device) -> contextlib.AbstractContextManag
     return sdpa_kernel(_BACKENDS, set_priority=True)
 
 
-def _expand(layer: _Layer, normed: Tensor, out: Tensor) -> None:
+def _expand(layer: Layer[Tensor], normed: Tensor, out: Tensor) -> None:
     """``gelu(normed · expand + bias)`` into ``out``."""
     if out.device.type == "cuda":
         torch._addmm_activation(layer.expand_bias, normed, layer.expand, use_gelu=True, out=out)
@@ -269,8 +272,8 @@ def _norm(norm: torch.nn.LayerNorm, missing: Tensor) -> Norm:
     return Norm(norm.weight.detach(), norm.bias.detach(), norm.eps, missing)
 
 
-def _layer(block: Any, missing: Tensor, after_attention: Tensor) -> _Layer:
-    return _Layer(
+def _layer(block: Any, missing: Tensor, after_attention: Tensor) -> Layer[Tensor]:
+    return Layer(
         norm_1=_norm(block.ln_1, missing),
         qkv=block.attn.c_attn.weight.detach(),
         qkv_bias=block.attn.c_attn.bias.detach(),

@@ -6,8 +6,8 @@ their own, and accumulate in fp32. The attention's output product, attention its
 and the residual stream stay in bf16. Between the products run two kernels that also quantize: the
 layer norm, which adds the MLP's output to the stream on the way, and GELU.
 
-That changes what the teacher says. `quantize_teacher` measures by how much, on the user's own
-text, before anything is trained.
+That changes what the teacher predicts. `trainer.models.fast_bodies.quantize_teacher` measures by
+how much, on the user's own text, before anything is trained.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.models.gpt2.body import GPT2Body, Norm, Workspace, supports
+from trainer.models.gpt2.body import GPT2Body, Layer, Norm, Workspace
 from trainer.runtime.errors import ModelError
 
 FP8 = torch.float8_e4m3fn
@@ -32,15 +32,6 @@ _SMALLEST_ROW = 1e-12
 """Keeps the scale of a row of zeros from being zero."""
 
 
-def has_fp8(device: torch.device) -> bool:
-    """Whether the GPU multiplies fp8 numbers (compute capability 8.9 or above)."""
-    return (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device) >= (8, 9)
-    )
-
-
 @dataclass(frozen=True)
 class Quantized:
     """Rows in fp8, each with its scale."""
@@ -48,11 +39,11 @@ class Quantized:
     values: Tensor
     """``[N, K]`` in fp8."""
     scales: Tensor
-    """``[N, 1]`` in fp32: what the values are to be multiplied by."""
+    """``[N, 1]`` in fp32: value · scale is the number that stands for the original."""
 
     @classmethod
     def empty(cls, rows: int, width: int, device: torch.device) -> Quantized:
-        """Room for ``rows`` rows."""
+        """``rows`` uninitialized rows."""
         return cls(
             torch.empty(rows, width, dtype=FP8, device=device),
             torch.empty(rows, 1, dtype=torch.float32, device=device),
@@ -63,7 +54,7 @@ class Quantized:
         return Quantized(self.values[:count], self.scales[:count])
 
     def fill(self, source: Tensor) -> Quantized:
-        """Quantize ``[N, K]`` into these rows; each row's largest number becomes fp8's."""
+        """Quantize ``[N, K]`` into these rows, the largest of each to the largest number of fp8."""
         wide = source.float()
         torch.clamp_min(wide.abs().amax(1, keepdim=True), _SMALLEST_ROW, out=self.scales)
         self.scales.div_(LARGEST)
@@ -90,39 +81,26 @@ def product(left: Quantized, right: Quantized, bias: Tensor | None, out: Tensor)
             out=out,
         )
         return
-    found = F.linear(left.values.float(), right.values.float()) * left.scales * right.scales.T
-    out.copy_(found if bias is None else found + bias.float())
-
-
-@dataclass(frozen=True)
-class _Fp8Layer:
-    """One block's weights; those in fp8 are ``[out, in]``."""
-
-    norm_1: Norm
-    qkv: Quantized
-    qkv_bias: Tensor
-    projection: Tensor
-    norm_2: Norm
-    expand: Quantized
-    expand_bias: Tensor
-    contract: Quantized
+    wide = F.linear(left.values.float(), right.values.float()) * left.scales * right.scales.T
+    out.copy_(wide if bias is None else wide + bias.float())
 
 
 class GPT2Fp8Body(GPT2Body):
-    """Like `GPT2Body`, with fp8 copies of most weights.
+    """A `GPT2Body` with fp8 copies of most weights.
 
     Args:
         model: a model that `supports` accepts.
-        release: drop the weights that were copied from the model, which cannot be used any more.
+        release: drop the copied weights from the model, which then cannot be used any more.
 
     Raises:
-        ModelError: the model is not supported.
+        ModelError: the model is not supported, or a width of it is no multiple of 16.
     """
 
     def __init__(self, model: Any, *, release: bool = False) -> None:
         super().__init__(model)
-        self.fp8_layers = [
-            _Fp8Layer(
+        _check_widths(model.base_model)
+        self.fp8_layers: list[Layer[Quantized]] = [
+            Layer(
                 norm_1=layer.norm_1,
                 qkv=quantize(layer.qkv.T),
                 qkv_bias=layer.qkv_bias,
@@ -142,7 +120,7 @@ class GPT2Fp8Body(GPT2Body):
         self._rows: tuple[Quantized, Quantized] | None = None
 
     def release(self) -> None:
-        """Give up workspace, graphs and quantized rows; the next call makes its own."""
+        """Give up workspace, graphs and quantized rows; the next call makes new ones."""
         super().release()
         self._rows = None
 
@@ -173,7 +151,7 @@ class GPT2Fp8Body(GPT2Body):
             _norm_quantized(layer.norm_2, stream, None, narrow)
             product(narrow, layer.expand, layer.expand_bias, inside)
             _gelu_quantized(inside, wide)
-            # What the MLP adds waits for the next norm, in the place of that norm's result
+            # Only the next norm adds the MLP's output to the stream; `normed` is free till then
             product(wide, layer.contract, None, normed)
             added = normed
         if added is not None:
@@ -214,61 +192,13 @@ def _gelu_quantized(inside: Tensor, out: Quantized) -> None:
     out.fill(F.gelu(inside.float(), approximate="tanh"))
 
 
-# ── what it costs in accuracy ─────────────────────────────────────────────────────────────────
-@dataclass(frozen=True)
-class QuantizationError:
-    """How far the fp8 teacher is from the one it was made of, over some tokens."""
-
-    divergence: float
-    """KL(bf16 ‖ fp8) of the next token's distribution at temperature 1, in nats a token."""
-    same_choice: float
-    """Share of tokens whose most probable next token is the same."""
-    hidden: float
-    """‖fp8 − bf16‖ / ‖bf16‖ of the last hidden state."""
-
-
-@torch.no_grad()
-def quantize_teacher(
-    model: Any, head: Tensor, windows: Tensor
-) -> tuple[GPT2Fp8Body, QuantizationError]:
-    """The fp8 body of a GPT-2 and its error on ``windows`` ``[B, T]`` of token ids.
-
-    The model gives up the weights that are now in fp8.
-
-    Args:
-        model: a model that `supports` accepts, in its final place.
-        head: ``[V, D]``, its output embedding.
-        windows: token ids of real text, on the model's device.
+def _check_widths(body: Any) -> None:
+    """Refuse a GPT-2 whose products fp8 units cannot take.
 
     Raises:
-        ModelError: there is no fp8 form of such a model.
+        ModelError: a width that `_ALIGNMENT` does not divide.
     """
-    _check_has_fp8_form(model)
-    before = GPT2Body(model)(windows).flatten(0, 1)
-    body = GPT2Fp8Body(model, release=True)
-    after = body(windows).flatten(0, 1)
-    wide_head = head.float()
-    divergence = same = torch.zeros((), device=head.device, dtype=torch.float64)
-    for left, right in zip(before.split(1024), after.split(1024), strict=True):
-        # In fp32: rounding logits to bf16 would itself move them by as much
-        exact, narrow = (F.linear(part.float(), wide_head) for part in (left, right))
-        log_p, log_q = exact.log_softmax(1), narrow.log_softmax(1)
-        divergence = divergence + (log_p.exp() * (log_p - log_q)).sum(1).double().sum()
-        same = same + (exact.argmax(1) == narrow.argmax(1)).double().sum()
-    difference = (after.float() - before.float()).norm() / before.float().norm()
-    tokens = windows.numel()
-    return body, QuantizationError(
-        float(divergence) / tokens, float(same) / tokens, float(difference)
-    )
-
-
-def _check_has_fp8_form(model: Any) -> None:
-    if not supports(model) or next(model.parameters()).dtype != torch.bfloat16:
-        raise ModelError(
-            f"{type(model).__name__} has no fp8 form, only GPT-2 in bf16 has; use"
-            " --teacher_precision=bf16"
-        )
-    widths = {size for p in model.base_model.h.parameters() for size in p.shape}
+    widths = {size for parameter in body.h.parameters() for size in parameter.shape}
     odd = sorted(width for width in widths if width % _ALIGNMENT)
     if odd:
         raise ModelError(

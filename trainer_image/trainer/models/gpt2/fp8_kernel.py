@@ -6,13 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LARGEST = 448.0
-"""Of e4m3."""
-
 
 @triton.jit
 def _store_quantized(x, inside, row, cols, out, scales, width):  # type: ignore[no-untyped-def]
-    """Scale a row so that its largest number becomes fp8's largest, and store both."""
+    """Scale a row so that its largest number becomes 448, that of e4m3; store row and scale."""
     largest = tl.max(tl.where(inside, tl.abs(x), 0.0), 0)
     scale = tl.maximum(largest, 1e-12) / 448.0
     tl.store(scales + row, scale)
@@ -22,7 +19,7 @@ def _store_quantized(x, inside, row, cols, out, scales, width):  # type: ignore[
 
 @triton.jit
 def _norm_quantized(  # type: ignore[no-untyped-def]
-    stream,  # [N, D], read, and written where something is added
+    stream,  # [N, D]; the sum replaces it unless added is None
     added,  # [N, D] or None
     shift,  # [D] in fp32
     weight,  # [D]
@@ -31,7 +28,7 @@ def _norm_quantized(  # type: ignore[no-untyped-def]
     scales,  # [N] in fp32
     width,
     eps,
-    BLOCK: tl.constexpr,  # the power of two from D on
+    BLOCK: tl.constexpr,  # the least power of two that is at least D
 ):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
@@ -59,7 +56,7 @@ def _gelu_quantized(  # type: ignore[no-untyped-def]
     out,  # [N, K] in fp8
     scales,  # [N] in fp32
     width,
-    BLOCK: tl.constexpr,  # the power of two from K on
+    BLOCK: tl.constexpr,  # the least power of two that is at least K
 ):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
@@ -94,7 +91,7 @@ def norm(
         bias: ``[D]``.
         eps: added to the variance.
         out: ``[N, D]`` in e4m3, contiguous.
-        scales: ``[N, 1]`` in fp32, what ``out`` is to be multiplied by.
+        scales: ``[N, 1]`` in fp32; ``out · scales`` are the results.
     """
     count, width = stream.shape
     block = triton.next_power_of_2(width)
@@ -119,7 +116,7 @@ def gelu(rows: Tensor, out: Tensor, scales: Tensor) -> None:
     Args:
         rows: ``[N, K]``, contiguous.
         out: ``[N, K]`` in e4m3, contiguous.
-        scales: ``[N, 1]`` in fp32, what ``out`` is to be multiplied by.
+        scales: ``[N, 1]`` in fp32; ``out · scales`` are the results.
     """
     count, width = rows.shape
     block = triton.next_power_of_2(width)

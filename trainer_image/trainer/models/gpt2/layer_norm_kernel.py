@@ -16,7 +16,7 @@ def _layer_norm(  # type: ignore[no-untyped-def]
     out,  # [N, D]
     width,
     eps,
-    BLOCK: tl.constexpr,  # the power of two from D on
+    BLOCK: tl.constexpr,  # the least power of two that is at least D
 ):
     start = tl.program_id(0).to(tl.int64) * width
     cols = tl.arange(0, BLOCK)
