@@ -12,6 +12,7 @@ by these logits, which two products turn into gradients of hidden state and head
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -44,6 +45,65 @@ class Mix:
     temperature: float
     scheme: str = "forward_kl"
     """A name of `DIVERGENCES`."""
+
+
+class Sums(NamedTuple):
+    """The loss's terms summed over tokens, and the gradients of the sum of the mixed loss."""
+
+    ce: Tensor
+    """In nats; NaN where alpha is 1."""
+    kd: Tensor
+    """The divergence at temperature T in nats; NaN where alpha is 0."""
+    grad_hidden: Tensor | None
+    """``[N, D_s]`` in fp32 or better, times ``scale``; None where not needed."""
+    grad_head: Tensor | None
+    """``[V, D_s]``, likewise."""
+    scale: float
+    """See `gradient_scale`."""
+
+
+class _LossOfSums(torch.autograd.Function):
+    """Computes the gradients in the forward pass; the backward pass only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, mix: Mix, compute: Callable[..., Sums]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        sums = compute(ctx.needs_input_grad[:2])
+        tokens = hidden.shape[0]
+        ctx.save_for_backward(sums.grad_hidden, sums.grad_head)
+        ctx.divisor, ctx.dtypes = tokens * sums.scale, (hidden.dtype, head.dtype)
+        ce, kd = sums.ce / tokens, sums.kd / tokens
+        loss = torch.zeros_like(ce)
+        if mix.alpha < 1.0:
+            loss = loss + (1.0 - mix.alpha) * ce
+        if mix.alpha > 0.0:
+            loss = loss + mix.alpha * mix.temperature**2 * kd
+        ctx.mark_non_differentiable(ce, kd)
+        return loss, ce, kd
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # Rounded only now, for fp16 gradients need the loss scaler's factor, which comes in here
+        scale = grads[0] / ctx.divisor
+        gradients = (
+            None if saved is None else (saved * scale).to(kind)
+            for saved, kind in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return (*gradients, None, None)
+
+
+def loss_of_sums(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    mix: Mix,
+    compute: Callable[[tuple[bool, ...]], Sums],
+) -> DistillLoss:
+    """The loss, differentiable by hidden state and head, from what ``compute`` sums up.
+
+    ``compute`` is told whether the gradients of hidden state and of head are needed.
+    """
+    return DistillLoss(*_LossOfSums.apply(student_hidden, student_head, mix, compute))
 
 
 def distill_loss(
@@ -79,23 +139,18 @@ def distill_loss(
             divergence.
     """
     check_shapes(student_hidden, student_head, teacher_hidden, teacher_head, labels, mix)
-    if mix.alpha == 0.0:
-        teacher_hidden = teacher_head = teacher_bias = None
-    elif teacher_head is not None:
-        vocabulary = student_head.shape[0]
-        teacher_head = teacher_head[:vocabulary]
-        teacher_bias = None if teacher_bias is None else teacher_bias[:vocabulary]
-    loss, ce, kd = _ChunkedLoss.apply(
-        student_hidden,
-        student_head,
-        teacher_hidden,
-        teacher_head,
-        teacher_bias,
-        labels,
-        mix,
-        chunk_elements,
-    )
-    return DistillLoss(loss, ce, kd)
+
+    def compute(needs: tuple[bool, ...]) -> Sums:
+        teacher = None
+        if mix.alpha > 0.0 and teacher_hidden is not None and teacher_head is not None:
+            vocabulary, kind = student_head.shape[0], teacher_hidden.dtype
+            bias = None if teacher_bias is None else teacher_bias[:vocabulary]
+            teacher = teacher_hidden, teacher_head[:vocabulary].to(kind), bias
+        return _over_chunks(
+            student_hidden, student_head, teacher, labels, mix, chunk_elements, needs
+        )
+
+    return loss_of_sums(student_hidden, student_head, mix, compute)
 
 
 def check_shapes(
@@ -135,16 +190,6 @@ def check_shapes(
             f"the teacher's vocabulary of {teacher_head.shape[0]} is smaller than the student's"
             f" of {student_head.shape[0]}"
         )
-
-
-def mixed_loss(ce: Tensor, kd: Tensor, mix: Mix) -> Tensor:
-    """The loss from the means of its terms; a term of weight 0, which is NaN, is left out."""
-    loss = torch.zeros_like(ce)
-    if mix.alpha < 1.0:
-        loss = loss + (1.0 - mix.alpha) * ce
-    if mix.alpha > 0.0:
-        loss = loss + mix.alpha * mix.temperature**2 * kd
-    return loss
 
 
 def _sums_and_gradient(
@@ -204,71 +249,39 @@ def product(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> N
         torch.addmm(out, left.to(out.dtype), right.to(out.dtype), beta=beta, out=out)
 
 
-def scaled_gradients(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-    """The result of a backward pass that only scales the gradients saved by its forward pass.
-
-    Those belong to the sum over tokens times `gradient_scale`, in fp32. They are divided by
-    ``ctx.divisor`` and multiplied by the incoming gradient, in which the loss scaler's factor is,
-    before they are rounded to ``ctx.dtypes``.
-    """
-    scale = incoming / ctx.divisor
-    gradients = (
-        None if saved is None else (saved * scale).to(kind)
-        for saved, kind in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-    )
-    return (*gradients, *(None,) * 6)
-
-
-class _ChunkedLoss(torch.autograd.Function):
-    """Loss and gradients chunk by chunk; the backward pass only scales the gradients."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student_hidden: Tensor,
-        student_head: Tensor,
-        teacher_hidden: Tensor | None,
-        teacher_head: Tensor | None,
-        teacher_bias: Tensor | None,
-        labels: Tensor,
-        mix: Mix,
-        chunk_elements: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens, vocabulary = student_hidden.shape[0], student_head.shape[0]
-        # Accumulate over chunks in fp32 or better, whatever the operands are
-        wide = torch.promote_types(student_hidden.dtype, torch.float32)
-        head = student_head.to(student_hidden.dtype)
-        if teacher_hidden is not None and teacher_head is not None:
-            teacher_head = teacher_head.to(teacher_hidden.dtype)
-        need_hidden, need_head = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        grad_hidden = torch.empty_like(student_hidden, dtype=wide) if need_hidden else None
-        grad_head = torch.zeros_like(student_head, dtype=wide) if need_head else None
-        ce_sum = student_hidden.new_zeros((), dtype=wide)
-        kd_sum = student_hidden.new_zeros((), dtype=wide)
-        size = max(1, chunk_elements // vocabulary)
-        for start in range(0, tokens, size):
-            part = slice(start, min(start + size, tokens))
-            hidden = student_hidden[part]
-            teacher_logits = None
-            if teacher_hidden is not None and teacher_head is not None:
-                teacher_logits = F.linear(teacher_hidden[part], teacher_head, teacher_bias).to(wide)
-            ce, kd, grad = _sums_and_gradient(
-                F.linear(hidden, head).to(wide), teacher_logits, labels[part], mix
-            )
-            ce_sum += ce
-            kd_sum += kd
-            grad = grad.mul_(gradient_scale(head.dtype, mix)).to(head.dtype)
-            if grad_hidden is not None:
-                product(grad_hidden[part], grad, head)
-            if grad_head is not None:
-                product(grad_head, grad.T, hidden, add=True)
-        ctx.save_for_backward(grad_hidden, grad_head)
-        ctx.divisor = tokens * gradient_scale(head.dtype, mix)
-        ctx.dtypes = student_hidden.dtype, student_head.dtype
-        ce_mean, kd_mean = ce_sum / tokens, kd_sum / tokens
-        ctx.mark_non_differentiable(ce_mean, kd_mean)
-        return mixed_loss(ce_mean, kd_mean, mix), ce_mean, kd_mean
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return scaled_gradients(ctx, grads[0])
+def _over_chunks(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher: tuple[Tensor, Tensor, Tensor | None] | None,
+    labels: Tensor,
+    mix: Mix,
+    chunk_elements: int,
+    needs: tuple[bool, ...],
+) -> Sums:
+    """The sums of `distill_loss`; ``teacher`` is hidden state, head and bias, None at alpha 0."""
+    tokens, vocabulary = student_hidden.shape[0], student_head.shape[0]
+    # Accumulate over chunks in fp32 or better, whatever the operands are
+    wide = torch.promote_types(student_hidden.dtype, torch.float32)
+    head = student_head.to(student_hidden.dtype)
+    scale = gradient_scale(head.dtype, mix)
+    grad_hidden = torch.empty_like(student_hidden, dtype=wide) if needs[0] else None
+    grad_head = torch.zeros_like(student_head, dtype=wide) if needs[1] else None
+    ce_sum, kd_sum = student_hidden.new_zeros(2, dtype=wide)
+    size = max(1, chunk_elements // vocabulary)
+    for start in range(0, tokens, size):
+        part = slice(start, min(start + size, tokens))
+        hidden = student_hidden[part]
+        teacher_logits = None
+        if teacher is not None:
+            teacher_logits = F.linear(teacher[0][part], *teacher[1:]).to(wide)
+        ce, kd, grad = _sums_and_gradient(
+            F.linear(hidden, head).to(wide), teacher_logits, labels[part], mix
+        )
+        ce_sum += ce
+        kd_sum += kd
+        grad = grad.mul_(scale).to(head.dtype)
+        if grad_hidden is not None:
+            product(grad_hidden[part], grad, head)
+        if grad_head is not None:
+            product(grad_head, grad.T, hidden, add=True)
+    return Sums(ce_sum, kd_sum, grad_hidden, grad_head, scale)

@@ -30,7 +30,6 @@ import importlib.util
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,11 +37,11 @@ from torch import Tensor
 from trainer.loss.chunked import (
     DistillLoss,
     Mix,
+    Sums,
     check_shapes,
     gradient_scale,
-    mixed_loss,
+    loss_of_sums,
     product,
-    scaled_gradients,
 )
 from trainer.loss.divergences import DIVERGENCES
 
@@ -122,61 +121,18 @@ def distill_loss(
     check_shapes(student_hidden, student_head, teacher_hidden, teacher_head, labels, mix)
     if not in_kernel(mix, ()):
         raise ValueError(f"the fused loss has no kernel for divergence {mix.scheme!r}")
-    if mix.alpha == 0.0:
-        teacher_hidden = teacher_head = teacher_bias = None
-    loss, ce, kd = _FusedLoss.apply(
-        student_hidden,
-        student_head,
-        teacher_hidden,
-        teacher_head,
-        teacher_bias,
-        labels,
-        mix,
-        chunk_tokens,
-    )
-    return DistillLoss(loss, ce, kd)
 
-
-class _FusedLoss(torch.autograd.Function):
-    """Loss and gradients chunk by chunk; the backward pass only scales the gradients."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student_hidden: Tensor,
-        student_head: Tensor,
-        teacher_hidden: Tensor | None,
-        teacher_head: Tensor | None,
-        teacher_bias: Tensor | None,
-        labels: Tensor,
-        mix: Mix,
-        chunk_tokens: int | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens, vocabulary = student_hidden.shape[0], student_head.shape[0]
+    def compute(needs: tuple[bool, ...]) -> Sums:
+        vocabulary = student_head.shape[0]
         with torch.autocast(student_hidden.device.type, enabled=False):
             student = _Head.padded(student_hidden, student_head, None, vocabulary)
             teacher = None
-            if teacher_hidden is not None and teacher_head is not None:
+            if mix.alpha > 0.0 and teacher_hidden is not None and teacher_head is not None:
                 teacher = _Head.padded(teacher_hidden, teacher_head, teacher_bias, vocabulary)
-            ce, kd, grad_hidden, grad_head = _over_chunks(
-                student,
-                teacher,
-                labels.contiguous(),
-                mix,
-                vocabulary,
-                chunk_tokens or _chunk_tokens(student, teacher),
-                needs=(ctx.needs_input_grad[0], ctx.needs_input_grad[1]),
-            )
-        ctx.save_for_backward(grad_hidden, grad_head)
-        ctx.divisor = tokens * gradient_scale(student.weight.dtype, mix)
-        ctx.dtypes = student_hidden.dtype, student_head.dtype
-        ce_mean, kd_mean = ce.sum() / tokens, kd.sum() / tokens
-        ctx.mark_non_differentiable(ce_mean, kd_mean)
-        return mixed_loss(ce_mean, kd_mean, mix), ce_mean, kd_mean
+            size = chunk_tokens or _chunk_tokens(student, teacher)
+            return _over_chunks(student, teacher, labels.contiguous(), mix, vocabulary, size, needs)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return scaled_gradients(ctx, grads[0])
+    return loss_of_sums(student_hidden, student_head, mix, compute)
 
 
 @functools.cache
@@ -232,18 +188,12 @@ def _over_chunks(
     mix: Mix,
     vocabulary: int,
     chunk_tokens: int,
-    needs: tuple[bool, bool],
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Per-token CE and divergence, and the gradients of the *sum* of the mixed loss.
-
-    Returns:
-        CE and divergence ``[N]`` (NaN where not computed), and the gradients of hidden state
-        ``[N, D]`` and head ``[V, D]`` times `gradient_scale`, each None where not needed; all
-        in fp32.
-    """
+    needs: tuple[bool, ...],
+) -> Sums:
     from trainer.loss import kernel
 
     tokens, width = student.hidden.shape
+    scale = gradient_scale(student.weight.dtype, mix)
     size = min(chunk_tokens, tokens)
     student_rows = student.buffer(size)
     teacher_rows = None if teacher is None else teacher.buffer(size)
@@ -264,12 +214,12 @@ def _over_chunks(
             per_token[:, part],
             mix,
             vocabulary,
-            gradient_scale=gradient_scale(student.weight.dtype, mix),
+            gradient_scale=scale,
         )
         gradient = logits  # the kernel has overwritten them
         if grad_hidden is not None:
             product(grad_hidden[part], gradient, student.weight)
         if grad_head is not None:
             product(grad_head, gradient.T, hidden, add=start > 0)
-    head_part = None if grad_head is None else grad_head[:vocabulary]
-    return per_token[0], per_token[1], grad_hidden, head_part
+    grad_head = None if grad_head is None else grad_head[:vocabulary]
+    return Sums(per_token[0].sum(), per_token[1].sum(), grad_hidden, grad_head, scale)

@@ -302,17 +302,11 @@ def launch(
 ) -> None:
     """Loss per token, and the gradient of the mixed loss's sum by the student's logits.
 
-    Args:
-        logits: ``[n, V_p]``, the student's; replaced by the gradient. Columns from ``vocabulary``
-            on are ignored and become 0.
-        teacher_logits: ``[≥ n, V_p]``, without the teacher's bias; None when alpha is 0.
-        bias: ``[V_p]`` in fp32, or None.
-        labels: ``[n]``.
-        per_token: ``[2, n]``: CE (left alone when alpha is 1) and divergence (left alone when
-            alpha is 0), in nats.
-        mix: alpha, temperature and divergence.
-        vocabulary: entries of a row before its padding.
-        gradient_scale: factor of the gradient, for types of small range.
+    ``logits``, the student's, are replaced by the gradient; their columns from ``vocabulary`` on
+    are ignored and become 0. Shapes are those of `_loss_and_gradient`; ``per_token`` is ``[2, n]``:
+    CE (left alone when alpha is 1) and divergence (left alone when alpha is 0), in nats.
+    ``teacher_logits``, without the bias, are None when alpha is 0. ``gradient_scale`` multiplies
+    the gradient, for types of small range.
     """
     rows, padded = logits.shape
     scheme = 0 if teacher_logits is None else DIVERGENCES[mix.scheme].kernel_branch

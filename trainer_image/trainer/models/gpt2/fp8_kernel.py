@@ -83,15 +83,7 @@ def norm(
 ) -> None:
     """``stream += added``, then ``layer_norm(stream + shift)`` in fp8, row by row.
 
-    Args:
-        stream: ``[N, D]``, contiguous; changed in place where ``added`` is given.
-        added: ``[N, D]``, contiguous, or None.
-        shift: ``[D]`` in fp32.
-        weight: ``[D]``.
-        bias: ``[D]``.
-        eps: added to the variance.
-        out: ``[N, D]`` in e4m3, contiguous.
-        scales: ``[N, 1]`` in fp32; ``out · scales`` are the results.
+    Shapes are those of the kernel's comments; matrices are contiguous. Result: ``out · scales``.
     """
     count, width = stream.shape
     block = triton.next_power_of_2(width)
@@ -113,10 +105,7 @@ def norm(
 def gelu(rows: Tensor, out: Tensor, scales: Tensor) -> None:
     """GELU by its tanh approximation in fp8, row by row.
 
-    Args:
-        rows: ``[N, K]``, contiguous.
-        out: ``[N, K]`` in e4m3, contiguous.
-        scales: ``[N, 1]`` in fp32; ``out · scales`` are the results.
+    Shapes are those of the kernel's comments; matrices are contiguous. Result: ``out · scales``.
     """
     count, width = rows.shape
     block = triton.next_power_of_2(width)

@@ -37,13 +37,7 @@ def launch(
 ) -> None:
     """``out = layer_norm(rows + shift)`` over the last dimension, computed in fp32.
 
-    Args:
-        rows: ``[N, D]``, contiguous.
-        shift: ``[D]`` in fp32.
-        weight: ``[D]``.
-        bias: ``[D]``.
-        eps: added to the variance.
-        out: ``[N, D]``, contiguous.
+    Shapes are those of the kernel's comments; matrices are contiguous.
     """
     count, width = rows.shape
     block = triton.next_power_of_2(width)
