@@ -21,7 +21,7 @@ from trainer.runtime.errors import ModelError
 
 
 class FastBody(Protocol):
-    """What stands in for a model's own body."""
+    """Replaces the body of a frozen model."""
 
     def __call__(self, ids: Tensor) -> Tensor:
         """``[B, T]`` token ids to the last hidden state ``[B, T, D]``, a tensor of the caller's."""

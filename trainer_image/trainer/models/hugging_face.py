@@ -1,4 +1,4 @@
-"""Names of models: a directory or a name on the Hugging Face hub; tokenizers."""
+"""Models by directory or by name on the Hugging Face hub, and their tokenizers."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ _TOKENIZER_FILES = re.compile(
 
 
 def looks_local(name: str) -> bool:
-    """Whether a name can only be a path: those of the hub are NAME or OWNER/NAME."""
+    """Whether a name can only be a path: names on the hub are NAME or OWNER/NAME."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def bucket_advice(name: str) -> str:
-    """What to give in place of a bucket, whose files `transformers` and `datasets` are not given.
+    """The end of an error message: what to give in place of a ``gs://`` URI; else empty.
 
     Vertex AI mounts the project's buckets:
     https://cloud.google.com/vertex-ai/docs/training/cloud-storage-file-system
     """
-    bucket, _, place = name.partition("://")
-    if bucket != "gs":
+    scheme, _, path = name.partition("://")
+    if scheme != "gs":
         return ""
-    return f"; give a local copy, or on Vertex AI /gcs/{place}, where it mounts the bucket"
+    return f"; give a local copy, or on Vertex AI /gcs/{path}, where it mounts the bucket"
 
 
 def location_of(what: str, name: str) -> str:
-    """What `transformers` is given: a hub's name as it is, a directory with its ``~`` expanded.
+    """The name for `transformers`: of a directory with ``~`` expanded, of the hub as it is.
 
     Raises:
-        ModelError: a path that is no directory, which would else be looked for on the hub.
+        ModelError: a path that is no directory; `transformers` would look for it on the hub.
     """
     path = os.path.expanduser(name)
     if os.path.isdir(path):
@@ -54,7 +54,7 @@ def location_of(what: str, name: str) -> str:
 
 @contextlib.contextmanager
 def readable_errors(what: str, name: str) -> Iterator[None]:
-    """Turn what `transformers` raises for a bad name, a bad file or no network into one line."""
+    """Raise a `ModelError` of one line for a bad name, a bad file or no network."""
     import huggingface_hub.errors
     import safetensors
 
@@ -71,8 +71,6 @@ def readable_errors(what: str, name: str) -> Iterator[None]:
         RuntimeError,
         pickle.UnpicklingError,
         safetensors.SafetensorError,
-        huggingface_hub.errors.HfHubHTTPError,
-        huggingface_hub.errors.HFValidationError,
         huggingface_hub.errors.StrictDataclassError,
     ) as error:
         local = os.path.isdir(os.path.expanduser(name))
@@ -81,7 +79,7 @@ def readable_errors(what: str, name: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong, in one line."""
+    """The cause in one line."""
     import huggingface_hub.errors
 
     text = str(error)
@@ -89,11 +87,11 @@ def _reason(error: Exception) -> str:
     if "trust_remote_code" in text:
         return "it needs code of its own, and remote code is not run; give one that needs none"
     if isinstance(error, pickle.UnpicklingError):
-        found = re.search(r"GLOBAL (\S+)", text)
-        what = f"refers to {found[1]}" if found else "is damaged or holds more than tensors"
+        function = re.search(r"GLOBAL (\S+)", text)
+        what = f"refers to {function[1]}" if function else "is damaged or holds more than tensors"
         return f"a .bin file of its weights {what}, which could run code; give safetensors"
     if isinstance(error, huggingface_hub.errors.StrictDataclassError):
-        # The first line says in which check, the last what is wrong
+        # The first line names the check, the last one the cause
         return f"its config.json does not hold together: {lines[-1]}"
     if isinstance(error, KeyError):
         return f"unknown or missing key {text}"
@@ -104,14 +102,14 @@ def load_tokenizer(name: str, token: str | None = None) -> Any:
     """The tokenizer of a model.
 
     Raises:
-        ModelError: there is none or it cannot be loaded, it has no vocabulary, or no end-of-text
-            token to put between documents.
+        ModelError: there is none, it cannot be loaded, or it lacks a vocabulary or the end-of-text
+            token that goes between documents.
     """
     from transformers import AutoTokenizer
 
     location = location_of("tokenizer of", name)
     if os.path.isdir(location) and not any(map(_TOKENIZER_FILES.fullmatch, os.listdir(location))):
-        # Of some models `transformers` then makes an empty one
+        # For some models, `transformers` would then make an empty tokenizer
         raise ModelError(
             f"{name!r} has no tokenizer files (tokenizer.json, for example); save the teacher's"
             " tokenizer there"

@@ -2,7 +2,7 @@
 
 With learned positions this is GPT-2's architecture (Radford et al., 2019) with exact GELU, an
 untied output head and no bias on it; with rotary positions (Su et al., 2021, arXiv:2104.09864)
-queries and keys are turned instead. Parameter names and order are part of the checkpoint format.
+queries and keys are rotated instead. Parameter names and order are part of the checkpoint format.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROPE_BASE = 10_000.0
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """What determines the shapes and the function of a student."""
+    """The hyperparameters that a student's shapes and its function depend on."""
 
     vocab_size: int
     d_model: int
@@ -37,7 +37,7 @@ class StudentConfig:
     dropout: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON types, as they stand in checkpoint metadata."""
+        """As JSON types, for checkpoint metadata."""
         return asdict(self)
 
 
@@ -92,8 +92,8 @@ class Block(nn.Module):
 class Student(nn.Module):
     """Token ids to the last hidden state; `lm_head` turns that into logits.
 
-    The two are apart because the loss takes hidden state and head: see `trainer.distill`. Weights
-    are arbitrary, and need not be finite, until `initialize` or a state dict sets them.
+    They are separate because the loss takes hidden state and head: see `trainer.loss.chunked`.
+    Weights are arbitrary, and need not be finite, until `initialize` or a state dict sets them.
     """
 
     def __init__(self, config: StudentConfig) -> None:
@@ -130,8 +130,8 @@ class Student(nn.Module):
 
         Args:
             ids: token ids.
-            position_table: ``[≥ T, D]``, used in place of the learned table: how evaluation looks
-                past the trained positions without touching the weights.
+            position_table: ``[≥ T, D]``, used in place of the learned table, so that evaluation
+                can go past the trained positions without changing the weights.
         """
         length = ids.shape[1]
         x = self.embed(ids)
@@ -143,7 +143,7 @@ class Student(nn.Module):
             table = self.pos.weight if position_table is None else position_table
             x = x + table[:length].to(x.dtype)
         if _autocast_type(x) == torch.bfloat16:
-            # The residual stream's traffic and memory halve; fp16 has too small a range for it
+            # Halves the residual stream's traffic and memory; the range of fp16 is too small for it
             x = x.to(torch.bfloat16)
         x = self.drop(x)
         for block in self.blocks:
@@ -152,7 +152,7 @@ class Student(nn.Module):
             else:
                 x = block(x, rotation)
         x = self.ln_f(x)
-        # In the compiled body the cast costs nothing; outside, a copy in fp32
+        # Compiled, this cast is fused into the norm; outside, it would cost an fp32 copy
         return x.to(_autocast_type(x) or x.dtype)
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class Student(nn.Module):
 
 
 def _autocast_type(x: Tensor) -> torch.dtype | None:
-    """What autocast computes products in at present; None outside of it."""
+    """The type in which autocast computes products now; None outside autocast."""
     if not torch.is_autocast_enabled(x.device.type):
         return None
     return torch.get_autocast_dtype(x.device.type)
@@ -181,10 +181,10 @@ def rotary_tables(
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn ``[B, H, T, W]`` by position, the first half of the width against the second."""
+    """Rotate ``[B, H, T, W]`` by position: entry i of the first half of W with i of the second."""
     first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
-    return turned.to(x.dtype)
+    rotated = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+    return rotated.to(x.dtype)
 
 
 def student_config_from_weights(

@@ -8,12 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.models.fast_bodies import (
-    FastBody,
-    QuantizationError,
-    family_of,
-    quantize_teacher,
-)
+from trainer.models.fast_bodies import FastBody, QuantizationError, family_of, quantize_teacher
 from trainer.models.hugging_face import location_of, readable_errors
 from trainer.runtime.errors import ModelError
 from trainer.runtime.log import log

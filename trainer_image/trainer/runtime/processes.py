@@ -24,10 +24,10 @@ from trainer.runtime.log import log
 MASTER_PORT = 29_500
 
 PATIENCE = timedelta(hours=2)
-"""How long processes wait for one another: one tokenizes or uploads while the others wait."""
+"""How long processes wait for each other: one may tokenize or upload while the others wait."""
 
 SHUTDOWN_SECONDS = 300
-"""How long a signalled process may save and upload; the platform's own limit is often shorter."""
+"""How long a process may save and upload after a signal; many platforms allow less."""
 
 _CPU = torch.device("cpu")
 
@@ -65,18 +65,18 @@ class Processes:
         """For each flag, whether it is set on any process; one exchange for all."""
         if self.world_size == 1:
             return list(flags)
-        # On the CPU, through gloo: the GPU's queue is not waited for
-        seen = torch.tensor(flags, dtype=torch.uint8)
-        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-        return [bool(flag) for flag in seen.tolist()]
+        # On the CPU, through gloo: the exchange does not wait for the GPU's queue
+        maxima = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in maxima.tolist()]
 
     def min(self, value: int) -> int:
         """The smallest of the processes' numbers."""
         if self.world_size == 1:
             return value
-        found = torch.tensor(value)
-        dist.all_reduce(found, op=dist.ReduceOp.MIN)
-        return int(found)
+        smallest = torch.tensor(value)
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        return int(smallest)
 
     def broadcast(self, value: Any) -> Any:
         """The main process's object, on every process."""
@@ -89,13 +89,13 @@ class Processes:
 
 @contextlib.contextmanager
 def joined_processes(environ: Mapping[str, str] = os.environ) -> Iterator[Processes]:
-    """Join the process group that torchrun describes; alone where it describes none.
+    """Join the process group of torchrun's environment; without one, this process is alone.
 
-    Tensors on GPUs travel through NCCL, those on the CPU through gloo.
+    Tensors on GPUs are exchanged through NCCL, those on the CPU through gloo.
 
     Raises:
         UsageError: torchrun's variables are incomplete.
-        DeviceError: the machine lacks GPUs that it was asked to have.
+        DeviceError: the machine has fewer GPUs than it was ordered with.
     """
     device = choose_device(environ)
     gpu = device.type == "cuda"
@@ -154,16 +154,17 @@ def find_nodes(environ: Mapping[str, str] = os.environ) -> Nodes:
 
 
 def launch_if_needed(module: str, argv: list[str], environ: Mapping[str, str] = os.environ) -> bool:
-    """Start torchrun for every GPU of this machine, if there are several or several machines.
+    """Run the module through torchrun where the job has several GPUs or several machines.
 
-    Does nothing inside a process that torchrun started already.
+    torchrun starts a process for every GPU of this machine.
 
     Returns:
-        True when it has run to a good end, so that nothing is left to do.
+        True when these processes have succeeded; False where there is only one to run, or where
+        torchrun has started this process, so that the caller runs the module.
 
     Raises:
-        DeviceError: the machine lacks GPUs that it was asked to have.
-        LaunchError: the processes failed; theirs is the message that says why.
+        DeviceError: the machine has fewer GPUs than it was ordered with.
+        LaunchError: the processes failed; they have logged why.
         Preempted: a signal stopped them.
     """
     if "LOCAL_RANK" in environ:
@@ -174,19 +175,19 @@ def launch_if_needed(module: str, argv: list[str], environ: Mapping[str, str] = 
         return False
     from torch.distributed.run import get_args_parser, parse_args, run
 
-    wait = f"--shutdown-timeout={SHUTDOWN_SECONDS}"
+    shutdown = f"--shutdown-timeout={SHUTDOWN_SECONDS}"
     known = "--shutdown-timeout" in get_args_parser().format_help()  # not in older releases
-    meeting = [
+    rendezvous = [
         f"--nnodes={nodes.count}",
         f"--node-rank={nodes.index}",
         *("--master-addr", nodes.master),
         f"--master-port={nodes.port}",
     ]
     command = [
-        # Alone, a machine takes a port that is free: another job may run beside this one
-        *(meeting if nodes.count > 1 else ["--standalone"]),
+        # --standalone takes a free port: another job may run on the same machine
+        *(rendezvous if nodes.count > 1 else ["--standalone"]),
         f"--nproc-per-node={max(1, gpus)}",
-        *([wait] if known else []),
+        *([shutdown] if known else []),
         *("-m", module, *argv),
     ]
     log.info("starting torchrun: %d machines with %d processes each", nodes.count, max(1, gpus))

@@ -9,7 +9,7 @@ from trainer.runtime.processes import Processes
 
 
 def full_tensor(value: Tensor) -> Tensor:
-    """A sharded tensor put together on every process; any other as it is."""
+    """A sharded tensor gathered on every process; any other as it is."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 

@@ -24,7 +24,7 @@ from trainer.settings.config import TrainConfig
 from trainer.training.precision import Precision
 
 _EAGER_ELEMENTS, _COMPILED_ELEMENTS = 1 << 26, 1 << 28
-"""Logits at a time; compiled, they exist in the type of the hidden state alone, not in fp32."""
+"""Logits of a chunk; compiled code holds them in the hidden state's type only, not in fp32."""
 
 
 class EvaluationStopped(Exception):
@@ -42,14 +42,14 @@ def cross_entropy_sum(
         head: ``[V, D]``.
         bias: ``[V]`` or None.
         labels: ``[N]``.
-        compiled: by `torch.compile`, for which ``N`` should be the same in every call.
+        compiled: use `torch.compile`, for which ``N`` should be the same in every call.
     """
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     head = head.to(hidden.dtype)
     bias = None if bias is None else bias.to(hidden.dtype)
     chunk_loss = _compiled_chunk_loss() if compiled else _chunk_loss
     elements = len(hidden) * head.shape[0]
-    # Nearly equal parts have two lengths at most, each of which is compiled
+    # Parts of nearly equal size have at most two lengths, each of which is compiled
     parts = -(-elements // (_COMPILED_ELEMENTS if compiled else _EAGER_ELEMENTS))
     for part, wanted in zip(hidden.tensor_split(parts), labels.tensor_split(parts), strict=True):
         total += chunk_loss(part, head, bias, wanted)
@@ -86,8 +86,8 @@ def mean_loss(
         bias: ``[V]`` or None.
         batches: inputs and labels, as many on every process.
         processes: this process among those of the run.
-        stopping: whether this process was asked to stop; looked at before every batch.
-        compiled: head and loss by `torch.compile`.
+        stopping: whether this process was asked to stop; called before every batch.
+        compiled: use `torch.compile` for head and loss.
 
     Raises:
         EvaluationStopped: one of the processes was asked to stop; every process raises it.
@@ -95,7 +95,7 @@ def mean_loss(
     device = processes.device
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for inputs, labels in batches:
-        # Each process has as many batches, so they ask one another as often
+        # Every process has the same number of batches, so all take part in each exchange
         if stopping is not None and processes.any(stopping()):
             raise EvaluationStopped
         total[1] += int((labels != IGNORED).sum())
@@ -114,8 +114,8 @@ def perplexity(loss: float) -> float:
 class Evaluator:
     """Student and teacher losses over the validation split at every context of a run.
 
-    The teacher never changes, so each of its losses is computed once. In training it is evaluated
-    as it is distilled from: with ``--teacher_precision=fp8`` its losses are those of its fp8 form.
+    The teacher never changes, so each of its losses is computed once. They are those of the body
+    that is distilled from: in training with ``--teacher_precision=fp8``, the fp8 one.
 
     Args:
         config: with the contexts, ``micro_batch`` and ``eval_max_tokens``.
@@ -141,16 +141,16 @@ class Evaluator:
         self.teacher = teacher
         self.precision = precision
         self.stopping = stopping
-        # Head and loss. The student's body is not: that takes longer than it gives back, see
+        # Head and loss; compiling the student's body costs more time than it saves, see
         # bench/README.md
         self._compiled = precision.compiles(config)
         self._teacher_losses: dict[tuple[int, int], float] = {}
-        """By context and size of the vocabulary."""
+        """By context and vocabulary size; NaN past the teacher's longest context."""
 
     def metrics(self, student: Student, trained_positions: int) -> dict[str, float]:
         """``val_loss_student@512``, ``val_ppl_student@512``, ``val_loss_teacher@512``, …
 
-        The same names without ``@`` are those of the training context.
+        The same names without ``@…`` hold the values at the training context.
 
         Raises:
             EvaluationStopped: see `mean_loss`.
@@ -173,8 +173,8 @@ class Evaluator:
     ) -> float:
         """Mean loss in nats at a context.
 
-        Past the trained positions the table is used as `resize_positions` would make it, unless
-        ``raw``; the weights stay as they are.
+        Past the trained positions, a table stretched by `resize_positions` stands in for the
+        student's, unless ``raw``; the weights stay as they are.
         """
         table = None
         if student.pos is not None and context > trained_positions and not raw:
@@ -188,26 +188,19 @@ class Evaluator:
         student.eval()
         try:
             with torch.no_grad(), self.precision.autocast():
-                return mean_loss(
-                    lambda ids: student(ids, table),
-                    full_tensor(student.lm_head.weight.detach()),
-                    None,
-                    self._batches(context),
-                    self.processes,
-                    self.stopping,
-                    compiled=self._compiled,
-                )
+                head = full_tensor(student.lm_head.weight.detach())
+                return self._mean_loss(context, lambda ids: student(ids, table), head, None)
         finally:
             student.train(was_training)
             if isinstance(student, FSDPModule):
                 student.reshard()
 
     def teacher_loss(self, context: int, vocab_size: int) -> float | None:
-        """Mean loss in nats at a context, None where there is no teacher or it is too long.
+        """Mean loss in nats at a context; None without a teacher, or past its longest context.
 
         Args:
             context: in tokens.
-            vocab_size: of the student; the teacher's further logits are left out.
+            vocab_size: of the student; the teacher's logits past it are padding and left out.
         """
         teacher, key = self.teacher, (context, vocab_size)
         if teacher is None:
@@ -221,21 +214,21 @@ class Evaluator:
                 self._teacher_losses[key] = math.nan
             else:
                 bias = None if teacher.bias is None else teacher.bias[:vocab_size]
-                self._teacher_losses[key] = mean_loss(
-                    teacher.hidden,
-                    teacher.head[:vocab_size],
-                    bias,
-                    self._batches(context),
-                    self.processes,
-                    self.stopping,
-                    compiled=self._compiled,
+                self._teacher_losses[key] = self._mean_loss(
+                    context, teacher.hidden, teacher.head[:vocab_size], bias
                 )
         loss = self._teacher_losses[key]
         return None if math.isnan(loss) else loss
 
-    def _batches(self, context: int) -> Iterable[tuple[Tensor, Tensor]]:
+    def _mean_loss(
+        self,
+        context: int,
+        hidden: Callable[[Tensor], Tensor],
+        head: Tensor,
+        bias: Tensor | None,
+    ) -> float:
         tokens_per_batch = self.config.micro_batch * self.config.context
-        return evaluation_batches(
+        batches = evaluation_batches(
             self.streams.validation,
             context=context,
             batch=max(1, tokens_per_batch // context),
@@ -243,15 +236,18 @@ class Evaluator:
             rank=self.processes.rank,
             world_size=self.processes.world_size,
         )
+        return mean_loss(
+            hidden, head, bias, batches, self.processes, self.stopping, compiled=self._compiled
+        )
 
 
 def check_contexts(
     contexts: Iterable[int], trained_at: int, streams: TokenStreams, max_tokens: int
 ) -> None:
-    """Refuse contexts that no token of the validation split can have before it.
+    """Refuse contexts longer than all that is evaluated.
 
-    They would take memory, and far from their loss would be that of a shorter one. What was
-    trained at goes through: a small split is worth something at it, and its memory is known.
+    No token would have that many before it, so the loss would be that of a shorter context, and
+    would only take more memory. The context trained at is allowed with a smaller split too.
 
     Args:
         contexts: to evaluate at, in tokens.
@@ -260,7 +256,7 @@ def check_contexts(
         max_tokens: ``eval_max_tokens``; 0 takes them all.
 
     Raises:
-        UsageError: one is longer than what is evaluated.
+        UsageError: one is longer than the tokens that are evaluated.
     """
     tokens = len(streams.validation)
     for context in sorted(contexts):

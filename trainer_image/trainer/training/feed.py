@@ -19,19 +19,19 @@ class Batch(NamedTuple):
     labels: Tensor
     """``[B, T]``, the next token ids."""
     teacher_hidden: Tensor | None
-    """``[B, T, D_t]``; None where it was not asked for."""
+    """``[B, T, D_t]``; None where the teacher was not run."""
 
 
 class Feed:
     """Copies micro-batches to the device and runs the teacher over them.
 
-    On a GPU both happen on a stream of their own, which depends on no weight of the student and so
-    does not wait for the update before: the teacher's products run beside the norms, the optimizer
-    and the exchange of gradients, which leave the GPU's arithmetic idle.
+    On a GPU both happen on a stream of their own, which needs no weight of the student and so does
+    not wait for the update before: the teacher's products run beside the gradient norm, the
+    optimizer and the exchange of gradients, which leave the GPU's arithmetic units idle.
 
     Args:
         teacher: None where no update has alpha above 0. A sharded one stays on the student's
-            stream, for its weights travel with the student's gradients.
+            stream, for one process group gathers its weights and exchanges the gradients.
         device: where the batches go.
     """
 
@@ -43,15 +43,15 @@ class Feed:
         self._in_use: Batch | None = None
 
     def place(self, inputs: Tensor, labels: Tensor, *, teach: bool) -> Batch:
-        """The batch, ready for what the current stream does next.
+        """The batch, ready for the next work of the current stream.
 
-        It may be used until the next call's batch has been, not longer.
+        It must not be used any more once the next call's batch has been used.
 
         Args:
-            inputs: ``[B, T]`` token ids, in pinned memory for the teacher to run ahead; what is
-                on the device already is waited for.
-            labels: the same, the next token ids.
-            teach: run the teacher, if there is one.
+            inputs: ``[B, T]`` token ids. The teacher runs ahead where they are in pinned memory;
+                it waits for the current stream where they are on the device already.
+            labels: the next token ids, in the same kind of memory.
+            teach: whether to run the teacher, if there is one.
         """
         if self._stream is None:
             return self._placed(inputs, labels, teach)
@@ -60,15 +60,15 @@ class Feed:
             self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             batch = self._placed(inputs, labels, teach)
-        # Memory goes back to the stream that it came from. The batch before is given up only now,
-        # when all that the stream does next comes after its last use
+        # The allocator returns a tensor's memory to the stream that allocated it. The batch before
+        # is freed only now, after this stream was made to wait for its last use
         self._stream.wait_stream(current)
         self._in_use = batch
         current.wait_stream(self._stream)
         return batch
 
     def release(self) -> None:
-        """Give up the last batch, whose use must be over."""
+        """Free the last batch, which must not be used any more."""
         self._in_use = None
 
     def _placed(self, inputs: Tensor, labels: Tensor, teach: bool) -> Batch:
@@ -81,5 +81,5 @@ class Feed:
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all feeds of a process: cuBLAS keeps a workspace for every stream it has seen."""
+    """One stream for all feeds of a process: cuBLAS keeps a workspace for each stream."""
     return torch.cuda.Stream(device)

@@ -14,22 +14,23 @@ from trainer.runtime.processes import Processes
 
 
 class LogWindow:
-    """Sums since the last log line; kept on the device so that a step never waits for them."""
+    """Sums since the last log line, kept on the device so that no step waits for them."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.clear()
 
     def clear(self) -> None:
-        """Begin anew."""
-        # Loss, CE and KD of each micro-batch, norm of each update: sums, and how many were finite
+        """Start a new window."""
+        # Row 0: sums of loss, CE and KD of the micro-batches and of the updates' gradient norms;
+        # row 1: how many of these were finite
         self.sums = torch.zeros(2, 4, device=self.device)
         self.updates = self.untimed = 0
         self.began = time.perf_counter()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out what is not training: evaluation and the copying of snapshots."""
+        """Do not count the time of the block, such as an evaluation or the copy of a snapshot."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()
@@ -43,15 +44,15 @@ class LogWindow:
         return time.perf_counter() - self.began
 
     def leave_out_updates(self) -> None:
-        """Count neither the time nor the updates so far for the speed: they were not typical."""
+        """Leave the time and the updates so far out of the speed, as they were not typical."""
         self.began, self.untimed = time.perf_counter(), self.updates
 
     def add(self, output: DistillLoss) -> None:
-        """Count a micro-batch; what was not computed, or is not finite, is left out."""
+        """Count a micro-batch; values not computed or not finite (NaN, infinity) are left out."""
         self._add(slice(0, 3), torch.stack((output.loss.detach(), output.ce, output.kd)))
 
     def add_norm(self, norm: Tensor) -> None:
-        """Count an update by its gradient norm; that of a skipped one is left out."""
+        """Count an update; the norm of a skipped one, which is not finite, is left out."""
         self._add(slice(3, 4), norm)
         self.updates += 1
 
@@ -60,8 +61,8 @@ class LogWindow:
         self.sums[1, part] += torch.isfinite(values)
 
     def means(self, processes: Processes) -> dict[str, float]:
-        """Loss, CE and KD per token in nats, gradient norm; what was never finite is left out."""
+        """Loss, CE and KD per token in nats and gradient norm; those never finite are left out."""
         sums, counts = processes.sum(self.sums).tolist()
         names = ("loss", "ce", "kd", "grad_norm")
-        found = zip(names, sums, counts, strict=True)
-        return {name: total / count for name, total, count in found if count}
+        totals = zip(names, sums, counts, strict=True)
+        return {name: total / count for name, total, count in totals if count}

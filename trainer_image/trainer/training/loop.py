@@ -47,11 +47,11 @@ from trainer.training.step import TrainStep
 
 
 class TrainingLoop:
-    """One process's share of a run.
+    """One process's part of a run.
 
     Args:
         config: with ``grad_accum`` and ``global_batch`` resolved.
-        start: student, step and state to go on from.
+        start: student, step and state to start from.
         teacher: None where no update has alpha above 0.
         streams: training and validation tokens.
         precision: device and compute types.
@@ -95,7 +95,7 @@ class TrainingLoop:
         except CheckpointError as error:
             raise CheckpointError(f"{start.source}: {error}") from None
         self.student = self.device_step.student
-        # Empty where the machine before needed no scaling
+        # Empty where the run was on a machine that needed no loss scaling
         if precision.loss_scaling and start.trainer_state.get("loss_scale"):
             self.device_step.scaler.load_state_dict(start.trainer_state["loss_scale"])
         self.evaluator = Evaluator(
@@ -117,21 +117,19 @@ class TrainingLoop:
         )
         self.alpha, self.temperature = config.schedule_alpha, config.schedule_T
         self.window = LogWindow(precision.device)
-        self._noted = start.step
-        """Updates known to have been made or skipped."""
+        self._counted = start.step
+        """Updates that `_count_skipped` has seen."""
         self.copies = StateCopies()
         self.stop_signal: int | None = None
         self._next_time_snapshot = time.monotonic() + TIME_EVERY_SECONDS
         self._saved = start.step if self.continued else -1
         """The step of the newest snapshot at the run's location; -1 where there is none."""
 
-    # ── the run ───────────────────────────────────────────────────────────────────────────────
-
     def run(self) -> RunResult:
-        """Train to ``train_steps``; evaluate, save and log on the way.
+        """Train to ``train_steps`` with evaluations, snapshots and log lines.
 
         Raises:
-            Preempted: a signal asked the process to stop; its state has been saved.
+            Preempted: a signal stopped the run; its state has been saved.
             TrainingError: too many updates in a row had non-finite gradients, or no evaluation was
                 finite.
         """
@@ -155,8 +153,8 @@ class TrainingLoop:
                 update = self._update
                 bar.update()
                 self._after_update(scalars)
-            self._finish(scalars)
-        except Exception as error:  # whatever it is, what is trained so far is saved
+            self.snapshots.finish()
+        except Exception as error:  # whatever it is, the snapshots queued so far are written
             if not isinstance(error, Preempted):
                 self.snapshots.rescue(error)
             raise
@@ -166,9 +164,15 @@ class TrainingLoop:
             scalars.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        return RunResult(
-            self.step, self.progress.metrics, self.progress.best_value, self.progress.best_step
-        ).checked(self.config)
+        best = self.progress.best_value, self.progress.best_step
+        log.info(
+            "finished at step %d: best %s %.4f at step %d; checkpoints in %s",
+            self.step,
+            self.config.save_best_on,
+            *best,
+            self.config.uri,
+        )
+        return RunResult(self.step, self.progress.metrics, *best).checked(self.config)
 
     def _announce(self) -> None:
         config = self.config
@@ -192,25 +196,25 @@ class TrainingLoop:
     # ── one update ────────────────────────────────────────────────────────────────────────────
 
     def _first_update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-        """The start-up's end: told in the log, and left out of the speed where it compiled."""
-        before = seconds_since_start()
+        """Log how long start and first update took; a compiling one is left out of the speed."""
+        startup_seconds = seconds_since_start()
         began = time.perf_counter()
         self._update(batches)
         if self.precision.device.type == "cuda":
             torch.cuda.synchronize()
-        took = time.perf_counter() - began
+        update_seconds = time.perf_counter() - began
         compiled = self.precision.compiles(self.config)
         if compiled:
             self.window.leave_out_updates()
         log_values(
-            f"started in {before:.1f} s; first update in {took:.1f} s"
+            f"started in {startup_seconds:.1f} s; first update in {update_seconds:.1f} s"
             + ", compilation included" * compiled,
-            startup_seconds=before,
-            first_update_seconds=took,
+            startup_seconds=startup_seconds,
+            first_update_seconds=update_seconds,
         )
 
     def _update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-        """Schedules first, then the micro-batches, then clipping and AdamW."""
+        """The step's alpha and T, its micro-batches, then clipping and AdamW."""
         mix = Mix(self.alpha.at(self.step), self.temperature.at(self.step), self.config.kd_scheme)
         for micro_step in range(self.accumulation):
             inputs, labels = next(batches)
@@ -227,33 +231,33 @@ class TrainingLoop:
         self._count_skipped(wait=False)
 
     def _seed_dropout(self, micro_step: int) -> None:
-        """The masks depend on the place in the run alone, so a resumed run draws the same."""
+        """Seed by the position in the run, so that a resumed run draws the same masks."""
         if self.config.dropout > 0.0:
-            place = (self.config.seed, self.step, micro_step, self.processes.rank)
-            torch.manual_seed(hash(place) & 0x7FFF_FFFF_FFFF)
+            position = (self.config.seed, self.step, micro_step, self.processes.rank)
+            torch.manual_seed(hash(position) & 0x7FFF_FFFF_FFFF)
 
     def _count_skipped(self, *, wait: bool) -> None:
-        """Take note of updates that a non-finite gradient skipped.
+        """Count the updates that were skipped for a non-finite gradient.
 
         Raises:
             TrainingError: ``max_nonfinite`` of them came in a row.
         """
         for finite in self.device_step.outcomes(wait=wait):
-            self._noted += 1
+            self._counted += 1
             if finite:
                 self.progress.skipped_in_row = 0
                 continue
             self.progress.skipped += 1
             self.progress.skipped_in_row += 1
-            in_row, step = self.progress.skipped_in_row, self._noted - 1
+            in_row, step = self.progress.skipped_in_row, self._counted - 1
             log.warning("step %d skipped: its gradient is not finite (%d in a row)", step, in_row)
             if in_row >= self.config.max_nonfinite:
                 raise TrainingError(
                     f"{in_row} updates in a row had a non-finite gradient, the last at step {step}"
-                    f" with learning rate {self._learning_rate(step):.3g}; {self._way_out()}"
+                    f" with learning rate {self._learning_rate(step):.3g}; {self._advice()}"
                 )
 
-    def _way_out(self) -> str:
+    def _advice(self) -> str:
         if self._saved < 0:
             return "no checkpoint had been due. Lower --lr_peak or lengthen --warmup_steps"
         return (
@@ -274,19 +278,18 @@ class TrainingLoop:
         """Micro-batches from this step on; a thread prepares the next ones."""
         gpu = self.precision.device.type == "cuda"
 
-        def prepare(place: int) -> tuple[Tensor, Tensor]:
-            inputs, labels = self.sampler.batch(*divmod(place, self.accumulation))
+        def prepare(number: int) -> tuple[Tensor, Tensor]:
+            inputs, labels = self.sampler.batch(*divmod(number, self.accumulation))
             return (inputs.pin_memory(), labels.pin_memory()) if gpu else (inputs, labels)
 
         first, end = self.step, self.config.train_steps
-        places = range(first * self.accumulation, end * self.accumulation)
-        return prefetched(prepare, places)
+        return prefetched(prepare, range(first * self.accumulation, end * self.accumulation))
 
     # ── between updates ───────────────────────────────────────────────────────────────────────
 
     def _after_update(self, scalars: ScalarLog) -> None:
         config, last = self.config, self.step == self.config.train_steps
-        # Clocks differ, and a sharded snapshot is every process's work
+        # All processes must agree, for all take part in a sharded snapshot, and clocks differ
         stop, timed = self.processes.any_of(
             self.stop_signal is not None, time.monotonic() >= self._next_time_snapshot
         )
@@ -307,13 +310,13 @@ class TrainingLoop:
         self._save(names)
 
     def _save(self, names: list[str]) -> None:
-        """Copy the state and queue it under these names; sharded, every process takes part."""
+        """Queue a snapshot under these names; with FSDP, every process takes part."""
         if not names:
             return
         self._count_skipped(wait=True)
         if self.processes.any(not self.device_step.weights_are_finite()):
             raise TrainingError(
-                f"the weights are not finite after step {self.step}; {self._way_out()}"
+                f"the weights are not finite after step {self.step}; {self._advice()}"
             )
         with self.window.paused():
             if self.processes.main:
@@ -323,14 +326,17 @@ class TrainingLoop:
         self._saved = self.step
 
     def _catch_up(self, scalars: ScalarLog) -> None:
-        """What a kill or a signal may have cut off at the very step of the run's own snapshot."""
+        """Do what the step of the run's own snapshot still lacks, as a kill may have come then.
+
+        That is its evaluation, its best checkpoint and, at the last step, the final one.
+        """
         if not self.continued:
             return
         due = self.step % self.config.eval_every == 0 or self.step == self.config.train_steps
-        # Before a phase's first update nothing is evaluated
-        began = self.progress.first_step
-        beginnings = (began,) if began >= 0 else (0, self.origin.get("step"))
-        first = self.progress.metrics_step < 0 and self.step in beginnings
+        # No evaluation is due before a phase's first update
+        first_step = self.progress.first_step
+        first_steps = (first_step,) if first_step >= 0 else (0, self.origin.get("step"))
+        first = self.progress.metrics_step < 0 and self.step in first_steps
         names: list[str] = []
         if due and not first and self.progress.metrics_step != self.step:
             names = self._evaluate(scalars)
@@ -347,7 +353,7 @@ class TrainingLoop:
             torch.cuda.synchronize()
             memory = torch.cuda.max_memory_allocated() / 2**30
         else:
-            # In KiB, but on macOS in bytes: getrusage(2) of either
+            # getrusage gives KiB, on macOS bytes
             unit = 2**30 if sys.platform == "darwin" else 2**20
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
         last = self.step - 1
@@ -373,8 +379,8 @@ class TrainingLoop:
         """Metrics at every context; returns the names of best checkpoints to write.
 
         Raises:
-            Preempted: a signal asked to stop. What was evaluated is dropped: started again, the
-                run evaluates this step first.
+            Preempted: a signal asked to stop. The evaluation is dropped; started again, the run
+                begins with it.
         """
         began = time.perf_counter()
         try:
@@ -382,19 +388,12 @@ class TrainingLoop:
                 metrics = self.evaluator.metrics(self.student, self.trained_positions)
         except EvaluationStopped:
             self._stop()
-        took = time.perf_counter() - began
+        eval_seconds = time.perf_counter() - began
         self.progress.metrics, self.progress.metrics_step = metrics, self.step
-        shown = ", ".join(
-            f"{name} {value:.4f}"
-            for name, value in metrics.items()
-            if "@" in name and "loss" in name
-        )
-        log_values(
-            f"step {self.step}: {shown} ({took:.1f} s)",
-            step=self.step,
-            eval_seconds=took,
-            **metrics,
-        )
+        losses = {name: value for name, value in metrics.items() if "loss" in name and "@" in name}
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        message = f"step {self.step}: {shown} ({eval_seconds:.1f} s)"
+        log_values(message, step=self.step, eval_seconds=eval_seconds, **metrics)
         scalars.add({f"eval/{name}": value for name, value in metrics.items()}, self.step)
         scalars.flush()
         value = metrics[self.config.save_best_on]
@@ -409,11 +408,6 @@ class TrainingLoop:
     def snapshot(self) -> Snapshot:
         """The whole state after the last complete update, copied to the CPU."""
         copy = self.copies.copy(self._tensors())
-        state = {
-            **asdict(self.progress),
-            "optimizer_names": self.device_step.parameter_names,
-            "loss_scale": self.device_step.scaler.state_dict(),
-        }
         config = self.config
         snapshot = Snapshot(
             **copy,
@@ -424,7 +418,11 @@ class TrainingLoop:
                 "train_steps": config.train_steps,
             },
             step=self.step,
-            trainer_state=state,
+            trainer_state={
+                **asdict(self.progress),
+                "optimizer_names": self.device_step.parameter_names,
+                "loss_scale": self.device_step.scaler.state_dict(),
+            },
             meta=build_meta(
                 config,
                 self.student.config,
@@ -445,26 +443,16 @@ class TrainingLoop:
             "optimizer": self.device_step.optimizer.state_dict(),
         }
 
-    def _finish(self, scalars: ScalarLog) -> None:
-        self.snapshots.finish()
-        log.info(
-            "finished at step %d: best %s %.4f at step %d; checkpoints in %s",
-            self.step,
-            self.config.save_best_on,
-            self.progress.best_value,
-            self.progress.best_step,
-            self.config.uri,
-        )
-
     # ── preemption ────────────────────────────────────────────────────────────────────────────
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stop_signal = number
 
     def _stop(self) -> NoReturn:
-        """Save the last complete update and leave; started again, the run goes on from there."""
+        """Save the last complete update and end; started again, the run goes on from there."""
         name = signal.Signals(self.stop_signal or signal.SIGTERM).name
-        # Sent again, it would not be whole for a while, and the process may be killed meanwhile
+        # A snapshot of this step is complete or on its way. Writing it again would leave it
+        # incomplete for a while, in which the process may be killed
         saved = self._saved == self.step
         log.warning("%s: %s step %d and stopping", name, "has" if saved else "saving", self.step)
         if not saved:

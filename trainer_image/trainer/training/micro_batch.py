@@ -20,16 +20,17 @@ from trainer.training.precision import Precision
 from trainer.training.step import TrainStep
 
 MOST_TOKENS = 65_536
-"""Of a micro-batch; a GPU is busy long before, and more of them make no update faster."""
+"""Of a micro-batch. A GPU is busy with far fewer, so more make no update faster."""
 
 FITTED_TOKENS = 4096
-"""The line is fitted from here on: below, the loss takes all tokens in one chunk."""
+"""The smallest micro-batch tried first: below, the loss takes all tokens in one chunk, and memory
+grows by another slope."""
 
 MEMORY_SHARE = 0.92
-"""Of the memory that is free at the start; the rest is for evaluation and fragmentation."""
+"""Of the memory free at the start; the rest is for evaluation and fragmentation."""
 
 _OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
-"""How CUDA, Triton and cuBLAS tell of it where torch's allocator was not the one asked."""
+"""Parts of the messages of CUDA, Triton and cuBLAS; torch's allocator has a type of its own."""
 
 
 def resolve_micro_batch(
@@ -41,8 +42,9 @@ def resolve_micro_batch(
 ) -> TrainConfig:
     """The configuration with ``micro_batch`` and ``grad_accum`` in place of ``auto``.
 
-    The GPU is asked, by forward and backward passes over random tokens that leave the student's
-    weights as they are. On the CPU, the default or the largest divisor below it is taken.
+    On a GPU, trial forward and backward passes over random tokens, which leave the student's
+    weights as they are, measure the memory. On the CPU, the result is the default or the largest
+    divisor below it.
 
     Raises:
         TrainingError: not even one window fits.
@@ -59,11 +61,11 @@ def resolve_micro_batch(
     else:
         trial = _Trial(config, student, teacher, precision, processes)
         limit = trial.memory_limit()
-        found, expected = choose(sizes, trial.peak, limit, config.context)
-        chosen = processes.min(found)
+        fitting, expected = choose(sizes, trial.peak, limit, config.context)
+        chosen = processes.min(fitting)
         if processes.world_size > 1:
-            # Under DDP a body is compiled in parts, so that gradients travel during the backward
-            # pass; what a trial compiled in one would be taken in their place
+            # DDP compiles a body in parts, to exchange gradients during the backward pass. Without
+            # this, it would reuse what a trial compiled in one piece
             torch._dynamo.reset()
         memory = f"{expected / 2**30:.1f} of {limit / MEMORY_SHARE / 2**30:.1f} GiB expected"
         log.info(
@@ -71,13 +73,13 @@ def resolve_micro_batch(
             chosen,
             chosen * config.context,
             windows // chosen,
-            memory if chosen == found else "another process has no room for more",
+            memory if chosen == fitting else "another process has no room for more",
         )
     return replace(config, micro_batch=chosen, grad_accum=windows // chosen)
 
 
 def candidates(windows: int, context: int) -> list[int]:
-    """The divisors of ``windows`` per process and update, ascending, up to `MOST_TOKENS`."""
+    """The divisors of a process's ``windows`` per update, ascending, up to `MOST_TOKENS`."""
     return [
         size
         for size in range(1, windows + 1)
@@ -90,12 +92,12 @@ def choose(
 ) -> tuple[int, int]:
     """The largest size whose measured peak is within the limit, and that peak.
 
-    Memory is close to linear in the size. Two sizes give the line, the line says where to try
-    next, and what is returned has been measured. Each size costs a compilation, so few are tried.
+    Memory is close to linear in the size. Two measured sizes give a line, which says where to try
+    next; the size returned has been measured too. Each try costs a compilation, so few are made.
 
     Args:
         sizes: windows per pass, ascending.
-        peak: bytes that a size needs, None where it is too much for the GPU.
+        peak: bytes that a size needs; None where the GPU ran out of memory.
         limit: bytes.
         context: tokens of a window.
 
@@ -135,7 +137,7 @@ def choose(
 
 
 class _Trial:
-    """Forward and backward passes whose only result is the memory they took."""
+    """Forward and backward passes that measure how much memory they take."""
 
     def __init__(
         self,
@@ -148,20 +150,20 @@ class _Trial:
         self.device = precision.device
         self.context = config.context
         self.vocabulary = student.config.vocab_size
-        # For one process: nothing is exchanged, so processes need not try in step
+        # As a single process: without an exchange, each process may try sizes of its own
         alone = Processes(device=precision.device)
         self.teacher = teacher
         self.step = TrainStep(config, student, teacher, precision, alone, {})
         alpha = max(config.schedule_alpha.values())
         self.mix = Mix(alpha, config.schedule_T.at(0), config.kd_scheme)
         self.generator = torch.Generator().manual_seed(0)
-        # AdamW's moments, and DDP's buckets beside the gradients of the micro-batches before
+        # AdamW's two moments; with DDP its buckets too, beside the gradients accumulated so far
         words = 2 if processes.world_size == 1 else 3
         self.later = 4 * words * sum(parameter.numel() for parameter in student.parameters())
-        """Bytes that training allocates, and a trial does not."""
+        """Bytes that training allocates and a trial does not."""
 
     def memory_limit(self) -> int:
-        """Bytes that this process may allocate, what it has already among them."""
+        """Bytes that this process may allocate, including those that it holds already."""
         gc.collect()
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
@@ -170,8 +172,8 @@ class _Trial:
 
     def peak(self, size: int) -> int | None:
         """Bytes of an update in passes of ``size`` windows; None where memory ran out."""
-        # Past the limit, further shapes silently run uncompiled: leave training and evaluation
-        # as many of their own as without a search
+        # Past the limit, torch silently runs further shapes uncompiled; a trial's shape must not
+        # count against those of training and evaluation
         torch._dynamo.config.recompile_limit += 1
         try:
             needed = self._measure(size)
@@ -190,25 +192,25 @@ class _Trial:
         ids = torch.randint(0, self.vocabulary, shape, generator=self.generator)
         if self.device.type == "cuda":
             ids = ids.pin_memory()
-        # Dropout draws numbers; the run's own must not depend on the search
+        # Dropout draws random numbers; those of the run must not depend on the search
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            # The first pass also compiles; the second finds gradients to add to, as most do
+            # The first pass also compiles; the second adds to gradients, as most passes do
             for _ in range(2):
                 torch.cuda.synchronize(self.device)
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(self.device)
                 self.step.micro_step(ids, ids, self.mix, accumulation=2, last=False)
         torch.cuda.synchronize(self.device)
-        # What the teacher's stream has reserved is of no use to the student's
+        # Reserved, not allocated: memory cached for the teacher's stream is not free for another
         return torch.cuda.max_memory_reserved(self.device) + self.later
 
     def release(self) -> None:
-        """Give the memory of a trial back: gradients, and what the teacher keeps."""
+        """Free a trial's memory: gradients, the last batch and the teacher's buffers."""
         self.step.optimizer.zero_grad(set_to_none=True)
         self.step.feed.release()
         if self.teacher is not None:
             self.teacher.release()
         gc.collect()
         torch.cuda.empty_cache()
-        # The run logs its own peak
+        # The peak that the run logs must not be a trial's
         torch.cuda.reset_peak_memory_stats(self.device)

@@ -26,26 +26,24 @@ def build_optimizer(student: nn.Module, config: TrainConfig) -> torch.optim.Adam
         lr=config.peak_lr,
         betas=config.betas,
         eps=config.eps,
-        # Fused AdamW takes no flag to skip an update where parameters are sharded
+        # With sharded parameters, fused AdamW has no found_inf to skip an update by
         fused=parameters[0].device.type == "cuda" and not isinstance(parameters[0], DTensor),
     )
 
 
 def parameter_names(optimizer: torch.optim.Optimizer, student: nn.Module) -> list[str]:
-    """Names of the parameters in the order in which the optimizer counts them."""
+    """Names of the parameters in the order of the optimizer's state."""
     names = {id(parameter): name for name, parameter in student.named_parameters()}
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
 def load_state_by_name(
-    optimizer: torch.optim.Optimizer,
-    student: nn.Module,
-    state: Mapping[str, Mapping[str, Any]],
+    optimizer: torch.optim.Optimizer, student: nn.Module, state: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Give the optimizer the moments of ``state``; hyperparameters stay as they are.
+    """Load the moments of ``state`` into the optimizer; hyperparameters stay as they are.
 
     Raises:
-        CheckpointError: a moment has another shape than its parameter, or some are missing.
+        CheckpointError: a moment is missing, not finite, or of another shape than its parameter.
     """
     names = parameter_names(optimizer, student)
     missing = [name for name in names if name not in state]

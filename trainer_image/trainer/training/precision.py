@@ -1,4 +1,4 @@
-"""Arithmetic precision of a run."""
+"""The types that a run computes in."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from trainer.settings.config import TrainConfig
 
 @dataclass(frozen=True)
 class Precision:
-    """Where and in which type the student computes; its weights are always fp32."""
+    """Device and compute types of student and teacher; the student's weights are always fp32."""
 
     device: torch.device
     compute: torch.dtype
     teacher: torch.dtype
     fp8_teacher: bool = False
-    """Whether the teacher, loaded in its type, then multiplies in fp8 while training."""
+    """Whether the teacher, loaded in bf16, multiplies in fp8 while training."""
 
     @property
     def loss_scaling(self) -> bool:
@@ -30,23 +30,23 @@ class Precision:
         return self.compute == torch.float16
 
     def compiles(self, config: TrainConfig) -> bool:
-        """Whether bodies are compiled: asked for, or on a GPU where nothing was asked."""
+        """Whether `torch.compile` is used: as ``--compile`` says; by default on a GPU."""
         if config.compile == "auto":
             return self.device.type == "cuda"
         return config.compile == "on"
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Runs matrix products in the compute type."""
+        """A context in which matrix products use the compute type."""
         if self.compute == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute)
 
 
 def choose_precision(config: TrainConfig, device: torch.device | None = None) -> Precision:
-    """The precision asked for, or the best the device has: bf16, else fp16, fp32 on the CPU.
+    """The precision that the settings give, else the device's best: bf16, fp16, fp32 on the CPU.
 
     Raises:
-        UsageError: the device does not have what was asked for.
+        UsageError: the device lacks the precision that the settings give.
     """
     device = device or choose_device()
     gpu = device.type == "cuda"
@@ -56,20 +56,20 @@ def choose_precision(config: TrainConfig, device: torch.device | None = None) ->
         raise UsageError(
             f"--bf16: {torch.cuda.get_device_name(device)} has no bfloat16; leave it out for fp16"
         )
-    asked = next((name for name in ("bf16", "fp16", "fp32") if getattr(config, name)), None)
-    if asked is None:
+    name = next((name for name in ("bf16", "fp16", "fp32") if getattr(config, name)), None)
+    if name is None:
         native = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-        asked = "bf16" if native else "fp16" if gpu else "fp32"
-    compute = PRECISIONS[asked]
-    wanted = config.teacher_precision
-    if wanted == "fp8":
+        name = "bf16" if native else "fp16" if gpu else "fp32"
+    compute = PRECISIONS[name]
+    if config.teacher_precision == "fp8":
         if not has_fp8(device):
             raise UsageError(
                 "--teacher_precision=fp8 needs an NVIDIA GPU of compute capability 8.9 or above,"
                 " such as L4 or H100; use bf16"
             )
         return Precision(device, compute, torch.bfloat16, fp8_teacher=True)
-    teacher = compute if wanted == "auto" else PRECISIONS[wanted]
+    auto = config.teacher_precision == "auto"
+    teacher = compute if auto else PRECISIONS[config.teacher_precision]
     if teacher == torch.float16 and not gpu:
         raise UsageError("--teacher_precision=fp16 needs a GPU; use fp32 or bf16 on the CPU")
     return Precision(device, compute, teacher)

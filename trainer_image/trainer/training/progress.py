@@ -1,4 +1,4 @@
-"""What a run remembers beside weights and moments, and how it ends."""
+"""The state of a run beside weights and moments, and its result."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from trainer.settings.config import TrainConfig
 
 @dataclass
 class Progress:
-    """What a run remembers beside weights and moments (``trainer_state`` in checkpoints)."""
+    """The state of a run beside weights and moments (``trainer_state`` in checkpoints)."""
 
     best_value: float = math.inf
     best_step: int = -1
     skipped: int = 0
-    """Updates skipped for a non-finite loss or gradient, in all."""
+    """All updates skipped for a non-finite gradient."""
     skipped_in_row: int = 0
     metrics_step: int = -1
     """Updates done at the last evaluation; -1 before the first."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """What that evaluation gave."""
+    """Of that evaluation."""
     first_step: int = -1
-    """Updates done where this phase began; -1 in snapshots of releases that did not say."""
+    """Updates done where this phase began; -1 in snapshots of older releases."""
 
     @classmethod
     def load(cls, state: dict[str, Any]) -> Progress:
-        """From ``trainer_state``; fields that it lacks start afresh."""
+        """From ``trainer_state``; fields that it lacks get their defaults."""
         return cls(**{key: state[key] for key in cls.__dataclass_fields__ if key in state})
 
 

@@ -1,4 +1,4 @@
-"""TensorBoard scalars, into ``AIP_TENSORBOARD_LOG_DIR`` or the work directory."""
+"""TensorBoard scalars in ``AIP_TENSORBOARD_LOG_DIR``, else in the work directory."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class ScalarLog:
     """Writes scalars locally; copies the event file to a ``gs://`` directory at `flush`.
 
     Args:
-        workdir: its ``tensorboard`` directory is the place where the environment names none.
-        step: updates done; what an earlier start recorded after it is hidden.
-        enabled: False for processes that only take part.
+        workdir: scalars go to its ``tensorboard`` directory if the environment names no other.
+        step: updates done; TensorBoard hides what an earlier start recorded after them.
+        enabled: False for processes other than the main one, which record nothing.
     """
 
     def __init__(self, workdir: str, *, step: int = 0, enabled: bool = True) -> None:
@@ -40,7 +40,7 @@ class ScalarLog:
             self._writer.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        """Make everything recorded so far visible; a failure to copy does not end the run."""
+        """Write out everything recorded so far; a failure to copy it does not end the run."""
         if self._writer is None:
             return
         self._writer.flush()

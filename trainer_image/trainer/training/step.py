@@ -1,4 +1,4 @@
-"""One update on the device: student, teacher, loss, gradients, AdamW. The loop's fast part."""
+"""One update on the device: teacher, student, loss, gradients and AdamW."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class StudentWithLoss(nn.Module):
         super().__init__()
         self.student = student
         self.body: Any = student
-        # Not registered: the teacher is frozen, and not this module's to shard or to save
+        # In a list, so that it is no submodule: it is frozen, and neither sharded nor saved here
         self._teacher = [teacher]
         self.precision = precision
 
@@ -61,8 +61,8 @@ class StudentWithLoss(nn.Module):
 class TrainStep:
     """Micro-batches in, updated weights out.
 
-    The host never waits for the device, except to learn whether an update before the last one was
-    skipped; `outcomes` tells.
+    The host waits for the device only to learn whether the update before the last one was skipped;
+    see `outcomes`.
 
     Args:
         config: with ``grad_accum`` resolved.
@@ -70,7 +70,7 @@ class TrainStep:
         teacher: None where no update has alpha above 0.
         precision: device and compute types.
         processes: this process among the others.
-        moments: AdamW state by parameter name to go on with; empty for a fresh one.
+        moments: AdamW state by parameter name to start from; empty for a fresh one.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class TrainStep:
         if moments:
             load_state_by_name(self.optimizer, self.student, moments)
         self.parameter_names = parameter_names(self.optimizer, self.student)
-        """In the order in which AdamW's state counts them."""
+        """In the order of AdamW's state."""
         self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.loss_scaling)
         self._norms: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
@@ -113,11 +113,11 @@ class TrainStep:
         """Forward and backward of one micro-batch ``[B, T]``; gradients add up until `update`.
 
         Args:
-            inputs: token ids; those in pinned memory let the teacher run ahead, see `Feed`.
-            labels: the next token ids, in the same place.
+            inputs: token ids; from pinned memory the teacher runs ahead, see `Feed`.
+            labels: the next token ids, in the same kind of memory.
             mix: alpha, T and divergence.
             accumulation: micro-batches of this update.
-            last: whether this is the update's last one, after which processes exchange gradients.
+            last: whether this is the update's last one, in which processes exchange gradients.
         """
         batch = self.feed.place(inputs, labels, teach=mix.alpha > 0.0)
         with self._exchange(last):
@@ -126,7 +126,7 @@ class TrainStep:
         return output
 
     def _exchange(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Let gradients travel with the last micro-batch only."""
+        """Let processes exchange gradients in the last micro-batch only."""
         if isinstance(self.module, nn.parallel.DistributedDataParallel) and not last:
             return self.module.no_sync()
         if isinstance(self.student, FSDPModule):
@@ -134,7 +134,7 @@ class TrainStep:
         return contextlib.nullcontext()
 
     def update(self, learning_rate: float) -> Tensor:
-        """Clip, and update unless the gradient is not finite; returns its norm, on the device."""
+        """Clip the gradient, and update if it is finite; returns its norm, on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         if self.optimizer.param_groups[0]["fused"] and not self.precision.loss_scaling:
@@ -152,37 +152,34 @@ class TrainStep:
         return norm
 
     def _fused_update(self) -> Tensor:
-        """Clip and update in one kernel, and skip in it, without asking the host."""
+        """Let AdamW's kernel clip, and skip the update, without the host knowing which."""
         gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         optimizer: Any = self.optimizer
-        # Fused AdamW divides by the one, and leaves everything as it is where the other is 1
+        # Fused AdamW divides the gradients by grad_scale and skips the step if found_inf is 1
         optimizer.grad_scale = (norm / self.config.grad_clip).clamp(min=1.0)
         optimizer.found_inf = (~torch.isfinite(norm)).float()
         optimizer.step()
-        self._remember_later(norm)
-        return norm
-
-    def _remember_later(self, norm: Tensor) -> None:
         copy = torch.empty((), dtype=norm.dtype, pin_memory=True)
         copy.copy_(norm.detach(), non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         self._norms.append((copy, event))
+        return norm
 
     def weights_are_finite(self) -> bool:
-        """Whether this process's part of the weights is; waits for the device."""
+        """Whether this process's part of the weights is finite; waits for the device."""
         parts = [local_tensor(parameter.detach()) for parameter in self.student.parameters()]
         return bool(torch.stack([torch.isfinite(part).all() for part in parts]).all())
 
     def outcomes(self, *, wait: bool) -> Iterable[bool]:
-        """For each update not told of yet, in order: whether its gradient was finite.
+        """For each update that no call has yielded yet, in order: whether its gradient was finite.
 
         Args:
-            wait: tell of all; else the newest may still be on its way, and is left for later.
+            wait: yield all; else a GPU's newest, for which the host would wait, is left for later.
         """
-        keep = 0 if wait or not self._norms or self._norms[-1][1] is None else 1
-        while len(self._norms) > keep:
+        left = 0 if wait or not self._norms or self._norms[-1][1] is None else 1
+        while len(self._norms) > left:
             norm, event = self._norms.popleft()
             if event is not None:
                 event.synchronize()

@@ -166,14 +166,7 @@ def _norm_quantized(norm: Norm, stream: Tensor, added: Tensor | None, out: Quant
         from trainer.models.gpt2 import fp8_kernel
 
         fp8_kernel.norm(
-            stream,
-            added,
-            norm.missing,
-            norm.weight,
-            norm.bias,
-            norm.eps,
-            out.values,
-            out.scales,
+            stream, added, norm.missing, norm.weight, norm.bias, norm.eps, out.values, out.scales
         )
         return
     if added is not None:
