@@ -67,45 +67,6 @@ def _compiled_chunk_loss() -> Callable[[Tensor, Tensor, Tensor | None, Tensor], 
     return torch.compile(_chunk_loss, dynamic=False)
 
 
-@torch.no_grad()
-def mean_loss(
-    hidden: Callable[[Tensor], Tensor],
-    head: Tensor,
-    bias: Tensor | None,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    processes: Processes,
-    stopping: Callable[[], bool] | None = None,
-    *,
-    compiled: bool = False,
-) -> float:
-    """Token-weighted mean cross entropy in nats over the batches ``[B, T]`` of all processes.
-
-    Args:
-        hidden: ``[B, T]`` token ids to the last hidden state ``[B, T, D]``.
-        head: ``[V, D]``.
-        bias: ``[V]`` or None.
-        batches: inputs and labels, as many on every process.
-        processes: this process among those of the run.
-        stopping: whether this process was asked to stop; called before every batch.
-        compiled: use `torch.compile` for head and loss.
-
-    Raises:
-        EvaluationStopped: one of the processes was asked to stop; every process raises it.
-    """
-    device = processes.device
-    total = torch.zeros(2, dtype=torch.float64, device=device)
-    for inputs, labels in batches:
-        # Every process has the same number of batches, so all take part in each exchange
-        if stopping is not None and processes.any(stopping()):
-            raise EvaluationStopped
-        total[1] += int((labels != IGNORED).sum())
-        states = hidden(inputs.to(device, non_blocking=True))
-        wanted = labels.flatten().to(device, non_blocking=True)
-        total[0] += cross_entropy_sum(states.flatten(0, 1), head, bias, wanted, compiled=compiled)
-    loss, tokens = processes.sum(total).tolist()
-    return loss / tokens
-
-
 def perplexity(loss: float) -> float:
     """The exponential of a loss in nats; infinity where that overflows."""
     return math.exp(loss) if loss < 700.0 else math.inf
@@ -123,7 +84,7 @@ class Evaluator:
         teacher: None where there is none.
         precision: device and compute types.
         processes: this process among those of the run; alone by default.
-        stopping: whether this process was asked to stop, see `mean_loss`.
+        stopping: whether this process was asked to stop; called before every batch.
     """
 
     def __init__(
@@ -153,7 +114,7 @@ class Evaluator:
         The same names without ``@…`` hold the values at the training context.
 
         Raises:
-            EvaluationStopped: see `mean_loss`.
+            EvaluationStopped: one of the processes was asked to stop; every process raises it.
         """
         metrics: dict[str, float] = {}
         for context in self.config.contexts:
@@ -187,7 +148,7 @@ class Evaluator:
         was_training = student.training
         student.eval()
         try:
-            with torch.no_grad(), self.precision.autocast():
+            with self.precision.autocast():
                 head = full_tensor(student.lm_head.weight.detach())
                 return self._mean_loss(context, lambda ids: student(ids, table), head, None)
         finally:
@@ -220,6 +181,7 @@ class Evaluator:
         loss = self._teacher_losses[key]
         return None if math.isnan(loss) else loss
 
+    @torch.no_grad()
     def _mean_loss(
         self,
         context: int,
@@ -227,18 +189,36 @@ class Evaluator:
         head: Tensor,
         bias: Tensor | None,
     ) -> float:
-        tokens_per_batch = self.config.micro_batch * self.config.context
-        batches = evaluation_batches(
+        """Token-weighted mean cross entropy in nats over the batches of all processes.
+
+        Args:
+            context: in tokens.
+            hidden: ``[B, T]`` token ids to the last hidden state ``[B, T, D]``.
+            head: ``[V, D]``.
+            bias: ``[V]`` or None.
+
+        Raises:
+            EvaluationStopped: one of the processes was asked to stop; every process raises it.
+        """
+        device = self.processes.device
+        total = torch.zeros(2, dtype=torch.float64, device=device)
+        for inputs, labels in evaluation_batches(
             self.streams.validation,
             context=context,
-            batch=max(1, tokens_per_batch // context),
+            batch=max(1, self.config.micro_batch * self.config.context // context),
             max_tokens=self.config.eval_max_tokens,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
-        )
-        return mean_loss(
-            hidden, head, bias, batches, self.processes, self.stopping, compiled=self._compiled
-        )
+        ):
+            # Every process has the same number of batches, so all take part in each exchange
+            if self.stopping is not None and self.processes.any(self.stopping()):
+                raise EvaluationStopped
+            total[1] += int((labels != IGNORED).sum())
+            states = hidden(inputs.to(device, non_blocking=True)).flatten(0, 1)
+            wanted = labels.flatten().to(device, non_blocking=True)
+            total[0] += cross_entropy_sum(states, head, bias, wanted, compiled=self._compiled)
+        loss, tokens = self.processes.sum(total).tolist()
+        return loss / tokens
 
 
 def check_contexts(

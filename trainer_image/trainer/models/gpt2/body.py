@@ -147,6 +147,8 @@ class GPT2Body:
         ModelError: the model is not supported.
     """
 
+    workspace_type = Workspace
+
     def __init__(self, model: Any) -> None:
         if not supports(model):
             raise ModelError(
@@ -209,7 +211,7 @@ class GPT2Body:
         if self._workspace is None or self._workspace.tokens < tokens:
             self._graphs.clear()
             self._workspace = None
-            self._workspace = Workspace(tokens, self.width, self.inner, self.embed)
+            self._workspace = self.workspace_type(tokens, self.width, self.inner, self.embed)
 
     def _capture(self, ids: Tensor) -> _Graph | None:
         graphs = sum(graph is not None for graph in self._graphs.values())

@@ -85,6 +85,12 @@ def product(left: Quantized, right: Quantized, bias: Tensor | None, out: Tensor)
     out.copy_(wide if bias is None else wide + bias.float())
 
 
+class _Fp8Workspace(Workspace):
+    def __init__(self, tokens: int, width: int, inner: int, like: Tensor) -> None:
+        super().__init__(tokens, width, inner, like)
+        self.quantized = [Quantized.empty(tokens, size, like.device) for size in (width, inner)]
+
+
 class GPT2Fp8Body(GPT2Body):
     """A `GPT2Body` with fp8 copies of most weights.
 
@@ -95,6 +101,8 @@ class GPT2Fp8Body(GPT2Body):
     Raises:
         ModelError: the model is not supported, or a width of it is no multiple of 16.
     """
+
+    workspace_type = _Fp8Workspace
 
     def __init__(self, model: Any, *, release: bool = False) -> None:
         super().__init__(model)
@@ -117,30 +125,12 @@ class GPT2Fp8Body(GPT2Body):
             for block in model.base_model.h:
                 for module in (block.attn.c_attn, block.mlp.c_fc, block.mlp.c_proj):
                     module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)
-        self._rows: tuple[Quantized, Quantized] | None = None
-
-    def release(self) -> None:
-        """Give up workspace, graphs and quantized rows; the next call makes new ones."""
-        super().release()
-        self._rows = None
-
-    def _reserve(self, tokens: int) -> None:
-        before = self._workspace
-        super()._reserve(tokens)
-        if self._workspace is not before:
-            self._rows = None
-            device = self.embed.device
-            self._rows = (
-                Quantized.empty(tokens, self.width, device),
-                Quantized.empty(tokens, self.inner, device),
-            )
 
     def _run(self, ids: Tensor) -> Tensor:
         batch, length = ids.shape
-        assert isinstance(self._workspace, Workspace)
-        assert self._rows is not None
+        assert isinstance(self._workspace, _Fp8Workspace)
         stream, normed, qkv, inside = self._workspace.views(ids.numel())
-        narrow, wide = (rows.rows(ids.numel()) for rows in self._rows)
+        narrow, wide = (rows.rows(ids.numel()) for rows in self._workspace.quantized)
         self._embed(ids, stream)
         added: Tensor | None = None
         for layer in self.fp8_layers:
