@@ -376,7 +376,7 @@ def test_another_failure_of_a_trial_is_not_taken_for_it(
 def test_the_smallest_number_of_several_processes(tmp_path: Path) -> None:
     script = tmp_path / "smallest.py"
     script.write_text(
-        "from trainer.parallel import joined_processes\n"
+        "from trainer.runtime.processes import joined_processes\n"
         "with joined_processes() as processes:\n"
         "    assert processes.min(7 - processes.rank) == 6\n"
     )

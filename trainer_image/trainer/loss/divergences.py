@@ -1,4 +1,4 @@
-"""The divergences between teacher and student, in one table: another one is another entry.
+"""The table of divergences between teacher and student: another one is another entry.
 
 The settings take their choices from it, so importing this module must not import torch.
 """
@@ -24,8 +24,7 @@ class Divergence:
     reference: str
     """Where it is proposed for distillation."""
     kernel_branch: int | None = None
-    """Its ``SCHEME`` in `trainer.loss.kernel`, from 1 on. None where the kernel lacks it; then
-    `trainer.loss.chunked` computes it on a GPU too."""
+    """Its number in the kernel, from 1 on; one without is computed in chunks on a GPU too."""
 
 
 def _forward_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,8 @@ Exponentials are taken to base 2, which the hardware computes: with s = log2(e) 
 logits z at temperature T is 2^(s · z − n), where the normalizer n is s · top + log2 Σ 2^(s · z −
 s · top) and top the largest logit.
 
-In names, ``s_`` stands for the student and ``t_`` for the teacher; ``one`` is at temperature 1,
-``own`` the student's and ``other`` the teacher's at T.
+In names, ``s_`` is the student's and ``t_`` the teacher's; ``one`` is the student's at temperature
+1, ``own`` the student's at T and ``other`` the teacher's at T.
 """
 
 from __future__ import annotations
@@ -31,11 +31,9 @@ READ_AGAIN = tl.constexpr("evict_last")
 
 DONE_WITH = tl.constexpr("evict_first")
 
+# Values of SCHEME; 0 is cross entropy alone
 FORWARD_KL = tl.constexpr(DIVERGENCES["forward_kl"].kernel_branch)
-"""Values of ``SCHEME``; 0 is cross entropy alone."""
-
 REVERSE_KL = tl.constexpr(DIVERGENCES["reverse_kl"].kernel_branch)
-
 JENSEN_SHANNON = tl.constexpr(DIVERGENCES["jsd"].kernel_branch)
 
 
@@ -247,8 +245,7 @@ def _loss_and_gradient(  # type: ignore[no-untyped-def]
         t_label = tl.load(t_row + label).to(tl.float32)
         if HAS_BIAS:
             t_label += tl.load(bias + label)
-        # Softmaxes ignore a constant added to all logits. The difference of the two models'
-        # constants is taken out here, for it would cost the divergence significant digits
+        # Softmaxes ignore constants, but one in the difference of logits would cost it digits
         shift = t_label - s_label
     # fmt: off
     top, t_top, one, own, other, cross = _sums(

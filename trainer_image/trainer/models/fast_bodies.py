@@ -1,8 +1,4 @@
-"""Fast bodies of frozen teachers: a list of the model families that have one.
-
-Another family is a module of its own, such as those of `trainer.models.gpt2`, and an entry of
-`FAMILIES`.
-"""
+"""Fast bodies of frozen teachers. Another family's is a module of its own and an entry here."""
 
 from __future__ import annotations
 

@@ -154,13 +154,11 @@ def find_nodes(environ: Mapping[str, str] = os.environ) -> Nodes:
 
 
 def launch_if_needed(module: str, argv: list[str], environ: Mapping[str, str] = os.environ) -> bool:
-    """Run the module through torchrun where the job has several GPUs or several machines.
-
-    torchrun starts a process for every GPU of this machine.
+    """Run the module through torchrun, if the job has several GPUs or several machines.
 
     Returns:
-        True when these processes have succeeded; False where there is only one to run, or where
-        torchrun has started this process, so that the caller runs the module.
+        True when the processes of this machine, one per GPU, have succeeded; False where the
+        caller is to run the module: for a single process, or started by torchrun itself.
 
     Raises:
         DeviceError: the machine has fewer GPUs than it was ordered with.

@@ -22,8 +22,7 @@ class LogWindow:
 
     def clear(self) -> None:
         """Start a new window."""
-        # Row 0: sums of loss, CE and KD of the micro-batches and of the updates' gradient norms;
-        # row 1: how many of these were finite
+        # Sums of loss, CE, KD (by micro-batch) and gradient norm; how many of each were finite
         self.sums = torch.zeros(2, 4, device=self.device)
         self.updates = self.untimed = 0
         self.began = time.perf_counter()

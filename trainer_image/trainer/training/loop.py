@@ -326,10 +326,7 @@ class TrainingLoop:
         self._saved = self.step
 
     def _catch_up(self, scalars: ScalarLog) -> None:
-        """Do what the step of the run's own snapshot still lacks, as a kill may have come then.
-
-        That is its evaluation, its best checkpoint and, at the last step, the final one.
-        """
+        """Make up for an evaluation, best or final checkpoint of this step that a kill cut off."""
         if not self.continued:
             return
         due = self.step % self.config.eval_every == 0 or self.step == self.config.train_steps
@@ -451,8 +448,7 @@ class TrainingLoop:
     def _stop(self) -> NoReturn:
         """Save the last complete update and end; started again, the run goes on from there."""
         name = signal.Signals(self.stop_signal or signal.SIGTERM).name
-        # A snapshot of this step is complete or on its way. Writing it again would leave it
-        # incomplete for a while, in which the process may be killed
+        # Writing a snapshot again leaves it incomplete for a while, and a kill may come then
         saved = self._saved == self.step
         log.warning("%s: %s step %d and stopping", name, "has" if saved else "saving", self.step)
         if not saved:

@@ -23,8 +23,7 @@ MOST_TOKENS = 65_536
 """Of a micro-batch. A GPU is busy with far fewer, so more make no update faster."""
 
 FITTED_TOKENS = 4096
-"""The smallest micro-batch tried first: below, the loss takes all tokens in one chunk, and memory
-grows by another slope."""
+"""Of the first try; below, the loss takes all tokens in one chunk, and memory is off the line."""
 
 MEMORY_SHARE = 0.92
 """Of the memory free at the start; the rest is for evaluation and fragmentation."""
@@ -42,9 +41,8 @@ def resolve_micro_batch(
 ) -> TrainConfig:
     """The configuration with ``micro_batch`` and ``grad_accum`` in place of ``auto``.
 
-    On a GPU, trial forward and backward passes over random tokens, which leave the student's
-    weights as they are, measure the memory. On the CPU, the result is the default or the largest
-    divisor below it.
+    On a GPU, forward and backward passes over random tokens, which do not change the weights,
+    measure the memory. On the CPU, the result is the default or the largest divisor below it.
 
     Raises:
         TrainingError: not even one window fits.

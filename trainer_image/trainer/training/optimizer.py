@@ -52,14 +52,13 @@ def load_state_by_name(
             f"the optimizer state lacks {len(missing)} parameters: {missing[0]} …"
         )
     parameters = dict(student.named_parameters())
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
     for name in names:
         for key in ("exp_avg", "exp_avg_sq"):
-            moment = state[name].get(key)
-            if not isinstance(moment, Tensor) or moment.shape != shapes[name]:
-                found = list(moment.shape) if isinstance(moment, Tensor) else moment
+            moment, expected = state[name].get(key), parameters[name].shape
+            if not isinstance(moment, Tensor) or moment.shape != expected:
+                actual = list(moment.shape) if isinstance(moment, Tensor) else moment
                 raise CheckpointError(
-                    f"optimizer state {key} of {name} has shape {found}, not {list(shapes[name])}"
+                    f"optimizer state {key} of {name} has shape {actual}, not {list(expected)}"
                 )
             if not bool(torch.isfinite(moment).all()):
                 raise CheckpointError(f"optimizer state {key} of {name} is not finite")

@@ -85,7 +85,6 @@ class TrainStep:
         self.config = config
         self.feed = Feed(teacher, precision.device)
         self.precision = precision
-        self.processes = processes
         self.student = student.to(precision.device).train()
         module = StudentWithLoss(self.student, teacher, precision)
         if config.activation_checkpointing:
