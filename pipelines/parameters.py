@@ -14,14 +14,13 @@ import os
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, NoReturn
 
 from pipelines.anneal import build_pipeline
 from pipelines.settings import Settings
 from trainer.runtime.errors import UsageError
 from trainer.settings.accumulation import accumulation
-from trainer.settings.config import REQUIRED, SETTINGS, TrainConfig
+from trainer.settings.config import REQUIRED, SETTINGS, TrainConfig, check_shapes
 from trainer.settings.layers import for_evaluation, resolve
 from trainer.settings.values import given
 
@@ -148,15 +147,15 @@ def check_parameters(values: Mapping[str, Any], processes: Mapping[str, int] | N
         asked = {_OTHER_NAMES.get(name, name): value for name, value in own.items()}
         if asked.get("grad_accum") == 0:
             del asked["grad_accum"]
-        if stage != "anneal":
-            asked["resume_gcs_uri"] = "the checkpoint of the stage before"
         try:
             _check_more(more, stage)
             resolved = resolve(given(**(asked | {"pos_resize": method} | more)), {})
             if stage == "evaluate":
-                for_evaluation(replace(resolved.config, tokens_dir="those of the first stage"))
+                for_evaluation(resolved.config, "teacher_name")  # tokens are of the first stage
                 continue
             _check_training(resolved.config, metric)
+            if stage == "anneal" and not resolved.config.resume_gcs_uri:
+                check_shapes(resolved.values)
             accumulation(resolved, (processes or {}).get(stage, 1))
         except UsageError as error:
             raise UsageError(f"PARAMS for stage {stage}: {error}") from None

@@ -22,7 +22,9 @@ from trainer.checkpoints.metadata import build_meta
 from trainer.checkpoints.reading import read_checkpoint
 from trainer.models.positions import resize_positions
 from trainer.runtime import log
-from trainer.runtime.errors import StorageError
+from trainer.runtime.errors import StorageError, UsageError
+from trainer.settings.accumulation import with_accumulation
+from trainer.settings.layers import resolve
 from trainer.storage.local import LocalLocation
 from trainer.training import run
 from trainer.training.optimizer import build_optimizer
@@ -372,7 +374,7 @@ def test_rotary_students_train_and_continue_with_scaled_positions(
 
 def test_another_runs_location_is_refused_naming_what_differs(settings: Settings) -> None:
     entrypoint.run(settings | {"train_steps": 2})
-    with pytest.raises(entrypoint.UsageError) as caught:
+    with pytest.raises(UsageError) as caught:
         entrypoint.run(settings | {"train_steps": 2, "lr_peak": 5e-3, "seed": 1})
     message = str(caught.value)
     assert "holds another run" in message
@@ -420,10 +422,9 @@ def test_a_stop_before_the_first_update_changes_nothing(settings: Settings, tmp_
     """No evaluation comes of it that the unbroken run has not made."""
     unbroken = settings | {"local_workdir": str(tmp_path / "unbroken")}
     entrypoint.run(unbroken)
-    resolved = entrypoint.resolve(settings, {})
     # What a signal during the first update saves: step 0, and nothing evaluated
     payload = torch.load(tmp_path / "unbroken" / "final.pt", weights_only=True)
-    resolved = entrypoint._with_accumulation(resolved, 1)
+    resolved = with_accumulation(resolve(settings, {}), 1)
     start = from_scratch(resolved, payload["model"]["embed.weight"].shape[0])
     student = start.student
     snapshot = Snapshot(

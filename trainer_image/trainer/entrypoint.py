@@ -13,10 +13,9 @@ from __future__ import annotations
 from trainer.runtime.commands import run_command
 from trainer.runtime.log import quiet_libraries, rank_of_process, set_up_logging
 from trainer.runtime.processes import joined_processes, launch_if_needed
-from trainer.settings.config import REQUIRED
 from trainer.settings.flags import build_parser, settings_from_args
 from trainer.settings.layers import resolve, settings_from_yaml
-from trainer.training.run import run, run_on_all_gpus
+from trainer.training.run import check_before_reading, run, run_on_all_gpus
 
 __all__ = ["main", "run", "run_on_all_gpus"]
 
@@ -30,7 +29,7 @@ def main(argv: list[str]) -> None:
     set_up_logging(rank=rank_of_process())
     command_line = settings_from_args(args)
     config_file = settings_from_yaml(args.config) if "config" in args else {}
-    resolve(command_line, config_file).config.require(*REQUIRED)
+    check_before_reading(resolve(command_line, config_file))
     if launch_if_needed("trainer.entrypoint", argv):
         return
     quiet_libraries()

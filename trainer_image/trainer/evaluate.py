@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from trainer.checkpoints.checkpoint import Checkpoint
@@ -26,7 +26,7 @@ from trainer.storage.places import check_output
 from trainer.storage.publish import publishing
 from trainer.training.evaluation import Evaluator, check_contexts, perplexity
 from trainer.training.precision import choose_precision
-from trainer.training.start import check_vocabularies, known_trained_rows, student_config
+from trainer.training.start import check_vocabularies
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,7 @@ class _Loaded:
     @property
     def trained_at(self) -> int | None:
         """Context it was trained at, in tokens; None where its metadata does not tell."""
-        said = self.checkpoint.meta.get("block_size")
-        return said if isinstance(said, int) else None
+        return self.checkpoint.context
 
 
 def run(
@@ -78,7 +77,7 @@ def run(
         LiquidError: a checkpoint, the data set or the teacher cannot be loaded, or they do not
             fit together, or the output cannot be written.
     """
-    config = for_evaluation(config)
+    config = for_evaluation(config, "teacher_name", "dataset_name")
     check_output(output)
     token = find_hf_token(config)
     precision = choose_precision(config)
@@ -100,8 +99,8 @@ def run(
 def _load_student(uri: str, config: TrainConfig, n_heads: int | None) -> _Loaded:
     """A checkpoint with its student and the number of its trained positions."""
     checkpoint = read_from(uri, Path(config.local_workdir))
-    shapes = replace(student_config(checkpoint, n_heads), dropout=0.0)
-    trained = known_trained_rows(checkpoint, config.trained_positions)
+    shapes = checkpoint.student_config(n_heads, dropout=0.0)
+    trained = checkpoint.trained_positions(config.trained_positions, required=True)
     student = Student(shapes)
     student.load_state_dict(checkpoint.weights, strict=True)
     return _Loaded(uri, checkpoint, student, trained or 0)
@@ -179,10 +178,9 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     set_up_logging()
     quiet_libraries()
-    # With the name of a checkpoint its shapes are not held against defaults
-    resolved = resolve({**settings_from_args(args), "resume_gcs_uri": args.checkpoints[0]}, {})
-    n_heads = resolved.config.n_heads if resolved.given("n_heads") else None
-    print(markdown_table(run(resolved.config, args.checkpoints, args.output, n_heads=n_heads)))
+    settings = settings_from_args(args)
+    config, n_heads = resolve(settings, {}).config, settings.get("n_heads")
+    print(markdown_table(run(config, args.checkpoints, args.output, n_heads=n_heads)))
 
 
 if __name__ == "__main__":

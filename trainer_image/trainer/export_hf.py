@@ -22,7 +22,6 @@ from trainer.settings.hf_token import find_hf_token
 from trainer.settings.layers import resolve
 from trainer.storage.places import check_output, is_empty
 from trainer.storage.publish import publishing
-from trainer.training.start import known_trained_rows, student_config
 
 FLAGS = ["n_heads", "trained_positions", "local_workdir"]
 
@@ -57,11 +56,11 @@ def run(
         raise UsageError(f"{output} is in use; give a new directory to export to")
     check_output(output)
     source = read_from(checkpoint, Path(workdir))
-    config = student_config(source, n_heads)
+    config = source.student_config(n_heads)
     name = tokenizer or source.meta.get("tokenizer")
     if not name:
         raise CheckpointError(f"{checkpoint} does not name its tokenizer; give --tokenizer")
-    positions = known_trained_rows(source, trained_positions) or 0
+    positions = source.trained_positions(trained_positions, required=True) or 0
     loaded = load_tokenizer(name, find_hf_token(TrainConfig()))
     if len(loaded) > config.vocab_size:
         raise ModelError(
@@ -94,9 +93,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     set_up_logging()
     quiet_libraries()
-    # With the name of a checkpoint its shapes are not held against defaults
-    asked = {**settings_from_args(args), "resume_gcs_uri": args.checkpoint}
-    resolved = resolve(asked, {})
+    resolved = resolve(settings_from_args(args), {})
     run(
         args.checkpoint,
         args.output,

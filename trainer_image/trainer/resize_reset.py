@@ -19,9 +19,12 @@ from trainer.runtime.errors import UsageError
 from trainer.runtime.log import log, set_up_logging
 from trainer.settings.flags import build_parser, settings_from_args
 from trainer.settings.layers import resolve
-from trainer.storage.places import check_output_file, split_uri
+from trainer.storage.places import (
+    check_output_file,
+    split_uri,
+)
 from trainer.storage.publish import publishing
-from trainer.training.start import known_trained_rows, stretched_student, student_config
+from trainer.training.start import stretched_student
 
 FLAGS = ["block_size", "pos_resize", "trained_positions", "n_heads", "local_workdir"]
 
@@ -64,12 +67,12 @@ def run(
     """
     check_output_file(output)
     source = read_from(checkpoint, Path(workdir))
-    config = student_config(source, n_heads)
-    trained = known_trained_rows(source, trained_positions)
+    config = source.student_config(n_heads)
+    trained = source.trained_positions(trained_positions, required=True)
     if trained is not None and block_size > trained:
         _check_memory(source.weights["pos.weight"], block_size)
     weights, config = stretched_student(source.weights, config, trained, block_size, method)
-    old_context = source.meta.get("block_size") or trained
+    old_context = source.context or trained
     origin = {
         "checkpoint": checkpoint,
         "step": source.step,
@@ -127,8 +130,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("output", metavar="OUT", help="path or gs:// URI of the file to write")
     args = parser.parse_args(argv)
     set_up_logging()
-    # With the name of a checkpoint its shapes are not held against defaults
-    resolved = resolve({**settings_from_args(args), "resume_gcs_uri": args.checkpoint}, {})
+    resolved = resolve(settings_from_args(args), {})
     config = resolved.config.require("block_size")
     run(
         args.checkpoint,

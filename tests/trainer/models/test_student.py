@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from trainer.checkpoints.checkpoint import Checkpoint
 from trainer.models.gpt2.export import gpt2_model
 from trainer.models.student import (
     Student,
@@ -12,7 +13,6 @@ from trainer.models.student import (
     expected_shapes,
     rotary_tables,
     rotate,
-    student_config_from_weights,
 )
 from trainer.runtime.errors import CheckpointError
 
@@ -124,18 +124,18 @@ def test_parameter_names_shapes_and_order_are_the_base_packages() -> None:
 @pytest.mark.parametrize("config", [ABSOLUTE, ROTARY], ids=["absolute", "rotary"])
 def test_shapes_tell_the_configuration(config: StudentConfig) -> None:
     weights = Student(config).state_dict()
-    assert student_config_from_weights(weights, n_heads=6) == config
+    assert Checkpoint("x.pt", weights).student_config(n_heads=6) == config
 
 
 def test_state_dicts_of_other_models_are_refused() -> None:
     weights = Student(ABSOLUTE).state_dict()
     with pytest.raises(CheckpointError, match=r"no embed.weight"):
-        student_config_from_weights({"wte.weight": torch.zeros(2, 2)}, n_heads=1)
+        Checkpoint("x.pt", {"wte.weight": torch.zeros(2, 2)}).student_config(n_heads=1)
     with pytest.raises(CheckpointError, match="5 heads do not divide"):
-        student_config_from_weights(weights, n_heads=5)
+        Checkpoint("x.pt", weights).student_config(n_heads=5)
     gap = {name.replace("blocks.1.", "blocks.7."): value for name, value in weights.items()}
     with pytest.raises(CheckpointError, match="without a gap"):
-        student_config_from_weights(gap, n_heads=6)
+        Checkpoint("x.pt", gap).student_config(n_heads=6)
 
 
 def test_initialization_depends_on_the_seed_alone() -> None:

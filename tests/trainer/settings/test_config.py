@@ -9,7 +9,7 @@ import pytest
 
 from trainer.runtime.errors import UsageError
 from trainer.settings.accumulation import accumulation
-from trainer.settings.config import SETTINGS, TrainConfig
+from trainer.settings.config import SETTINGS, TrainConfig, check_shapes
 from trainer.settings.dates import expand_dates
 from trainer.settings.flags import build_parser, settings_from_args
 from trainer.settings.layers import resolve, settings_from_yaml
@@ -170,7 +170,7 @@ def test_batch_sizes_that_do_not_fit(given: dict[str, int], message: str) -> Non
 )
 def test_values_that_cannot_work(argv: list[str], message: str) -> None:
     with pytest.raises(UsageError) as caught:
-        resolve(parse(*argv), {})
+        check_shapes(resolve(parse(*argv), {}).values)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -8,7 +8,7 @@ compared and trusted without reading any weights.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from trainer.checkpoints.metadata import settings_from_meta
 from trainer.checkpoints.names import sidecar_name
 from trainer.checkpoints.sidecar import Sidecar
 from trainer.checkpoints.tensor_checks import check_moments
-from trainer.models.student import StudentConfig, expected_shapes, student_config_from_weights
+from trainer.models.student import StudentConfig, expected_shapes
 from trainer.runtime.errors import CheckpointError, UsageError
-from trainer.settings.config import TrainConfig
+from trainer.settings.config import SETTINGS, check_values
 from trainer.storage.files import Checksummed, atomic_write
 
 
@@ -82,33 +82,39 @@ class Checkpoint:
     trainer_state: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
 
-    def student_config(
-        self, *, n_heads: int, rope_scale: float = 1.0, dropout: float = 0.0
-    ) -> StudentConfig:
-        """The student's shapes from the weights, checked strictly.
-
-        Raises:
-            CheckpointError: a parameter is missing, unknown or of another shape.
-        """
-        config = self._config_of_weights(n_heads, rope_scale, dropout)
+    @cached_property
+    def _shapes(self) -> StudentConfig:
+        """What the weights alone tell, checked strictly; the heads, which they do not, are 1."""
+        embed, table = self.weights.get("embed.weight"), self.weights.get("pos.weight")
+        if embed is None or embed.ndim != 2:
+            some = ", ".join(sorted(self.weights)[:3]) or "nothing"
+            raise CheckpointError(
+                f"{self.source}: no embed.weight [V, D] among the weights; found {some} …"
+            )
+        layers = {name.split(".")[1] for name in self.weights if name.startswith("blocks.")}
+        if not layers or layers != {str(index) for index in range(len(layers))}:
+            raise CheckpointError(
+                f"{self.source}: blocks are not numbered from 0 without a gap: {sorted(layers)}"
+            )
+        if table is not None and (table.ndim != 2 or table.shape[1] != embed.shape[1]):
+            raise CheckpointError(
+                f"{self.source}: pos.weight has shape {list(table.shape)} in a student"
+                f" {embed.shape[1]} wide"
+            )
+        rows, positions = (0, "rotary") if table is None else (table.shape[0], "absolute")
+        vocabulary, width = embed.shape
+        config = StudentConfig(vocabulary, width, len(layers), 1, rows, positions)
         expected = expected_shapes(config)
-        found = {name: tuple(tensor.shape) for name, tensor in self.weights.items()}
-        for name in [*expected, *found]:
-            if expected.get(name) != found.get(name):
+        actual = {name: tuple(tensor.shape) for name, tensor in self.weights.items()}
+        for name in [*expected, *actual]:
+            if expected.get(name) != actual.get(name):
                 raise CheckpointError(
-                    f"{self.source}: {name} has shape {_shape(found.get(name))}, but the student"
+                    f"{self.source}: {name} has shape {_shape(actual.get(name))}, but the student"
                     f" needs {_shape(expected.get(name))}"
                 )
         return config
 
-    def _config_of_weights(self, n_heads: int, rope_scale: float, dropout: float) -> StudentConfig:
-        try:
-            return student_config_from_weights(
-                self.weights, n_heads=n_heads, rope_scale=rope_scale, dropout=dropout
-            )
-        except CheckpointError as error:
-            raise CheckpointError(f"{self.source}: {error}") from None
-
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """The settings that it gives to a new phase: those of its metadata and of its weights.
 
@@ -116,39 +122,114 @@ class Checkpoint:
             CheckpointError: its metadata has values that no run can have, or the weights are not a
                 student's.
         """
-        shapes = self._config_of_weights(1, 1.0, 0.0)
-        values = {name: getattr(shapes, name) for name in ("d_model", "n_layers", "pos_embedding")}
+        names = ("d_model", "n_layers", "pos_embedding")
+        values = {name: getattr(self._shapes, name) for name in names}
         try:
             values |= settings_from_meta(self.meta)
-            # With a name of a checkpoint shapes are left for it to tell, heads among them
-            TrainConfig(**values, resume_gcs_uri=self.source)
+            check_values(values)
         except UsageError as error:
             raise CheckpointError(f"{self.source}: its metadata cannot work: {error}") from None
         except CheckpointError as error:
             raise CheckpointError(f"{self.source}: {error}") from None
         return values
 
-    def trained_positions(self) -> int | None:
-        """How many rows of the position table were trained; None where nothing tells.
+    def student_config(
+        self,
+        n_heads: int | None = None,
+        *,
+        rope_scale: float | None = None,
+        dropout: float | None = None,
+    ) -> StudentConfig:
+        """The student that the weights are of.
+
+        Its shapes are those of the weights. What these do not tell, an argument does, else the
+        metadata, else the setting's default.
+
+        Raises:
+            UsageError: ``n_heads`` is below 1, or the metadata names another number.
+            CheckpointError: a parameter is missing, unknown or of another shape, the heads do not
+                divide the width, or the metadata has values that no run can have.
+        """
+        given: dict[str, Any] = {"n_heads": n_heads, "rope_scale": rope_scale, "dropout": dropout}
+        check_values(given)
+        if n_heads is not None and n_heads != self.settings.get("n_heads", n_heads):
+            raise UsageError(
+                f"--n_heads={n_heads}: the checkpoint {self.source} has"
+                f" {self.settings['n_heads']}; leave it out"
+            )
+        for name, value in given.items():
+            if value is None:
+                given[name] = self.settings.get(name, SETTINGS[name].default)
+        config = replace(self._shapes, **given)
+        width, heads = config.d_model, config.n_heads
+        if width % heads:
+            raise CheckpointError(
+                f"{self.source}: the checkpoint is {width} wide, which {heads} heads do not divide;"
+                " give --n_heads"
+            )
+        if config.pos_embedding == "rotary" and width // heads % 2:
+            raise CheckpointError(
+                f"{self.source}: rotary positions need an even head width, not {width}/{heads} ="
+                f" {width // heads}; give --n_heads"
+            )
+        return config
+
+    @property
+    def context(self) -> int | None:
+        """The context it was trained at, in tokens; None where its metadata does not tell."""
+        context = self.meta.get("block_size")
+        return context if type(context) is int and context > 0 else None
+
+    def trained_positions(self, given: int | None = None, *, required: bool = False) -> int | None:
+        """How many rows of the position table were trained.
 
         Metadata says it. Else AdamW's second moment does: a row that no batch ever used has had
         a gradient of exactly zero, so its moment is zero. Else the context trained at does.
+
+        Args:
+            given: ``--trained_positions``, which wins over what the checkpoint tells.
+            required: whether to refuse a table whose trained rows nothing tells.
+
+        Returns:
+            The rows; None for a rotary student, and where nothing tells.
+
+        Raises:
+            UsageError: the table has no such number of rows.
+            CheckpointError: nothing tells, and ``required`` is set.
         """
         table = self.weights.get("pos.weight")
         if table is None:
+            if given is not None:
+                raise UsageError(
+                    f"--trained_positions={given}: {self.source} has rotary positions, no table;"
+                    " leave it out"
+                )
             return None
+        rows = table.shape[0]
+        if given is not None:
+            if not 1 <= given <= rows:
+                raise UsageError(
+                    f"--trained_positions={given}: the table of {self.source} has {rows} rows;"
+                    f" give 1 to {rows}"
+                )
+            return given
         described = self.meta.get("pos_embedding")
-        said = described.get("trained_positions") if isinstance(described, dict) else None
-        if isinstance(said, int) and 1 <= said <= table.shape[0]:
-            return said
-        moments = self.optimizer_by_name().get("pos.weight", {})
-        second = moments.get("exp_avg_sq")
+        trained = described.get("trained_positions") if isinstance(described, dict) else None
+        if isinstance(trained, int) and 1 <= trained <= rows:
+            return trained
+        second = self.optimizer_by_name().get("pos.weight", {}).get("exp_avg_sq")
         if isinstance(second, Tensor) and second.shape == table.shape:
             used = second.abs().sum(dim=1).nonzero()
             if len(used):
                 return int(used[-1]) + 1
-        context = self.meta.get("block_size")
-        return context if isinstance(context, int) and 1 <= context <= table.shape[0] else None
+        if self.context is not None and self.context <= rows:
+            return self.context
+        if required:
+            raise CheckpointError(
+                f"{self.source} does not tell how many of its {rows} position rows were trained;"
+                " give --trained_positions"
+            )
+        return None
 
     def optimizer_by_name(self) -> dict[str, dict[str, Any]]:
         """AdamW's state by parameter name; empty where the checkpoint has none.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from trainer.models.student import StudentConfig
@@ -13,6 +13,36 @@ from trainer.settings.schedules import learning_rate
 from trainer.settings.values import parse_value
 
 FORMAT_VERSION = 1
+
+_UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    0: lambda meta: meta | {"format_version": 1}
+}
+"""What brings metadata of a version to the next one; before version 1, none was named."""
+
+
+class NewerFormatError(CheckpointError):
+    """A checkpoint of a format that this program does not know yet; it is not damaged."""
+
+
+def current_form(meta: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Metadata or a sidecar's content in the form of `FORMAT_VERSION`.
+
+    Raises:
+        NewerFormatError: it is of a later version.
+        CheckpointError: its version is no version.
+    """
+    version = meta.get("format_version", 0)
+    if type(version) is not int or not 0 <= version < 1 << 31:
+        raise CheckpointError(f"{source} has a format_version that is not a whole number from 0 on")
+    if version > FORMAT_VERSION:
+        raise NewerFormatError(
+            f"{source} is of checkpoint format {version}, and this program reads formats up to"
+            f" {FORMAT_VERSION}; update the program"
+        )
+    current = dict(meta)
+    for older in range(version, FORMAT_VERSION):
+        current = _UPGRADES[older](current)
+    return current
 
 
 def build_meta(
@@ -115,18 +145,10 @@ def reset_meta(
 
 
 _SETTING_OF_META = {
-    "kd_alpha": "alpha",
-    "kd_temperature": "T",
-    "alpha_schedule": "alpha_schedule",
-    "temp_schedule": "temp_schedule",
-    "grad_accum": "grad_accum",
-    "global_batch": "global_batch",
-    "warmup_steps": "warmup_steps",
-    "train_steps": "train_steps",
-    "lr_peak": "lr_peak",
-    "rope_scale": "rope_scale",
-    "eval_ctx_lens": "eval_ctx_lens",
-    "seed": "seed",
+    **{"kd_alpha": "alpha", "kd_temperature": "T"},
+    **{name: name for name in ("alpha_schedule", "temp_schedule", "grad_accum", "global_batch")},
+    **{name: name for name in ("warmup_steps", "train_steps", "lr_peak", "rope_scale")},
+    **{name: name for name in ("eval_ctx_lens", "seed")},
 }
 
 
@@ -156,13 +178,6 @@ def _setting(name: str, key: str, value: Any) -> Any:
         return parse_value(name, value)
     except UsageError as error:
         raise CheckpointError(f"checkpoint metadata {key!r}: {error}") from None
-
-
-def heads_of(meta: Mapping[str, Any]) -> int | None:
-    """The attention heads that a checkpoint's metadata tells; weights alone do not."""
-    model = meta.get("model")
-    heads = model.get("n_heads") if isinstance(model, dict) else None
-    return heads if isinstance(heads, int) and not isinstance(heads, bool) and heads > 0 else None
 
 
 def tokens_of(meta: Mapping[str, Any]) -> str | None:

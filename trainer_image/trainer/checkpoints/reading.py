@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoints.checkpoint import Checkpoint
-from trainer.checkpoints.metadata import are_metrics, is_number
+from trainer.checkpoints.metadata import are_metrics, current_form, is_number
 from trainer.checkpoints.sidecar import SIDECAR_LIMIT
 from trainer.checkpoints.tensor_checks import check_weights, is_held
 from trainer.runtime.errors import CheckpointError, StorageError
@@ -136,6 +136,9 @@ def _interpret(payload: Any, source: str, size: int) -> Checkpoint:
     """Tell our layout, the base package's and a bare state dict apart, and check the types."""
     if not isinstance(payload, dict) or not payload:
         raise CheckpointError(f"{source} holds a {type(payload).__name__}, not a checkpoint's dict")
+    meta = payload.get("meta")
+    if isinstance(meta, dict):
+        meta = current_form(meta, source)  # a newer format may differ in all that follows
     bare = all(isinstance(value, Tensor) for value in payload.values())
     weights = payload if bare else payload.get("model")
     if not isinstance(weights, dict) or not all(
@@ -145,7 +148,7 @@ def _interpret(payload: Any, source: str, size: int) -> Checkpoint:
     check_weights(weights, source, size)
     if bare:
         return Checkpoint(source, dict(weights))
-    step, meta, state = payload.get("step", 0), payload.get("meta"), payload.get("trainer_state")
+    step, state = payload.get("step", 0), payload.get("trainer_state")
     if type(step) is not int or step < 0:
         raise CheckpointError(f"{source} has step {_short(step)}, which is not a number of updates")
     optimizer = payload.get("optimizer")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoints.metadata import are_metrics
+from trainer.checkpoints.metadata import are_metrics, current_form
 from trainer.runtime.errors import CheckpointError
 from trainer.runtime.strict_json import dumps
 from trainer.storage.files import crc32c_of
@@ -47,12 +47,15 @@ class Sidecar:
         """Read a sidecar.
 
         Raises:
+            NewerFormatError: it is of a later format.
             CheckpointError: it is not JSON, or a field is missing or of the wrong type.
         """
         try:
             content = json.loads(data)
         except (ValueError, RecursionError):
             raise CheckpointError(f"sidecar of {name} is not JSON; delete it or the pair") from None
+        if isinstance(content, dict):
+            content = current_form(content, f"sidecar of {name}")
         kinds = {"size": int, "crc32c": str, "step": int, "metrics": dict}
         for key, kind in kinds.items():
             value = content.get(key) if isinstance(content, dict) else None

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from trainer.checkpoints.checkpoint import Checkpoint, Snapshot
-from trainer.checkpoints.metadata import run_settings_of
+from trainer.checkpoints.metadata import NewerFormatError, run_settings_of
 from trainer.checkpoints.names import (
     BEST,
     FINAL,
@@ -37,6 +37,7 @@ def read_sidecars(location: Location) -> list[Sidecar]:
     """The sidecars of every checkpoint at a location that has one; damaged ones are logged.
 
     Raises:
+        CheckpointError: one is of a newer format, which is no damage.
         StorageError: the location cannot be listed or read. A run that took that for an empty one
             would start over on top of what is there.
     """
@@ -54,6 +55,8 @@ def _read_sidecars(location: Location) -> tuple[list[Sidecar], dict[str, str]]:
         try:
             data = location.read_bytes(sidecar_name(name), limit=SIDECAR_LIMIT)
             found.append(Sidecar.parse(data, name))
+        except NewerFormatError:
+            raise  # not damaged: an older program must not go on behind it
         except (CheckpointError, StorageMissingError, StorageTooLargeError) as error:
             log.warning("%s is passed over: %s", name, error)
             if not isinstance(error, StorageMissingError):  # which was removed meanwhile
@@ -178,6 +181,8 @@ class Snapshots:
                 found = read_verified(self.location, sidecar, self.workdir)
                 self._goes_on = True
                 return found
+            except NewerFormatError:
+                raise
             except (CheckpointError, StorageMissingError) as error:
                 log.warning("%s; the next newest is tried", error)
                 if not isinstance(error, StorageMissingError):

@@ -8,7 +8,6 @@ queries and keys are rotated instead. Parameter names and order are part of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-from trainer.runtime.errors import CheckpointError
 
 ROPE_BASE = 10_000.0
 
@@ -185,43 +182,6 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     first, second = x.float().chunk(2, dim=-1)
     rotated = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
     return rotated.to(x.dtype)
-
-
-def student_config_from_weights(
-    weights: Mapping[str, Tensor], *, n_heads: int, rope_scale: float = 1.0, dropout: float = 0.0
-) -> StudentConfig:
-    """Width, depth, vocabulary and table length from a state dict's shapes.
-
-    Raises:
-        CheckpointError: the state dict is not a student's.
-    """
-    embed = weights.get("embed.weight")
-    if embed is None or embed.ndim != 2:
-        some = ", ".join(sorted(weights)[:3]) or "nothing"
-        raise CheckpointError(f"no embed.weight [V, D] among the weights; found {some} …")
-    vocab_size, d_model = embed.shape
-    layers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
-    if not layers or layers != {str(index) for index in range(len(layers))}:
-        raise CheckpointError(f"blocks are not numbered from 0 without a gap: {sorted(layers)}")
-    table = weights.get("pos.weight")
-    if table is not None and (table.ndim != 2 or table.shape[1] != d_model):
-        raise CheckpointError(
-            f"pos.weight has shape {list(table.shape)} in a student {d_model} wide"
-        )
-    if d_model % n_heads:
-        raise CheckpointError(
-            f"the checkpoint is {d_model} wide, which {n_heads} heads do not divide; give --n_heads"
-        )
-    return StudentConfig(
-        vocab_size=vocab_size,
-        d_model=d_model,
-        n_layers=len(layers),
-        n_heads=n_heads,
-        positions=0 if table is None else table.shape[0],
-        pos_embedding="rotary" if table is None else "absolute",
-        rope_scale=rope_scale,
-        dropout=dropout,
-    )
 
 
 def expected_shapes(config: StudentConfig) -> dict[str, tuple[int, ...]]:

@@ -2,21 +2,27 @@
 
 Every field of `TrainConfig` is a flag of the command line and a key of the ``--config`` YAML. A
 setting's value comes from the first of these that gives it: the command line, the YAML, the
-metadata of the checkpoint that the run starts from, the default. `resolve` applies that order and
-records which one it was.
+metadata of the checkpoint that the run starts from, the default. `trainer.settings.layers.resolve`
+applies that order and records which layer it was.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from trainer.loss.divergences import DIVERGENCES
 from trainer.models.positions import RESIZE_METHODS
 from trainer.runtime.errors import UsageError
-from trainer.settings.schedules import ALPHA_RANGE, TEMPERATURE_RANGE, StepSchedule
+from trainer.settings.schedules import (
+    ALPHA_RANGE,
+    TEMPERATURE_RANGE,
+    Range,
+    StepSchedule,
+    schedule_entries,
+)
 
 REQUIRED = ("block_size", "teacher_name", "dataset_name")
 
@@ -27,6 +33,55 @@ DEFAULT_MICRO_BATCH = 8
 
 _LARGEST_COUNT, _LARGEST_SEED = 2**31 - 1, 2**64 - 1
 """What 32 bits count; what torch's generators take."""
+
+_Check = Callable[[str, Any], None]
+"""Takes the name and the value of a setting; raises `UsageError`."""
+
+
+def _whole(low: int, unit: str = "", high: int = _LARGEST_COUNT) -> _Check:
+    def check(name: str, value: int) -> None:
+        if value < low:
+            raise UsageError(f"--{name}={value} must be at least {low}{unit}")
+        if value > high:
+            shown = f"{str(value)[:24]}…" if len(str(value)) > 24 else value
+            raise UsageError(f"--{name}={shown} must be at most {high}{unit}")
+
+    return check
+
+
+def _number(allowed: Callable[[float], bool], words: str) -> _Check:
+    def check(name: str, value: float) -> None:
+        if not allowed(value):
+            raise UsageError(f"--{name}={value:g} must be {words}")
+
+    return check
+
+
+def _schedule(allowed: Range) -> _Check:
+    def check(name: str, text: str) -> None:
+        schedule_entries(text, name, allowed)
+
+    return check
+
+
+def _not_empty(name: str, text: str) -> None:
+    if not text:
+        raise UsageError(f"--{name} must not be empty")
+
+
+def _check_betas(name: str, betas: tuple[float, float]) -> None:
+    if not all(0.0 <= beta < 1.0 for beta in betas):
+        raise UsageError(f"--{name}={betas}: both must be at least 0 and below 1")
+
+
+_COUNT, _FROM_0, _SEED = _whole(1), _whole(0), _whole(0, high=_LARGEST_SEED)
+_INTERVAL, _UPDATES = _whole(1, " updates"), _whole(0, " updates")
+_ALPHA = _number(ALPHA_RANGE.__contains__, str(ALPHA_RANGE))
+_TEMPERATURE = _number(TEMPERATURE_RANGE.__contains__, str(TEMPERATURE_RANGE))
+_ALPHAS, _TEMPERATURES = _schedule(ALPHA_RANGE), _schedule(TEMPERATURE_RANGE)
+_DECAY = _number(lambda value: 0.0 <= value < math.inf, "a number from 0 on")
+_PROBABILITY = _number(lambda value: 0.0 <= value < 1.0, "at least 0 and below 1")
+_POSITIVE = _number(lambda value: 0.0 < value < math.inf, "above 0 and finite")
 
 
 def _contexts(text: str) -> tuple[int, ...]:
@@ -62,6 +117,7 @@ def _betas(text: str) -> tuple[float, float]:
 def setting(
     default: Any,
     help: str,
+    check: _Check | None = None,
     *,
     choices: tuple[str, ...] | None = None,
     parse: Callable[[str], Any] | None = None,
@@ -73,6 +129,7 @@ def setting(
     Args:
         default: the value when nothing gives one.
         help: one line, with the unit.
+        check: refuses values outside the setting's range.
         choices: the only values allowed.
         parse: from text to value, where the type alone does not tell.
         secret: never shown.
@@ -86,6 +143,7 @@ def setting(
             "help": help,
             "choices": choices,
             "parse": parse,
+            "check": check,
             "secret": secret,
             "defines_run": defines_run and not secret,
         },
@@ -115,8 +173,8 @@ class TrainConfig:
     dataset_revision: str | None = setting(
         None, "revision of a hub data set (commit, tag or branch)"
     )
-    text_column: str = setting("text", "column of the data set that holds the text")
-    block_size: int | None = setting(None, "training context in tokens (required)")
+    text_column: str = setting("text", "column of the data set that holds the text", _not_empty)
+    block_size: int | None = setting(None, "training context in tokens (required)", _COUNT)
     resume_gcs_uri: str | None = setting(
         None,
         "checkpoint to start from, gs:// or local; it starts a new phase",
@@ -124,10 +182,14 @@ class TrainConfig:
     )
 
     # Annealing
-    alpha: float = setting(0.5, "weight of the distillation term before the schedule's first entry")
-    T: float = setting(1.0, "distillation temperature before the schedule's first entry")
-    alpha_schedule: str = setting("", "alpha by update, e.g. 0:0.7,400:0.5")
-    temp_schedule: str = setting("", "temperature by update, e.g. 0:1.2,800:1.0")
+    alpha: float = setting(
+        0.5, "weight of the distillation term before the schedule's first entry", _ALPHA
+    )
+    T: float = setting(
+        1.0, "distillation temperature before the schedule's first entry", _TEMPERATURE
+    )
+    alpha_schedule: str = setting("", "alpha by update, e.g. 0:0.7,400:0.5", _ALPHAS)
+    temp_schedule: str = setting("", "temperature by update, e.g. 0:1.2,800:1.0", _TEMPERATURES)
     kd_scheme: str = setting(
         "forward_kl",
         "divergence between teacher and student",
@@ -145,10 +207,10 @@ class TrainConfig:
     )
 
     # Student
-    d_model: int = setting(768, "width of the student")
-    n_layers: int = setting(10, "transformer blocks of the student")
-    n_heads: int = setting(12, "attention heads of the student")
-    dropout: float = setting(0.0, "dropout probability")
+    d_model: int = setting(768, "width of the student", _COUNT)
+    n_layers: int = setting(10, "transformer blocks of the student", _COUNT)
+    n_heads: int = setting(12, "attention heads of the student", _COUNT)
+    dropout: float = setting(0.0, "dropout probability", _PROBABILITY)
     pos_embedding: str = setting(
         "absolute", "learned position table or rotary positions", choices=("absolute", "rotary")
     )
@@ -157,19 +219,23 @@ class TrainConfig:
         "how a learned position table is stretched to a longer context",
         choices=tuple(RESIZE_METHODS),
     )
-    rope_scale: float = setting(1.0, "divides the positions of a rotary student")
+    rope_scale: float = setting(1.0, "divides the positions of a rotary student", _POSITIVE)
     trained_positions: int | None = setting(
         None,
         "rows of the checkpoint's position table that were trained, in place of what its metadata"
         " or its optimizer state tell",
+        _COUNT,
     )
 
     # Optimization
-    train_steps: int = setting(10_000, "optimizer updates; 0 loads, prints the settings and exits")
-    global_batch: int = setting(64, "windows per update over all processes")
+    train_steps: int = setting(
+        10_000, "optimizer updates; 0 loads, prints the settings and exits", _UPDATES
+    )
+    global_batch: int = setting(64, "windows per update over all processes", _COUNT)
     micro_batch: int = setting(
         DEFAULT_MICRO_BATCH,
         "windows per forward pass of one process; auto is as many as the GPU's memory holds",
+        _FROM_0,
         parse=_micro_batch,
         defines_run=False,
     )
@@ -177,19 +243,22 @@ class TrainConfig:
         None,
         "micro-batches per update; wins over --global_batch (default: global_batch / (micro_batch"
         " x processes))",
+        _COUNT,
         defines_run=False,
     )
-    lr: float = setting(3e-4, "peak learning rate")
-    lr_peak: float | None = setting(None, "peak learning rate; wins over --lr")
-    warmup_steps: int = setting(2000, "updates of linear warmup")
-    weight_decay: float = setting(0.1, "AdamW weight decay, on matrices only")
-    betas: tuple[float, float] = setting((0.9, 0.95), "AdamW betas", parse=_betas)
-    eps: float = setting(1e-8, "AdamW epsilon")
-    grad_clip: float = setting(1.0, "largest gradient norm; larger ones are scaled down to it")
-    max_nonfinite: int = setting(
-        10, "updates in a row skipped for a non-finite gradient before the run gives up"
+    lr: float = setting(3e-4, "peak learning rate", _POSITIVE)
+    lr_peak: float | None = setting(None, "peak learning rate; wins over --lr", _POSITIVE)
+    warmup_steps: int = setting(2000, "updates of linear warmup", _UPDATES)
+    weight_decay: float = setting(0.1, "AdamW weight decay, on matrices only", _DECAY)
+    betas: tuple[float, float] = setting((0.9, 0.95), "AdamW betas", _check_betas, parse=_betas)
+    eps: float = setting(1e-8, "AdamW epsilon", _POSITIVE)
+    grad_clip: float = setting(
+        1.0, "largest gradient norm; larger ones are scaled down to it", _POSITIVE
     )
-    seed: int = setting(42, "seed of initialization, shuffling and dropout")
+    max_nonfinite: int = setting(
+        10, "updates in a row skipped for a non-finite gradient before the run gives up", _COUNT
+    )
+    seed: int = setting(42, "seed of initialization, shuffling and dropout", _SEED)
 
     # Precision
     bf16: bool = setting(False, "compute in bfloat16 (default: bf16 where the GPU has it)")
@@ -223,15 +292,15 @@ class TrainConfig:
     )
 
     # Evaluation, logging and checkpoints
-    eval_every: int = setting(500, "updates between evaluations", defines_run=False)
+    eval_every: int = setting(500, "updates between evaluations", _INTERVAL, defines_run=False)
     eval_max_tokens: int = setting(
-        0, "tokens of the validation split to evaluate on; 0 is all of it"
+        0, "tokens of the validation split to evaluate on; 0 is all of it", _FROM_0
     )
-    save_every: int = setting(1000, "updates between snapshots", defines_run=False)
+    save_every: int = setting(1000, "updates between snapshots", _INTERVAL, defines_run=False)
     save_best_on: str = setting(
         "val_loss_student", "metric that decides the best checkpoint; lower is better"
     )
-    log_interval: int = setting(50, "updates between log lines", defines_run=False)
+    log_interval: int = setting(50, "updates between log lines", _INTERVAL, defines_run=False)
 
     # Places
     config: str | None = setting(None, "YAML file with any of these settings", defines_run=False)
@@ -241,9 +310,17 @@ class TrainConfig:
         " directory)",
         defines_run=False,
     )
-    local_workdir: str = setting("/tmp/liquid_work", "scratch directory", defines_run=False)  # noqa: S108
+    local_workdir: str = setting(
+        "/tmp/liquid_work",  # noqa: S108
+        "scratch directory",
+        _not_empty,
+        defines_run=False,
+    )
     cache_dir: str = setting(
-        "~/.cache/liquid_annealing", "where tokenized data sets are kept", defines_run=False
+        "~/.cache/liquid_annealing",
+        "where tokenized data sets are kept",
+        _not_empty,
+        defines_run=False,
     )
     tokens_dir: str | None = setting(
         None,
@@ -266,64 +343,7 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        self.schedule_alpha, self.schedule_T  # noqa: B018 - parsed now, so that errors come early
-        self._check_ranges()
-        chosen = [name for name in ("fp16", "bf16", "fp32") if getattr(self, name)]
-        if len(chosen) > 1:
-            flags = " and ".join(f"--{name}" for name in chosen)
-            raise UsageError(
-                f"{flags} exclude each other; give one, or none for the best available"
-            )
-        if self.teacher_precision == "fp8" and self.shard_teacher:
-            raise UsageError(
-                "--teacher_precision=fp8 and --shard_teacher exclude each other; leave one out"
-            )
-        for name in ("local_workdir", "cache_dir", "text_column"):
-            if not getattr(self, name):
-                raise UsageError(f"--{name} must not be empty")
-        if not self.resume_gcs_uri:
-            self._check_shapes()  # else the checkpoint's are what counts
-
-    def _check_shapes(self) -> None:
-        if self.d_model % self.n_heads:
-            raise UsageError(
-                f"--d_model={self.d_model} is not divisible by --n_heads={self.n_heads}"
-            )
-        if self.pos_embedding == "rotary" and self.d_model // self.n_heads % 2:
-            raise UsageError(
-                f"rotary positions need an even head width, not {self.d_model}/{self.n_heads} ="
-                f" {self.d_model // self.n_heads}; change --d_model or --n_heads"
-            )
-        if self.rope_scale != 1.0 and self.pos_embedding != "rotary":
-            raise UsageError(
-                f"--rope_scale={self.rope_scale:g} is for rotary positions; leave it out or give"
-                " --pos_embedding=rotary"
-            )
-
-    def _check_ranges(self) -> None:
-        for names, low, unit in (
-            (("block_size", "d_model", "n_layers", "n_heads", "global_batch"), 1, ""),
-            (("grad_accum", "trained_positions", "max_nonfinite"), 1, ""),
-            (("eval_every", "save_every", "log_interval"), 1, " updates"),
-            (("train_steps", "warmup_steps"), 0, " updates"),
-            (("eval_max_tokens", "seed", "micro_batch"), 0, ""),
-        ):
-            for name in names:
-                _check_between(name, getattr(self, name), low, unit)
-        if not 0.0 <= self.weight_decay < math.inf:
-            raise UsageError(f"--weight_decay={self.weight_decay:g} must be a number from 0 on")
-        for name in ("lr", "lr_peak", "eps", "grad_clip", "rope_scale"):
-            value = getattr(self, name)
-            if value is not None and not (0.0 < value < math.inf):
-                raise UsageError(f"--{name}={value:g} must be above 0 and finite")
-        if self.alpha not in ALPHA_RANGE:
-            raise UsageError(f"--alpha={self.alpha:g} must be {ALPHA_RANGE}")
-        if self.T not in TEMPERATURE_RANGE:
-            raise UsageError(f"--T={self.T:g} must be {TEMPERATURE_RANGE}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise UsageError(f"--dropout={self.dropout:g} must be at least 0 and below 1")
-        if not all(0.0 <= beta < 1.0 for beta in self.betas):
-            raise UsageError(f"--betas={self.betas}: both must be at least 0 and below 1")
+        check_values({spec.name: getattr(self, spec.name) for spec in fields(self)})
 
     @property
     def schedule_alpha(self) -> StepSchedule:
@@ -378,38 +398,83 @@ class TrainConfig:
         return self.output_gcs_uri or self.local_workdir
 
     def require(self, *names: str) -> TrainConfig:
-        """Itself, if every setting named has a value.
-
-        Raises:
-            UsageError: naming all that are missing at once.
-        """
-        missing = [name for name in names if getattr(self, name) is None]
-        if self.tokens_dir and "dataset_name" in missing:
-            missing.remove("dataset_name")
-        if missing:
-            raise UsageError(
-                f"missing: {', '.join('--' + name for name in missing)}; give"
-                f" {'them' if len(missing) > 1 else 'it'} on the command line or in --config"
-            )
+        """Itself, if every setting named has a value; see `require`."""
+        require(vars(self), *names)
         return self
 
     def run_settings(self) -> dict[str, Any]:
         """The settings that define what a run computes, as JSON types."""
-        return {
-            spec.name: list(value) if isinstance(value, tuple) else value
-            for spec in fields(self)
-            if spec.metadata["defines_run"]
-            for value in [getattr(self, spec.name)]
-        }
+        names = (spec.name for spec in fields(self) if spec.metadata["defines_run"])
+        return {name: as_json(getattr(self, name)) for name in names}
 
 
-def _check_between(name: str, value: int | None, low: int, unit: str) -> None:
-    high = _LARGEST_SEED if name == "seed" else _LARGEST_COUNT
-    if value is not None and value < low:
-        raise UsageError(f"--{name}={value} must be at least {low}{unit}")
-    if value is not None and value > high:
-        shown = f"{str(value)[:24]}…" if len(str(value)) > 24 else value
-        raise UsageError(f"--{name}={shown} must be at most {high}{unit}")
+def as_json(value: Any) -> Any:
+    """A setting's value as it stands in metadata."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 SETTINGS = {spec.name: spec for spec in fields(TrainConfig)}
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+    """Check each of some settings by itself, and those that exclude each other.
+
+    Shapes are left out: those of a checkpoint count where a run starts from one.
+
+    Raises:
+        UsageError: naming the setting, its value and what is allowed.
+    """
+    for name, value in values.items():
+        check = SETTINGS[name].metadata["check"]
+        if check is not None and value is not None:
+            check(name, value)
+    precisions = [f"--{name}" for name in ("fp16", "bf16", "fp32") if values.get(name)]
+    if len(precisions) > 1:
+        raise UsageError(
+            f"{' and '.join(precisions)} exclude each other; give one, or none for the best"
+            " available"
+        )
+    if values.get("teacher_precision") == "fp8" and values.get("shard_teacher"):
+        raise UsageError(
+            "--teacher_precision=fp8 and --shard_teacher exclude each other; leave one out"
+        )
+
+
+def check_shapes(values: Mapping[str, Any]) -> None:
+    """Check that a student can be built from settings alone, without a checkpoint.
+
+    Args:
+        values: every setting.
+
+    Raises:
+        UsageError: naming the settings that do not fit together.
+    """
+    width, heads, positions = (values[name] for name in ("d_model", "n_heads", "pos_embedding"))
+    if width % heads:
+        raise UsageError(f"--d_model={width} is not divisible by --n_heads={heads}")
+    if positions == "rotary" and width // heads % 2:
+        raise UsageError(
+            f"rotary positions need an even head width, not {width}/{heads} = {width // heads};"
+            " change --d_model or --n_heads"
+        )
+    if values["rope_scale"] != 1.0 and positions != "rotary":
+        raise UsageError(
+            f"--rope_scale={values['rope_scale']:g} is for rotary positions; leave it out or give"
+            " --pos_embedding=rotary"
+        )
+
+
+def require(values: Mapping[str, Any], *names: str) -> None:
+    """Check that settings have a value; ``tokens_dir`` does for ``dataset_name``.
+
+    Raises:
+        UsageError: naming all that are missing at once.
+    """
+    missing = [name for name in names if values[name] is None]
+    if values["tokens_dir"] and "dataset_name" in missing:
+        missing.remove("dataset_name")
+    if missing:
+        raise UsageError(
+            f"missing: {', '.join('--' + name for name in missing)}; give"
+            f" {'them' if len(missing) > 1 else 'it'} on the command line or in --config"
+        )

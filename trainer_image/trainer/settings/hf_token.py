@@ -9,6 +9,7 @@ from pathlib import Path
 from trainer.runtime.errors import LiquidError, UsageError
 from trainer.runtime.log import hide, log
 from trainer.settings.config import TrainConfig
+from trainer.storage.places import read_bytes
 
 ENVIRONMENT_NAMES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
@@ -53,8 +54,6 @@ def _from_file(path: str) -> str:
 
 
 def _from_object(uri: str) -> str:
-    from trainer.storage.places import read_bytes
-
     try:
         token = read_bytes(uri, limit=4096).decode("utf-8").strip()
     except UnicodeDecodeError:

@@ -3,42 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from trainer.runtime.errors import UsageError
-from trainer.settings.config import AUTO, DEFAULT_MICRO_BATCH, SETTINGS, TrainConfig
+from trainer.settings.config import AUTO, DEFAULT_MICRO_BATCH, SETTINGS, TrainConfig, check_values
 from trainer.settings.dates import expand_dates
 from trainer.settings.text_yaml import read_settings
 from trainer.settings.values import check_names, given
 
-COMMAND_LINE, CONFIG_FILE, CHECKPOINT, DEFAULT = (
-    "command line",
-    "--config",
-    "checkpoint",
-    "default",
-)
+COMMAND_LINE, CONFIG_FILE, CHECKPOINT, DEFAULT = "command line", "--config", "checkpoint", "default"
+
+DERIVED = "derived"
+"""The source of a value that follows from others."""
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A configuration, and for every setting which layer gave it."""
+    """The value of every setting, and which layer gave it."""
 
-    config: TrainConfig
+    values: Mapping[str, Any] = field(repr=False)  # a token among them
     sources: Mapping[str, str]
+
+    @cached_property
+    def config(self) -> TrainConfig:
+        """The values as a configuration, built when it is first needed."""
+        return TrainConfig(**self.values)
 
     def given(self, name: str) -> bool:
         """Whether the user gave the setting, on the command line or in the YAML."""
         return self.sources[name] in (COMMAND_LINE, CONFIG_FILE)
 
+    def with_checkpoint(self, settings: Mapping[str, Any]) -> Resolved:
+        """What the user gave over the settings of a checkpoint."""
+
+        def layer(source: str) -> dict[str, Any]:
+            return {name: self.values[name] for name, of in self.sources.items() if of == source}
+
+        return resolve(layer(COMMAND_LINE), layer(CONFIG_FILE), settings)
+
+    def changed(self, values: Mapping[str, Any], source: str) -> Resolved:
+        """With other values for some settings, and where these come from."""
+        return Resolved(
+            {**self.values, **values}, {**self.sources, **dict.fromkeys(values, source)}
+        )
+
     def lines(self) -> Iterable[str]:
         """``name = value (source)`` for every setting; secrets are not shown."""
-        for name, spec in SETTINGS.items():
-            value = getattr(self.config, name)
+        for name, value in self.values.items():
             shown = "auto" if (name, value) == ("micro_batch", AUTO) else repr(value)
-            if spec.metadata["secret"] and value is not None:
+            if SETTINGS[name].metadata["secret"] and value is not None:
                 shown = "***"
             yield f"{name} = {shown} ({self.sources[name]})"
 
@@ -66,9 +83,9 @@ def resolve(
     ``now`` is the time that ``$(date …)`` stands for, in seconds since 1970; default this moment.
 
     Raises:
-        UsageError: the merged values do not work.
+        UsageError: a value is out of its setting's range, or two exclude each other.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {name: spec.default for name, spec in SETTINGS.items()}
     sources = dict.fromkeys(SETTINGS, DEFAULT)
     for source, layer in (
         (CHECKPOINT, checkpoint or {}),
@@ -78,34 +95,42 @@ def resolve(
         for name, value in layer.items():
             values[name], sources[name] = value, source
         # One quantity under two names: the layer that gives either decides both
-        for name, rival in (("grad_accum", "global_batch"), ("lr_peak", "lr")):
-            if rival in layer and name not in layer and sources[name] != DEFAULT:
-                values.pop(name, None)
-                sources[name] = DEFAULT
+        ended = [
+            name
+            for name, rival in (("grad_accum", "global_batch"), ("lr_peak", "lr"))
+            if rival in layer and name not in layer
+        ]
         # A checkpoint's schedule would leave nothing of the constant that a user gives
-        for name, constant in (("alpha_schedule", "alpha"), ("temp_schedule", "T")):
-            if source != CHECKPOINT and constant in layer and sources[name] == CHECKPOINT:
-                values.pop(name, None)
-                sources[name] = DEFAULT
+        ended += [
+            name
+            for name, constant in (("alpha_schedule", "alpha"), ("temp_schedule", "T"))
+            if source != CHECKPOINT and constant in layer and sources[name] == CHECKPOINT
+        ]
+        for name in ended:
+            values[name], sources[name] = SETTINGS[name].default, DEFAULT
+    moment = None if now is None else datetime.fromtimestamp(now, UTC)
     for name in ("output_gcs_uri", "local_workdir", "cache_dir"):
-        if str(values.get(name, "")).startswith("~"):
+        if sources[name] != DEFAULT and values[name]:
             values[name] = _in_home(name, values[name])
-    for name in ("output_gcs_uri", "local_workdir"):
-        if values.get(name):
-            moment = None if now is None else datetime.fromtimestamp(now, UTC)
-            values[name] = expand_dates(values[name], flag=name, now=moment)
-    return Resolved(TrainConfig(**values), sources)
+            if name != "cache_dir":
+                values[name] = expand_dates(values[name], flag=name, now=moment)
+    check_values(values)
+    return Resolved(values, sources)
 
 
 def _in_home(name: str, path: str) -> str:
     try:
-        return str(Path(path).expanduser())
+        return str(Path(path).expanduser()) if path.startswith("~") else path
     except RuntimeError:
         raise UsageError(f"--{name}={path!r}: there is no such home directory") from None
 
 
-def for_evaluation(config: TrainConfig) -> TrainConfig:
+def for_evaluation(config: TrainConfig, *required: str) -> TrainConfig:
     """The settings that the evaluation stage goes by.
+
+    Args:
+        config: as resolved.
+        required: settings that must have a value, beside the contexts.
 
     Raises:
         UsageError: one is missing, or is not for that stage.
@@ -122,4 +147,4 @@ def for_evaluation(config: TrainConfig) -> TrainConfig:
         block_size=max(config.eval_ctx_lens),
         micro_batch=config.micro_batch or DEFAULT_MICRO_BATCH,
     )
-    return config.require("teacher_name", "dataset_name")
+    return config.require(*required)

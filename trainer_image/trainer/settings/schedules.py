@@ -6,6 +6,7 @@ import math
 import re
 from bisect import bisect_right
 from dataclasses import dataclass
+from functools import lru_cache
 
 from trainer.runtime.errors import UsageError
 
@@ -56,24 +57,9 @@ class StepSchedule:
         """Read ``step:value`` pairs separated by commas; an empty text is no entry at all.
 
         Raises:
-            UsageError: naming the entry (counted from 1) and the character where it went wrong.
+            UsageError: see `schedule_entries`.
         """
-        entries: list[tuple[int, float]] = []
-        offset = 0
-        for number, piece in enumerate(text.split(","), start=1) if text.strip() else ():
-            step, value = _parse_entry(piece, offset, number, f"--{name}={text!r}")
-            where = f"--{name}={text!r}: entry {number} ({piece.strip()!r})"
-            if value not in allowed:
-                raise UsageError(f"{where}: the value {value:g} must be {allowed}")
-            if entries and step == entries[-1][0]:
-                raise UsageError(f"{where}: step {step} is given twice; keep one of the entries")
-            if entries and step < entries[-1][0]:
-                raise UsageError(
-                    f"{where}: step {step} comes after step {entries[-1][0]}; sort by step"
-                )
-            entries.append((step, value))
-            offset += len(piece) + 1
-        return cls(initial, tuple(entries))
+        return cls(initial, schedule_entries(text, name, allowed))
 
     def at(self, step: int) -> float:
         """The value that update ``step`` uses."""
@@ -88,6 +74,31 @@ class StepSchedule:
         """Every value that some update takes; an entry at 0 leaves none for ``initial``."""
         before = () if self.entries and self.entries[0][0] == 0 else (self.initial,)
         return {*before, *(value for _, value in self.entries)}
+
+
+@lru_cache(maxsize=64)
+def schedule_entries(text: str, name: str, allowed: Range) -> tuple[tuple[int, float], ...]:
+    """The ``(step, value)`` pairs of a schedule; a text is parsed once, however often it is asked.
+
+    Raises:
+        UsageError: naming the entry (counted from 1) and the character where it went wrong.
+    """
+    entries: list[tuple[int, float]] = []
+    offset = 0
+    for number, piece in enumerate(text.split(","), start=1) if text.strip() else ():
+        step, value = _parse_entry(piece, offset, number, f"--{name}={text!r}")
+        where = f"--{name}={text!r}: entry {number} ({piece.strip()!r})"
+        if value not in allowed:
+            raise UsageError(f"{where}: the value {value:g} must be {allowed}")
+        if entries and step == entries[-1][0]:
+            raise UsageError(f"{where}: step {step} is given twice; keep one of the entries")
+        if entries and step < entries[-1][0]:
+            raise UsageError(
+                f"{where}: step {step} comes after step {entries[-1][0]}; sort by step"
+            )
+        entries.append((step, value))
+        offset += len(piece) + 1
+    return tuple(entries)
 
 
 def _parse_entry(piece: str, offset: int, number: int, given: str) -> tuple[int, float]:

@@ -6,7 +6,6 @@ as 83. Settings know their own types.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,55 +15,41 @@ from trainer.runtime.errors import UsageError
 
 _NULL = ("", "~", "null", "Null", "NULL")
 
-
-class _TextLoader(yaml.BaseLoader):
-    """Constructs text, lists and dicts, and refuses every other tag, and aliases.
-
-    Settings need none, and a few lines of them can stand for more than any memory holds.
-    """
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """As the base class does, where there is no alias."""
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, "aliases are not allowed here", mark)
-        return super().compose_node(parent, index)
-
-
-def _mapping(loader: _TextLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    names = [loader.construct_object(key) for key, _ in node.value]
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            mark = node.value[index][0].start_mark
-            raise yaml.constructor.ConstructorError(None, None, f"{name!r} is given twice", mark)
-    return loader.construct_mapping(node, deep=True)
-
-
-def _scalar(loader: _TextLoader, node: yaml.ScalarNode) -> str | None:
-    plain = node.style is None
-    return None if plain and node.value in _NULL else str(loader.construct_scalar(node))
-
-
-def _sequence(loader: _TextLoader, node: yaml.SequenceNode) -> list[Any]:
-    return loader.construct_sequence(node, deep=True)
-
-
-def _refuse(loader: _TextLoader, tag: str, node: yaml.Node) -> None:
-    raise yaml.constructor.ConstructorError(
-        None, None, f"the tag {node.tag!r} is not allowed here", node.start_mark
-    )
-
-
-_CONSTRUCTORS: dict[str, Callable[[Any, Any], Any]] = {
-    "map": _mapping,
-    "seq": _sequence,
-    **dict.fromkeys(("str", "int", "float", "bool", "null"), _scalar),
+_TAGS = {
+    "scalar": ("str", "int", "float", "bool", "null"),
+    "sequence": ("seq",),
+    "mapping": ("map",),
 }
 
-for _kind, _constructor in _CONSTRUCTORS.items():
-    _TextLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _constructor)
 
-_TextLoader.add_multi_constructor("", _refuse)
+class _TextLoader(yaml.BaseLoader):
+    """Text, lists and dicts; refuses what settings do not need: aliases and other types' tags.
+
+    A few lines of aliases can stand for more than any memory holds.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> Any:
+        mark = self.peek_event().start_mark
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases are not allowed here", mark)
+        node: Any = super().compose_node(parent, index)
+        if node.tag.removeprefix("tag:yaml.org,2002:") not in _TAGS[node.id]:
+            problem = f"the tag {node.tag!r} is not allowed here"
+            raise yaml.composer.ComposerError(None, None, problem, mark)
+        return node
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        return None if node.style is None and node.value in _NULL else node.value
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [self.construct_object(key) for key, _ in node.value]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                mark = node.value[index][0].start_mark
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{name!r} is given twice", mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 def read_settings(path: str | Path, name: str) -> dict[str, Any]:

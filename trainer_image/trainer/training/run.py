@@ -6,8 +6,6 @@ import difflib
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from trainer.checkpoints.checkpoint import Checkpoint
@@ -22,10 +20,18 @@ from trainer.runtime.devices import choose_device
 from trainer.runtime.errors import CheckpointError, UsageError
 from trainer.runtime.log import log, log_values
 from trainer.runtime.processes import Processes, find_nodes, launch_if_needed
-from trainer.settings.accumulation import accumulation
-from trainer.settings.config import AUTO, REQUIRED, SETTINGS, TrainConfig
+from trainer.settings.accumulation import accumulation, with_accumulation
+from trainer.settings.config import (
+    AUTO,
+    REQUIRED,
+    SETTINGS,
+    TrainConfig,
+    as_json,
+    check_shapes,
+    require,
+)
 from trainer.settings.hf_token import find_hf_token
-from trainer.settings.layers import CHECKPOINT, DEFAULT, Resolved, resolve
+from trainer.settings.layers import DEFAULT, Resolved, resolve
 from trainer.settings.values import as_text
 from trainer.training.loop import TrainingLoop
 from trainer.training.micro_batch import resolve_micro_batch
@@ -63,33 +69,39 @@ def run(
     config_file = config_file or {}
     processes = processes or Processes(device=choose_device())
     # The start time may be part of a location: one for all processes
-    now = processes.broadcast(time.time())
-    asked = resolve(command_line, config_file, now=now)
-    asked.config.require(*REQUIRED)
-    if not asked.config.resume_gcs_uri:
-        # Said at once; what a checkpoint's metadata gives is checked with it, below
-        accumulation(asked, processes.world_size)
-    places = _places(asked.config, {**config_file, **command_line})
-    command_line = {**command_line, **places}
-    snapshots = Snapshots(asked.config.uri, asked.config.local_workdir)
-    dry = asked.config.train_steps == 0 and asked.given("train_steps")
+    asked = resolve(command_line, config_file, now=processes.broadcast(time.time()))
+    check_before_reading(asked)
+    if not asked.values["resume_gcs_uri"]:
+        accumulation(asked, processes.world_size)  # a checkpoint's batch size is checked below
+    for name in ("local_workdir", "output_gcs_uri"):
+        if "$(" in str({**config_file, **command_line}.get(name)):
+            log.warning(
+                "--%s is %s for this start; to go on after a stop, give that, not the date",
+                name,
+                asked.values[name],
+            )
+    workdir = asked.values["local_workdir"]
+    snapshots = Snapshots(asked.values["output_gcs_uri"] or workdir, workdir)
+    dry = asked.values["train_steps"] == 0 and asked.given("train_steps")
     own = None if dry else _own_snapshot(snapshots, processes)
     foreign = None
+    if own is None and asked.values["resume_gcs_uri"]:
+        foreign = read_from(asked.values["resume_gcs_uri"], snapshots.workdir)
+    resolved = asked
     if own is not None:
-        resolved = _resolve_own(own, asked, command_line, config_file, processes.world_size)
-    else:
-        resolved, foreign = _resolve_foreign(asked, command_line, config_file)
-    resolved = _with_accumulation(resolved, processes.world_size)
-    resolved = replace(
-        resolved, sources={**resolved.sources, **{name: asked.sources[name] for name in places}}
-    )
+        resolved = asked.with_checkpoint(_settings_of_run(own))
+    elif foreign is not None:
+        resolved = _without_spent_schedules(asked.with_checkpoint(foreign.settings), foreign)
+    resolved = with_accumulation(resolved, processes.world_size)
     config = resolved.config
+    if own is not None:
+        _check_same_run(config, own)
     for line in resolved.lines():
         log.info(line)
     _check_metric(config)
     if own is not None and own.source.rpartition("/")[2] == FINAL:
         log.info("nothing to do: %s is at step %d of %d", own.source, own.step, config.train_steps)
-        return _finished(own).checked(config)
+        return _finished(own, config)
     token = find_hf_token(config)
     spec = _teacher_spec(config, token)
     start = _start(resolved, own, foreign, token)
@@ -108,18 +120,15 @@ def run(
     return _train(config, start, spec, snapshots, token, processes)
 
 
-def _places(config: TrainConfig, given: Mapping[str, Any]) -> dict[str, str]:
-    """Where the run writes, dates expanded: a second look at the clock might give another place."""
-    names = [name for name in ("local_workdir", "output_gcs_uri") if getattr(config, name)]
-    places = {name: getattr(config, name) for name in names}
-    for name, place in places.items():
-        if place != os.path.expanduser(str(given.get(name) or place)):
-            log.warning(
-                "--%s is %s for this start; to go on after a stop, give that, not the date",
-                name,
-                place,
-            )
-    return places
+def check_before_reading(asked: Resolved) -> None:
+    """Check of the user's settings what can be told before a checkpoint is read.
+
+    Raises:
+        UsageError: one is missing, or no student has these shapes.
+    """
+    require(asked.values, *REQUIRED)
+    if not asked.values["resume_gcs_uri"]:
+        check_shapes(asked.values)
 
 
 def _start(
@@ -189,71 +198,58 @@ def _quantize(teacher: Teacher, streams: TokenStreams, config: TrainConfig) -> N
     )
 
 
-def _resolve_own(
-    own: Checkpoint,
-    asked: Resolved,
-    command_line: Mapping[str, Any],
-    config_file: Mapping[str, Any],
-    world_size: int,
-) -> Resolved:
-    """Settings of a run that goes on: its own, and the user's where they do not define it.
-
-    Raises:
-        UsageError: naming every setting that defines the run and was given another value.
-    """
+def _settings_of_run(own: Checkpoint) -> dict[str, Any]:
     try:
-        kept = run_settings_of(own.meta)
+        return run_settings_of(own.meta)
     except CheckpointError as error:
         raise CheckpointError(
             f"{own.source}: {error}, so it is no run to go on with; give another --output_gcs_uri"
             " or --local_workdir"
         ) from None
-    resolved = resolve(command_line, config_file, kept)
-    accumulated = _with_accumulation(resolved, world_size).config
-    changed = []
-    defaults = TrainConfig().run_settings()
-    for name, now in accumulated.run_settings().items():
-        # A release that did not know a setting yet did what is its default now
-        before = own.meta["settings"].get(name, defaults[name])
-        if before != now:
-            changed.append(f"{name} {before!r} -> {now!r}")
+
+
+def _check_same_run(config: TrainConfig, own: Checkpoint) -> None:
+    """A run goes on with the settings that define it.
+
+    Raises:
+        UsageError: naming every one of them that was given another value.
+    """
+    before = own.meta["settings"]
+    # A release that did not know a setting yet did what is its default now
+    changed = [
+        f"{name} {before.get(name, default)!r} -> {now!r}"
+        for name, now in config.run_settings().items()
+        for default in [as_json(SETTINGS[name].default)]
+        if before.get(name, default) != now
+    ]
     if changed:
         raise UsageError(
-            f"{asked.config.uri} holds another run ({', '.join(changed)}); give another"
+            f"{config.uri} holds another run ({', '.join(changed)}); give another"
             " --output_gcs_uri or --local_workdir, or the run's own settings to go on with it"
         )
     origin = (own.meta.get("origin") or {}).get("checkpoint", "scratch")
-    if asked.config.resume_gcs_uri and asked.config.resume_gcs_uri != origin:
+    if config.resume_gcs_uri and config.resume_gcs_uri != origin:
         log.warning(
             "%s goes on with its own run, which started from %s, not from --resume_gcs_uri=%s",
-            asked.config.uri,
+            config.uri,
             origin,
-            asked.config.resume_gcs_uri,
+            config.resume_gcs_uri,
         )
-    return resolved
 
 
-def _resolve_foreign(
-    asked: Resolved, command_line: Mapping[str, Any], config_file: Mapping[str, Any]
-) -> tuple[Resolved, Checkpoint | None]:
-    config = asked.config
-    if not config.resume_gcs_uri:
-        return asked, None
-    foreign = read_from(config.resume_gcs_uri, Path(config.local_workdir))
-    settings = foreign.settings()
-    resolved = resolve(command_line, config_file, settings)
-    spent = [name for name in ("alpha_schedule", "temp_schedule") if name in settings]
-    if spent and restarts(resolved, foreign):
-        # Its steps were counted by the phase behind; what it had reached goes on
-        log.info(
-            "%s of the checkpoint's phase end with it: alpha goes on from %g, T from %g",
-            " and ".join(spent),
-            resolved.config.alpha,
-            resolved.config.T,
-        )
-        kept = {name: value for name, value in settings.items() if name not in spent}
-        resolved = resolve(command_line, config_file, kept)
-    return resolved, foreign
+def _without_spent_schedules(resolved: Resolved, checkpoint: Checkpoint) -> Resolved:
+    """Without the schedules of a phase behind, where the new phase counts its steps from 0."""
+    spent = [name for name in ("alpha_schedule", "temp_schedule") if name in checkpoint.settings]
+    if not spent or not restarts(resolved, checkpoint):
+        return resolved
+    log.info(
+        "%s of the checkpoint's phase end with it: alpha goes on from %g, T from %g",
+        " and ".join(spent),
+        resolved.values["alpha"],
+        resolved.values["T"],
+    )
+    dropped = [name for name in spent if not resolved.given(name)]
+    return resolved.changed({name: SETTINGS[name].default for name in dropped}, DEFAULT)
 
 
 def _own_snapshot(snapshots: Snapshots, processes: Processes) -> Checkpoint | None:
@@ -263,42 +259,6 @@ def _own_snapshot(snapshots: Snapshots, processes: Processes) -> Checkpoint | No
     if source is not None and own is None:
         own = read_from(source, snapshots.workdir)
     return own
-
-
-def _with_accumulation(resolved: Resolved, world_size: int) -> Resolved:
-    """``grad_accum`` and ``global_batch`` as they follow from each other, in the configuration.
-
-    Where ``micro_batch`` is yet to be found, ``grad_accum`` stays open.
-    """
-    resolved = _with_fitting_micro_batch(resolved, world_size)
-    steps = accumulation(resolved, world_size)
-    if steps == AUTO:
-        return resolved
-    config = replace(
-        resolved.config,
-        grad_accum=steps,
-        global_batch=steps * resolved.config.micro_batch * world_size,
-    )
-    derived = {
-        name: "derived"
-        for name in ("grad_accum", "global_batch")
-        if resolved.sources[name] == DEFAULT
-        or getattr(config, name) != getattr(resolved.config, name)
-    }
-    return Resolved(config, {**resolved.sources, **derived})
-
-
-def _with_fitting_micro_batch(resolved: Resolved, world_size: int) -> Resolved:
-    """With the largest micro-batch up to the default that divides a checkpoint's global batch."""
-    config, sources = resolved.config, resolved.sources
-    told = (sources["micro_batch"], sources["global_batch"]) == (DEFAULT, CHECKPOINT)
-    windows, rest = divmod(config.global_batch, world_size)
-    if not told or config.grad_accum is not None or rest:
-        return resolved
-    fits = max(n for n in range(1, config.micro_batch + 1) if windows % n == 0)
-    if fits == config.micro_batch:
-        return resolved
-    return Resolved(replace(config, micro_batch=fits), {**sources, "micro_batch": "derived"})
 
 
 def _teacher_spec(config: TrainConfig, token: str | None) -> TeacherSpec | None:
@@ -329,14 +289,14 @@ def _check_metric(config: TrainConfig) -> None:
         )
 
 
-def _finished(own: Checkpoint) -> RunResult:
+def _finished(own: Checkpoint, config: TrainConfig) -> RunResult:
     state = own.trainer_state
     return RunResult(
         own.step,
         dict(own.meta.get("metrics") or {}),
         float(state.get("best_value", "inf")),
         int(state.get("best_step", -1)),
-    )
+    ).checked(config)
 
 
 def run_on_all_gpus(settings: Mapping[str, Any]) -> RunResult | None:
@@ -349,7 +309,7 @@ def run_on_all_gpus(settings: Mapping[str, Any]) -> RunResult | None:
         UsageError: ``train_steps`` is 0.
         LiquidError: the run failed.
     """
-    if resolve(settings, {}).config.train_steps == 0:
+    if settings.get("train_steps") == 0:
         raise UsageError("--train_steps=0 trains nothing; a stage needs at least 1 update")
     # Any process of the machine can read a command line
     token = settings.get("hf_token_value")
@@ -366,5 +326,5 @@ def run_on_all_gpus(settings: Mapping[str, Any]) -> RunResult | None:
         config = resolve(settings, {}).config
         own = Snapshots(config.uri, config.local_workdir).newest()
         assert own is not None, "the run has written its final checkpoint"
-        return _finished(own).checked(config)
+        return _finished(own, config)
     return run(settings)

@@ -9,12 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from trainer.checkpoints.checkpoint import Checkpoint
-from trainer.checkpoints.metadata import heads_of, tokens_of
+from trainer.checkpoints.metadata import tokens_of
 from trainer.models.positions import resize_positions
 from trainer.models.student import Student, StudentConfig
 from trainer.runtime.errors import CheckpointError, DataError, ModelError, UsageError
 from trainer.runtime.log import log
-from trainer.settings.config import TrainConfig
 from trainer.settings.layers import Resolved
 
 
@@ -87,7 +86,16 @@ def new_phase(resolved: Resolved, checkpoint: Checkpoint) -> Start:
     """
     config = resolved.config
     student_config = _student_config(resolved, checkpoint)
-    trained = _trained_positions(resolved, checkpoint)
+    trained = checkpoint.trained_positions(config.trained_positions)
+    if trained is None and student_config.positions:
+        trained = min(student_config.positions, config.context)
+        log.warning(
+            "%s does not tell how many of its %d position rows were trained; assuming %d. Give"
+            " --trained_positions if it was trained at another context",
+            checkpoint.source,
+            student_config.positions,
+            trained,
+        )
     old_context = _old_context(resolved, checkpoint)
     reset = _resets(resolved, checkpoint)
     optimizer_state = {} if reset else checkpoint.optimizer_by_name()
@@ -140,15 +148,15 @@ def new_phase(resolved: Resolved, checkpoint: Checkpoint) -> Start:
 
 def _old_context(resolved: Resolved, checkpoint: Checkpoint) -> int | None:
     """The context a checkpoint was trained at, in tokens; None where nothing tells."""
-    asked = resolved.config.trained_positions
-    return checkpoint.meta.get("block_size") or trained_rows(checkpoint, asked)
+    given = resolved.values["trained_positions"]
+    return checkpoint.context or checkpoint.trained_positions(given)
 
 
 def _resets(resolved: Resolved, checkpoint: Checkpoint) -> bool:
     """Whether ``--reset_optim_on_ctx_change`` applies."""
     old = _old_context(resolved, checkpoint)
-    changed = old is not None and old != resolved.config.block_size
-    return resolved.config.reset_optim_on_ctx_change and changed
+    changed = old is not None and old != resolved.values["block_size"]
+    return resolved.values["reset_optim_on_ctx_change"] and changed
 
 
 def restarts(resolved: Resolved, checkpoint: Checkpoint) -> bool:
@@ -156,7 +164,7 @@ def restarts(resolved: Resolved, checkpoint: Checkpoint) -> bool:
 
     With ``--train_steps=0`` the number of updates is not known, so neither is this.
     """
-    behind = 0 < resolved.config.train_steps <= checkpoint.step
+    behind = 0 < resolved.values["train_steps"] <= checkpoint.step
     return _resets(resolved, checkpoint) or behind
 
 
@@ -199,147 +207,38 @@ def _stretch_moments(
             moments[key] = resize_positions(moments[key], trained, length, method)
 
 
-def trained_rows(checkpoint: Checkpoint, asked: int | None) -> int | None:
-    """Trained rows of a checkpoint's position table.
-
-    Args:
-        checkpoint: as read.
-        asked: ``--trained_positions``, which wins over what the checkpoint tells.
-
-    Returns:
-        The rows; None for a rotary student, and where nothing tells.
-
-    Raises:
-        UsageError: the table has no such number of rows.
-    """
-    table = checkpoint.weights.get("pos.weight")
-    if asked is None:
-        return None if table is None else checkpoint.trained_positions()
-    if table is None:
-        raise UsageError(
-            f"--trained_positions={asked}: {checkpoint.source} has rotary positions, no table;"
-            " leave it out"
-        )
-    if not 1 <= asked <= table.shape[0]:
-        raise UsageError(
-            f"--trained_positions={asked}: the table of {checkpoint.source} has"
-            f" {table.shape[0]} rows; give 1 to {table.shape[0]}"
-        )
-    return asked
-
-
-def known_trained_rows(checkpoint: Checkpoint, asked: int | None) -> int | None:
-    """As `trained_rows`, where guessing would be wrong; None for a rotary student.
-
-    Raises:
-        UsageError: the table has no such number of rows.
-        CheckpointError: nothing tells how many rows were trained.
-    """
-    trained = trained_rows(checkpoint, asked)
-    if trained is None and "pos.weight" in checkpoint.weights:
-        raise CheckpointError(
-            f"{checkpoint.source} does not tell how many of its"
-            f" {checkpoint.weights['pos.weight'].shape[0]} position rows were trained; give"
-            " --trained_positions"
-        )
-    return trained
-
-
-def _trained_positions(resolved: Resolved, checkpoint: Checkpoint) -> int | None:
-    """Trained rows of the table, assumed where nothing tells; None for a rotary student."""
-    found = trained_rows(checkpoint, resolved.config.trained_positions)
-    if found is None and "pos.weight" in checkpoint.weights:
-        rows = checkpoint.weights["pos.weight"].shape[0]
-        found = min(rows, resolved.config.context)
-        log.warning(
-            "%s does not tell how many of its %d position rows were trained; assuming %d. Give"
-            " --trained_positions if it was trained at another context",
-            checkpoint.source,
-            rows,
-            found,
-        )
-    return found
-
-
 def _student_config(resolved: Resolved, checkpoint: Checkpoint) -> StudentConfig:
-    """Shapes from the weights; a flag that contradicts them is an error, not a wish."""
+    """The checkpoint's shapes; a flag that contradicts them is an error, not a wish."""
     config = resolved.config
-    _check_heads(checkpoint, config.n_heads if resolved.given("n_heads") else None)
-    found = _shapes(
-        checkpoint,
-        n_heads=config.n_heads,
+    shapes = checkpoint.student_config(
+        config.n_heads if resolved.given("n_heads") else None,
         rope_scale=config.rope_scale,
         dropout=config.dropout,
     )
     for name in ("d_model", "n_layers", "pos_embedding"):
-        asked, has = getattr(config, name), getattr(found, name)
-        if resolved.given(name) and asked != has:
+        given, actual = getattr(config, name), getattr(shapes, name)
+        if resolved.given(name) and given != actual:
             raise UsageError(
-                f"--{name}={asked}: the checkpoint {checkpoint.source} has {has}; leave it out"
+                f"--{name}={given}: the checkpoint {checkpoint.source} has {actual}; leave it out"
             )
-    if resolved.given("rope_scale") and config.rope_scale != 1.0 and found.positions:
+    if resolved.given("rope_scale") and config.rope_scale != 1.0 and shapes.positions:
         raise UsageError(
             f"--rope_scale={config.rope_scale:g}: the checkpoint {checkpoint.source} has learned"
             " positions; leave it out"
         )
-    return found
+    return shapes
 
 
-def student_config(checkpoint: Checkpoint, n_heads: int | None = None) -> StudentConfig:
-    """A checkpoint's own shapes: what its weights do not tell is in its metadata.
-
-    Args:
-        checkpoint: as read.
-        n_heads: attention heads where the metadata does not tell; default is that of the setting.
-
-    Raises:
-        UsageError: the checkpoint has other heads.
-        CheckpointError: the weights are not a student's, or the metadata has values that no run
-            can have.
-    """
-    _check_heads(checkpoint, n_heads)
-    told = checkpoint.settings()
-    default = TrainConfig()
-    return _shapes(
-        checkpoint,
-        n_heads=n_heads or told.get("n_heads", default.n_heads),
-        rope_scale=told.get("rope_scale", default.rope_scale),
-        dropout=told.get("dropout", default.dropout),
-    )
-
-
-def _check_heads(checkpoint: Checkpoint, asked: int | None) -> None:
-    heads = heads_of(checkpoint.meta)
-    if asked is not None and asked < 1:
-        raise UsageError(f"--n_heads={asked} must be at least 1")
-    if asked is not None and heads is not None and asked != heads:
-        raise UsageError(
-            f"--n_heads={asked}: the checkpoint {checkpoint.source} has {heads}; leave it out"
-        )
-
-
-def _shapes(
-    checkpoint: Checkpoint, *, n_heads: int, rope_scale: float, dropout: float
-) -> StudentConfig:
-    """Shapes that a student can be made of."""
-    found = checkpoint.student_config(n_heads=n_heads, rope_scale=rope_scale, dropout=dropout)
-    if found.pos_embedding == "rotary" and found.d_model // n_heads % 2:
-        raise CheckpointError(
-            f"{checkpoint.source}: rotary positions need an even head width, not {found.d_model}/"
-            f"{n_heads} = {found.d_model // n_heads}; give --n_heads"
-        )
-    return found
-
-
-def check_tokens(start: Start, found: str) -> None:
+def check_tokens(start: Start, fingerprint: str) -> None:
     """A run goes on with its own tokens: the same settings may name data that has changed.
 
     Raises:
-        DataError: the token streams of fingerprint ``found`` are others.
+        DataError: the token streams have another fingerprint.
     """
-    if start.tokens is not None and start.tokens != found:
+    if start.tokens is not None and start.tokens != fingerprint:
         raise DataError(
-            f"{start.source} was trained on other tokens (fingerprint {start.tokens}, now {found}):"
+            f"{start.source} was trained on other tokens (fingerprint {start.tokens}, now"
+            f" {fingerprint}):"
             " the data set or its tokenizer has changed; give the tokens it was trained on, or"
             " another --output_gcs_uri or --local_workdir"
         )
