@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from trainer.checkpoints.checkpoint import Checkpoint
@@ -99,7 +99,7 @@ def run(
 def _load_student(uri: str, config: TrainConfig, n_heads: int | None) -> _Loaded:
     """A checkpoint with its student and the number of its trained positions."""
     checkpoint = read_from(uri, Path(config.local_workdir))
-    shapes = checkpoint.student_config(n_heads, dropout=0.0)
+    shapes = replace(checkpoint.student_config(n_heads), dropout=0.0)
     trained = checkpoint.trained_positions(config.trained_positions, required=True)
     student = Student(shapes)
     student.load_state_dict(checkpoint.weights, strict=True)

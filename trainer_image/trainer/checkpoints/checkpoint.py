@@ -39,14 +39,7 @@ class Snapshot:
 
     def payload(self) -> dict[str, Any]:
         """What `torch.save` writes."""
-        return {
-            "model": self.model,
-            "optimizer": self.optimizer,
-            "scheduler": self.scheduler,
-            "step": self.step,
-            "trainer_state": self.trainer_state,
-            "meta": self.meta,
-        }
+        return dict(vars(self))
 
     def write_file(self, path: Path) -> tuple[int, str]:
         """Write the file alone, atomically; returns its bytes and its CRC32C.
@@ -129,39 +122,29 @@ class Checkpoint:
             check_values(values)
         except UsageError as error:
             raise CheckpointError(f"{self.source}: its metadata cannot work: {error}") from None
-        except CheckpointError as error:
-            raise CheckpointError(f"{self.source}: {error}") from None
         return values
 
-    def student_config(
-        self,
-        n_heads: int | None = None,
-        *,
-        rope_scale: float | None = None,
-        dropout: float | None = None,
-    ) -> StudentConfig:
+    def student_config(self, n_heads: int | None = None) -> StudentConfig:
         """The student that the weights are of.
 
-        Its shapes are those of the weights. What these do not tell, an argument does, else the
-        metadata, else the setting's default.
+        What their shapes do not tell, the metadata does, else ``n_heads`` and the defaults.
 
         Raises:
             UsageError: ``n_heads`` is below 1, or the metadata names another number.
             CheckpointError: a parameter is missing, unknown or of another shape, the heads do not
                 divide the width, or the metadata has values that no run can have.
         """
-        given: dict[str, Any] = {"n_heads": n_heads, "rope_scale": rope_scale, "dropout": dropout}
-        check_values(given)
-        if n_heads is not None and n_heads != self.settings.get("n_heads", n_heads):
-            raise UsageError(
-                f"--n_heads={n_heads}: the checkpoint {self.source} has"
-                f" {self.settings['n_heads']}; leave it out"
-            )
-        for name, value in given.items():
-            if value is None:
-                given[name] = self.settings.get(name, SETTINGS[name].default)
-        config = replace(self._shapes, **given)
+        check_values({"n_heads": n_heads})
+        defaults = {name: SETTINGS[name].default for name in ("n_heads", "rope_scale", "dropout")}
+        if n_heads is not None:
+            defaults["n_heads"] = n_heads
+        values = {name: self.settings.get(name, value) for name, value in defaults.items()}
+        config = replace(self._shapes, **values)
         width, heads = config.d_model, config.n_heads
+        if n_heads is not None and n_heads != heads:
+            raise UsageError(
+                f"--n_heads={n_heads}: the checkpoint {self.source} has {heads}; leave it out"
+            )
         if width % heads:
             raise CheckpointError(
                 f"{self.source}: the checkpoint is {width} wide, which {heads} heads do not divide;"

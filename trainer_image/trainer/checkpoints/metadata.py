@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from trainer.models.student import StudentConfig
-from trainer.runtime.errors import CheckpointError, UsageError
+from trainer.runtime.errors import CheckpointError
 from trainer.settings.config import SETTINGS, TrainConfig
 from trainer.settings.schedules import learning_rate
 from trainer.settings.values import parse_value
@@ -156,28 +156,21 @@ def settings_from_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a checkpoint's metadata gives to a new phase.
 
     Raises:
-        CheckpointError: a value is not one that the setting can take.
+        UsageError: a value is not of its setting's type.
     """
-    values: dict[str, Any] = {}
-    for key, name in _SETTING_OF_META.items():
-        if meta.get(key) in (None, "", []):
-            continue
-        values[name] = _setting(name, key, meta[key])
+    values = {
+        name: parse_value(name, meta[key])
+        for key, name in _SETTING_OF_META.items()
+        if meta.get(key) not in (None, "", [])
+    }
     if "global_batch" in values:
         # Says the same whatever the number of processes or the micro-batch
         values.pop("grad_accum", None)
     model = meta.get("model")
-    for key in ("n_heads", "dropout"):
-        if isinstance(model, dict) and model.get(key) is not None:
-            values[key] = _setting(key, f"model.{key}", model[key])
+    for name in ("n_heads", "dropout"):
+        if isinstance(model, dict) and model.get(name) is not None:
+            values[name] = parse_value(name, model[name])
     return values
-
-
-def _setting(name: str, key: str, value: Any) -> Any:
-    try:
-        return parse_value(name, value)
-    except UsageError as error:
-        raise CheckpointError(f"checkpoint metadata {key!r}: {error}") from None
 
 
 def tokens_of(meta: Mapping[str, Any]) -> str | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property, partial
 from typing import Any
 
 from trainer.loss.divergences import DIVERGENCES
@@ -150,6 +151,10 @@ def setting(
     )
 
 
+technical = partial(setting, defines_run=False)
+"""A setting that does not change what is computed: a place, an interval, a credential."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Every setting of a training run. Construction checks the values.
@@ -175,10 +180,8 @@ class TrainConfig:
     )
     text_column: str = setting("text", "column of the data set that holds the text", _not_empty)
     block_size: int | None = setting(None, "training context in tokens (required)", _COUNT)
-    resume_gcs_uri: str | None = setting(
-        None,
-        "checkpoint to start from, gs:// or local; it starts a new phase",
-        defines_run=False,
+    resume_gcs_uri: str | None = technical(
+        None, "checkpoint to start from, gs:// or local; it starts a new phase"
     )
 
     # Annealing
@@ -195,11 +198,10 @@ class TrainConfig:
         "divergence between teacher and student",
         choices=tuple(DIVERGENCES),
     )
-    eval_ctx_lens: tuple[int, ...] = setting(
+    eval_ctx_lens: tuple[int, ...] = technical(
         (),
         "contexts to evaluate at, in tokens, e.g. 512,1024; the training context always is",
         parse=_contexts,
-        defines_run=False,
     )
     reset_optim_on_ctx_change: bool = setting(
         False,
@@ -232,19 +234,17 @@ class TrainConfig:
         10_000, "optimizer updates; 0 loads, prints the settings and exits", _UPDATES
     )
     global_batch: int = setting(64, "windows per update over all processes", _COUNT)
-    micro_batch: int = setting(
+    micro_batch: int = technical(
         DEFAULT_MICRO_BATCH,
         "windows per forward pass of one process; auto is as many as the GPU's memory holds",
         _FROM_0,
         parse=_micro_batch,
-        defines_run=False,
     )
-    grad_accum: int | None = setting(
+    grad_accum: int | None = technical(
         None,
         "micro-batches per update; wins over --global_batch (default: global_batch / (micro_batch"
         " x processes))",
         _COUNT,
-        defines_run=False,
     )
     lr: float = setting(3e-4, "peak learning rate", _POSITIVE)
     lr_peak: float | None = setting(None, "peak learning rate; wins over --lr", _POSITIVE)
@@ -272,87 +272,73 @@ class TrainConfig:
     )
 
     # Speed
-    compile: str = setting(
+    compile: str = technical(
         "auto",
         "torch.compile for student and teacher; auto is on for a GPU",
         choices=("auto", "on", "off"),
-        defines_run=False,
     )
-    parallel: str = setting(
+    parallel: str = technical(
         "ddp",
         "several GPUs: ddp replicates the student, fsdp shards it (FSDP2)",
         choices=("ddp", "fsdp"),
-        defines_run=False,
     )
-    shard_teacher: bool = setting(
-        False, "shard the teacher's weights over the GPUs (FSDP2)", defines_run=False
-    )
-    activation_checkpointing: bool = setting(
-        False, "recompute the student's activations in the backward pass", defines_run=False
+    shard_teacher: bool = technical(False, "shard the teacher's weights over the GPUs (FSDP2)")
+    activation_checkpointing: bool = technical(
+        False, "recompute the student's activations in the backward pass"
     )
 
     # Evaluation, logging and checkpoints
-    eval_every: int = setting(500, "updates between evaluations", _INTERVAL, defines_run=False)
+    eval_every: int = technical(500, "updates between evaluations", _INTERVAL)
     eval_max_tokens: int = setting(
         0, "tokens of the validation split to evaluate on; 0 is all of it", _FROM_0
     )
-    save_every: int = setting(1000, "updates between snapshots", _INTERVAL, defines_run=False)
+    save_every: int = technical(1000, "updates between snapshots", _INTERVAL)
     save_best_on: str = setting(
         "val_loss_student", "metric that decides the best checkpoint; lower is better"
     )
-    log_interval: int = setting(50, "updates between log lines", _INTERVAL, defines_run=False)
+    log_interval: int = technical(50, "updates between log lines", _INTERVAL)
 
     # Places
-    config: str | None = setting(None, "YAML file with any of these settings", defines_run=False)
-    output_gcs_uri: str | None = setting(
+    config: str | None = technical(None, "YAML file with any of these settings")
+    output_gcs_uri: str | None = technical(
         None,
         "where checkpoints go, gs:// or local; $(date +FORMAT) is expanded (default: the work"
         " directory)",
-        defines_run=False,
     )
-    local_workdir: str = setting(
+    local_workdir: str = technical(
         "/tmp/liquid_work",  # noqa: S108
         "scratch directory",
         _not_empty,
-        defines_run=False,
     )
-    cache_dir: str = setting(
-        "~/.cache/liquid_annealing",
-        "where tokenized data sets are kept",
-        _not_empty,
-        defines_run=False,
+    cache_dir: str = technical(
+        "~/.cache/liquid_annealing", "where tokenized data sets are kept", _not_empty
     )
-    tokens_dir: str | None = setting(
+    tokens_dir: str | None = technical(
         None,
         "token streams written by trainer.prepare_tokens, gs:// or local, in place of a data set",
-        defines_run=False,
     )
 
     # Hugging Face token, in the order of trying (after HF_TOKEN in the environment)
     hf_token_value: str | None = setting(None, "Hugging Face token itself", secret=True)
-    hf_token_file: str | None = setting(
-        None, "file that holds the Hugging Face token", defines_run=False
+    hf_token_file: str | None = technical(None, "file that holds the Hugging Face token")
+    hf_token_gcs_uri: str | None = technical(
+        None, "object that holds the Hugging Face token, gs:// or local"
     )
-    hf_token_gcs_uri: str | None = setting(
-        None, "object that holds the Hugging Face token, gs:// or local", defines_run=False
-    )
-    hf_secret_name: str | None = setting(
-        None,
-        "Secret Manager secret with the Hugging Face token: projects/P/secrets/S[/versions/V]",
-        defines_run=False,
+    hf_secret_name: str | None = technical(
+        None, "Secret Manager secret with the Hugging Face token: projects/P/secrets/S[/versions/V]"
     )
 
     def __post_init__(self) -> None:
         check_values({spec.name: getattr(self, spec.name) for spec in fields(self)})
 
-    @property
+    @cached_property
     def schedule_alpha(self) -> StepSchedule:
         """The weight of the distillation term by update."""
         return StepSchedule.parse(
             self.alpha_schedule, self.alpha, name="alpha_schedule", allowed=ALPHA_RANGE
         )
 
-    @property
+    @cached_property
     def schedule_T(self) -> StepSchedule:
         """The distillation temperature by update."""
         return StepSchedule.parse(

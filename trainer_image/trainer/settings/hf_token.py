@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from trainer.runtime.errors import LiquidError, UsageError
@@ -26,14 +26,15 @@ def find_hf_token(config: TrainConfig, environ: Mapping[str, str] = os.environ) 
     token, source = next(
         ((environ[name].strip(), name) for name in ENVIRONMENT_NAMES if environ.get(name)), ("", "")
     )
-    if not token and config.hf_token_value:
-        token, source = config.hf_token_value.strip(), "--hf_token_value"
-    if not token and config.hf_token_file:
-        token, source = _from_file(config.hf_token_file), "--hf_token_file"
-    if not token and config.hf_token_gcs_uri:
-        token, source = _from_object(config.hf_token_gcs_uri), "--hf_token_gcs_uri"
-    if not token and config.hf_secret_name:
-        token, source = _from_secret_manager(config.hf_secret_name), "--hf_secret_name"
+    readers: dict[str, Callable[[str], str]] = {
+        "hf_token_value": str.strip,
+        "hf_token_file": _from_file,
+        "hf_token_gcs_uri": _from_object,
+        "hf_secret_name": _from_secret_manager,
+    }
+    for name, read in readers.items():
+        if not token and getattr(config, name):
+            token, source = read(getattr(config, name)), f"--{name}"
     if not token:
         return None
     hide(token)

@@ -104,7 +104,12 @@ def run(
         return _finished(own, config)
     token = find_hf_token(config)
     spec = _teacher_spec(config, token)
-    start = _start(resolved, own, foreign, token)
+    if own is not None:
+        start = from_own_snapshot(resolved, own)
+    elif foreign is not None:
+        start = new_phase(resolved, foreign)
+    else:
+        start = from_scratch(resolved, len(load_tokenizer(config.teacher, token)))
     vocabulary = start.student.config.vocab_size
     # Before a data set is tokenized; a token stream tells its own vocabulary
     unknown = foreign is not None and not config.tokens_dir
@@ -129,17 +134,6 @@ def check_before_reading(asked: Resolved) -> None:
     require(asked.values, *REQUIRED)
     if not asked.values["resume_gcs_uri"]:
         check_shapes(asked.values)
-
-
-def _start(
-    resolved: Resolved, own: Checkpoint | None, foreign: Checkpoint | None, token: str | None
-) -> Start:
-    """From the run's own snapshot, else from the checkpoint asked for, else from scratch."""
-    if own is not None:
-        return from_own_snapshot(resolved, own)
-    if foreign is not None:
-        return new_phase(resolved, foreign)
-    return from_scratch(resolved, len(load_tokenizer(resolved.config.teacher, token)))
 
 
 def _train(

@@ -210,11 +210,7 @@ def _stretch_moments(
 def _student_config(resolved: Resolved, checkpoint: Checkpoint) -> StudentConfig:
     """The checkpoint's shapes; a flag that contradicts them is an error, not a wish."""
     config = resolved.config
-    shapes = checkpoint.student_config(
-        config.n_heads if resolved.given("n_heads") else None,
-        rope_scale=config.rope_scale,
-        dropout=config.dropout,
-    )
+    shapes = checkpoint.student_config(config.n_heads if resolved.given("n_heads") else None)
     for name in ("d_model", "n_layers", "pos_embedding"):
         given, actual = getattr(config, name), getattr(shapes, name)
         if resolved.given(name) and given != actual:
@@ -226,7 +222,7 @@ def _student_config(resolved: Resolved, checkpoint: Checkpoint) -> StudentConfig
             f"--rope_scale={config.rope_scale:g}: the checkpoint {checkpoint.source} has learned"
             " positions; leave it out"
         )
-    return shapes
+    return replace(shapes, rope_scale=config.rope_scale, dropout=config.dropout)
 
 
 def check_tokens(start: Start, fingerprint: str) -> None:
