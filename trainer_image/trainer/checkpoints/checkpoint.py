@@ -1,4 +1,4 @@
-"""The checkpoint format: names, payload, metadata, sidecars, retention. Nothing else knows them.
+"""A checkpoint's content: a snapshot as it is written, and what can be told of one that was read.
 
 A checkpoint is a file that ``torch.load(weights_only=True)`` reads, holding ``model``,
 ``optimizer``, ``scheduler``, ``step``, ``trainer_state`` and ``meta``. Beside it lies a sidecar,

@@ -75,11 +75,8 @@ def build_meta(
         "alpha_schedule": config.alpha_schedule,
         "temp_schedule": config.temp_schedule,
         "pending_schedules": {"alpha": alpha.pending(last), "T": temperature.pending(last)},
-        "grad_accum": config.grad_accum,
-        "micro_batch": config.micro_batch,
-        "global_batch": config.global_batch,
-        "warmup_steps": config.warmup_steps,
-        "train_steps": config.train_steps,
+        **{name: getattr(config, name) for name in ("grad_accum", "micro_batch", "global_batch")},
+        **{name: getattr(config, name) for name in ("warmup_steps", "train_steps")},
         "lr": learning_rate(
             last,
             peak=config.peak_lr,
@@ -164,7 +161,7 @@ def settings_from_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
         if meta.get(key) not in (None, "", [])
     }
     if "global_batch" in values:
-        # Says the same whatever the number of processes or the micro-batch
+        # Independent of the number of processes and the micro-batch, as grad_accum is not
         values.pop("grad_accum", None)
     model = meta.get("model")
     for name in ("n_heads", "dropout"):
@@ -176,8 +173,8 @@ def settings_from_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
 def tokens_of(meta: Mapping[str, Any]) -> str | None:
     """The fingerprint of the token streams that a run was trained on; None in older snapshots."""
     dataset = meta.get("dataset")
-    found = dataset.get("fingerprint") if isinstance(dataset, dict) else None
-    return found if isinstance(found, str) else None
+    fingerprint = dataset.get("fingerprint") if isinstance(dataset, dict) else None
+    return fingerprint if isinstance(fingerprint, str) else None
 
 
 def run_settings_of(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,14 +215,14 @@ def metric_of(meta: Mapping[str, Any], key: str) -> float:
 
 
 def are_metrics(value: Any) -> bool:
-    """Whether it is numbers by name; None stands for one that is not finite."""
+    """Whether a value is a dict of numbers; None stands for a number that is not finite."""
     return isinstance(value, dict) and all(
         entry is None or is_number(entry) for entry in value.values()
     )
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is one that a float can hold; JSON's whole numbers have no bound."""
+    """Whether a value is a number that fits a float; whole numbers of JSON have no bound."""
     if not isinstance(value, int | float):
         return False
     try:

@@ -58,19 +58,19 @@ def _load(path: Path, source: str) -> Any:
 
 
 def _first_line(error: Exception, form: str = "{}") -> str:
-    """The beginning of a message in a form; empty where there is none."""
+    """A message's first line, formatted with ``form``; empty for an empty message."""
     lines = str(error).strip().splitlines()
     return form.format(lines[0]) if lines else ""
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # torch's allocator for the CPU has no type of error of its own
+    # torch's allocator for the CPU raises a plain RuntimeError
     signs = ("DefaultCPUAllocator", "can't allocate memory", "bad_alloc")
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 def _is_machine_fault(error: Exception) -> bool:
-    # An offset in a damaged archive may lie before its start, which is an invalid argument
+    # EINVAL is damage: seeking to an offset before the file's start
     return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
 
 
@@ -106,9 +106,9 @@ def _check_archive(path: Path, source: str) -> None:
 
 
 def _has_one_directory(file: BinaryIO, size: int) -> bool:
-    """Whether the archive's directory lies right before its end records and is the one they name.
+    """Whether the archive's directory lies right before its end records, and these point to it.
 
-    Python searches it there and torch where they say, so two could be hidden in one file.
+    Python looks for it right before them and torch where they point, so a file could hold two.
     Layout: APPNOTE.TXT 4.3.14 to 4.3.16, with no comment.
     """
 
@@ -187,10 +187,10 @@ def _plain(meta: Mapping[Any, Any], source: str) -> dict[str, Any]:
             return value
         raise CheckpointError(f"{source}: its metadata has a {type(value).__name__} in it")
 
-    found: dict[str, Any] = copied(dict(meta), 0)
-    if not are_metrics(found.get("metrics") or {}):
+    plain: dict[str, Any] = copied(dict(meta), 0)
+    if not are_metrics(plain.get("metrics") or {}):
         raise CheckpointError(f"{source} has metrics that are not numbers")
-    return found
+    return plain
 
 
 def _short(value: Any) -> str:

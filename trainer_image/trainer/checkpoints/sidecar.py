@@ -64,7 +64,7 @@ class Sidecar:
         metrics = content["metrics"]
         if not are_metrics(metrics):
             raise CheckpointError(f"sidecar of {name} has metrics that are not numbers")
-        # JSON has no word for what is not finite
+        # JSON has no NaN: `dump` writes null for what is not finite
         content["metrics"] = {k: math.nan if v is None else v for k, v in metrics.items()}
         if content["step"] < 0 or content["size"] < 0:
             raise CheckpointError(f"sidecar of {name} has a negative step or size")

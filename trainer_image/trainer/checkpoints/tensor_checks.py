@@ -1,4 +1,4 @@
-"""Checks of the tensors in a checkpoint that nobody vouches for."""
+"""Checks of the tensors in a checkpoint that may be damaged or hostile."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 def is_held(tensor: Tensor) -> bool:
     """Whether a tensor has values, and has them on the CPU."""
-    # A tensor of the meta device is not moved by map_location
+    # map_location leaves tensors of the meta device, which have no values, where they are
     return tensor.device.type == "cpu"
 
 
@@ -28,7 +28,7 @@ def _check_dense(tensor: Tensor, name: str) -> None:
         raise CheckpointError(f"{name} has a shape but no values")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise CheckpointError(f"{name} claims more elements than it holds")
-    # A run's weights and moments are in fp32, whose range is less than fp64's
+    # Training copies them to fp32, where a large fp64 value is infinite
     if not bool(torch.isfinite(tensor.float()).all()):
         raise CheckpointError(f"{name} has values that are not finite")
 
@@ -42,7 +42,7 @@ def check_weights(weights: Mapping[str, Tensor], source: str, size: int) -> None
     for name, tensor in weights.items():
         _check_dense(tensor, f"{source}: {name}")
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
-    # A head may share the embedding's memory, no more than that
+    # The output head may share the embedding's memory; nothing else may share any
     if claimed > 2 * size:
         raise CheckpointError(
             f"{source} is refused: its weights are {claimed} bytes in {size} bytes of file"
@@ -50,7 +50,11 @@ def check_weights(weights: Mapping[str, Tensor], source: str, size: int) -> None
 
 
 def check_moments(entry: Mapping[str, Any], name: str) -> None:
-    """AdamW's state of one parameter: updates, and the first and second moment."""
+    """Check AdamW's state of one parameter: its count of updates, first and second moment.
+
+    Raises:
+        CheckpointError: ``name`` and the entry, and what is wrong with it.
+    """
     for key, value in entry.items():
         if isinstance(value, Tensor):
             _check_dense(value, f"{name}: {key}")

@@ -26,7 +26,7 @@ class OneLineParser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see --help)")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does; of what it does not know, flags are shown without their values."""
+        """As argparse does, but an unknown flag is named without its value."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if not unknown:
             return parsed

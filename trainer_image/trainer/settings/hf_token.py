@@ -39,7 +39,7 @@ def find_hf_token(config: TrainConfig, environ: Mapping[str, str] = os.environ) 
         return None
     hide(token)
     if not (token.isascii() and token.isprintable() and " " not in token):
-        # No header could carry it, and a message that quotes it would not be recognised
+        # It fits no HTTP header; quoted in a message, it would not match what is hidden
         raise UsageError(f"{source} holds no token: it has spaces or other such characters")
     log.info("Hugging Face token taken from %s", source)
     return token

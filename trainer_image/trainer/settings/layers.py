@@ -94,13 +94,13 @@ def resolve(
     ):
         for name, value in layer.items():
             values[name], sources[name] = value, source
-        # One quantity under two names: the layer that gives either decides both
+        # Each pair sets one quantity: a layer that gives one of them ends the other below it
         ended = [
             name
             for name, rival in (("grad_accum", "global_batch"), ("lr_peak", "lr"))
             if rival in layer and name not in layer
         ]
-        # A checkpoint's schedule would leave nothing of the constant that a user gives
+        # Under a checkpoint's schedule, a constant that the user gives would have no effect
         ended += [
             name
             for name, constant in (("alpha_schedule", "alpha"), ("temp_schedule", "T"))

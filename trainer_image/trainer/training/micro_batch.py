@@ -20,16 +20,16 @@ from trainer.training.precision import Precision
 from trainer.training.step import TrainStep
 
 MOST_TOKENS = 65_536
-"""Of a micro-batch. A GPU is busy with far fewer, so more make no update faster."""
+"""Most tokens of a micro-batch: a GPU is busy with fewer, and more make no update faster."""
 
 FITTED_TOKENS = 4096
-"""Of the first try; below, the loss takes all tokens in one chunk, and memory is off the line."""
+"""Fewest tokens for fitting memory against size: below, the loss takes all in one chunk."""
 
 MEMORY_SHARE = 0.92
 """Of the memory free at the start; the rest is for evaluation and fragmentation."""
 
 _OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
-"""Parts of the messages of CUDA, Triton and cuBLAS; torch's allocator has a type of its own."""
+"""In the errors of CUDA, Triton and cuBLAS, which are not torch's own out-of-memory error."""
 
 
 def resolve_micro_batch(
@@ -41,8 +41,8 @@ def resolve_micro_batch(
 ) -> TrainConfig:
     """The configuration with ``micro_batch`` and ``grad_accum`` in place of ``auto``.
 
-    On a GPU, forward and backward passes over random tokens, which do not change the weights,
-    measure the memory. On the CPU, the result is the default or the largest divisor below it.
+    On a GPU, forward and backward passes over random tokens measure the memory; the student's
+    weights stay as they are. On the CPU, it is the largest divisor up to the default.
 
     Raises:
         TrainingError: not even one window fits.
@@ -148,7 +148,7 @@ class _Trial:
         self.device = precision.device
         self.context = config.context
         self.vocabulary = student.config.vocab_size
-        # As a single process: without an exchange, each process may try sizes of its own
+        # Set up for one process: trials exchange nothing, so processes may try different sizes
         alone = Processes(device=precision.device)
         self.teacher = teacher
         self.step = TrainStep(config, student, teacher, precision, alone, {})
@@ -199,7 +199,7 @@ class _Trial:
                 torch.cuda.reset_peak_memory_stats(self.device)
                 self.step.micro_step(ids, ids, self.mix, accumulation=2, last=False)
         torch.cuda.synchronize(self.device)
-        # Reserved, not allocated: memory cached for the teacher's stream is not free for another
+        # Reserved, not allocated: the student's stream cannot reuse the teacher's blocks
         return torch.cuda.max_memory_reserved(self.device) + self.later
 
     def release(self) -> None:

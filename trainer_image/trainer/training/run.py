@@ -75,11 +75,8 @@ def run(
         accumulation(asked, processes.world_size)  # a checkpoint's batch size is checked below
     for name in ("local_workdir", "output_gcs_uri"):
         if "$(" in str({**config_file, **command_line}.get(name)):
-            log.warning(
-                "--%s is %s for this start; to go on after a stop, give that, not the date",
-                name,
-                asked.values[name],
-            )
+            words = "--%s is %s for this start; to go on after a stop, give that, not the date"
+            log.warning(words, name, asked.values[name])
     workdir = asked.values["local_workdir"]
     snapshots = Snapshots(asked.values["output_gcs_uri"] or workdir, workdir)
     dry = asked.values["train_steps"] == 0 and asked.given("train_steps")
@@ -87,12 +84,7 @@ def run(
     foreign = None
     if own is None and asked.values["resume_gcs_uri"]:
         foreign = read_from(asked.values["resume_gcs_uri"], snapshots.workdir)
-    resolved = asked
-    if own is not None:
-        resolved = asked.with_checkpoint(_settings_of_run(own))
-    elif foreign is not None:
-        resolved = _without_spent_schedules(asked.with_checkpoint(foreign.settings), foreign)
-    resolved = with_accumulation(resolved, processes.world_size)
+    resolved = with_accumulation(_over_checkpoint(asked, own, foreign), processes.world_size)
     config = resolved.config
     if own is not None:
         _check_same_run(config, own)
@@ -110,11 +102,10 @@ def run(
         start = new_phase(resolved, foreign)
     else:
         start = from_scratch(resolved, len(load_tokenizer(config.teacher, token)))
-    vocabulary = start.student.config.vocab_size
     # Before a data set is tokenized; a token stream tells its own vocabulary
     unknown = foreign is not None and not config.tokens_dir
     check_vocabularies(
-        vocabulary,
+        start.student.config.vocab_size,
         len(load_tokenizer(config.teacher, token)) if unknown else None,
         spec.vocab_size if spec else None,
         config.resume_gcs_uri or "student",
@@ -192,9 +183,16 @@ def _quantize(teacher: Teacher, streams: TokenStreams, config: TrainConfig) -> N
     )
 
 
-def _settings_of_run(own: Checkpoint) -> dict[str, Any]:
+def _over_checkpoint(
+    asked: Resolved, own: Checkpoint | None, foreign: Checkpoint | None
+) -> Resolved:
+    """The user's settings over those of the checkpoint that the run starts from, if any."""
+    if foreign is not None:
+        return _without_spent_schedules(asked.with_checkpoint(foreign.settings), foreign)
+    if own is None:
+        return asked
     try:
-        return run_settings_of(own.meta)
+        return asked.with_checkpoint(run_settings_of(own.meta))
     except CheckpointError as error:
         raise CheckpointError(
             f"{own.source}: {error}, so it is no run to go on with; give another --output_gcs_uri"

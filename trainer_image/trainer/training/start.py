@@ -62,8 +62,7 @@ def from_scratch(resolved: Resolved, vocab_size: int) -> Start:
 
 def from_own_snapshot(resolved: Resolved, checkpoint: Checkpoint) -> Start:
     """The run's own newest snapshot, continued exactly."""
-    student_config = _student_config(resolved, checkpoint)
-    student = Student(student_config)
+    student = Student(_student_config(resolved, checkpoint))
     student.load_state_dict(checkpoint.weights, strict=True)
     log.info("going on from own snapshot %s at step %d", checkpoint.source, checkpoint.step)
     return Start(
@@ -102,11 +101,8 @@ def new_phase(resolved: Resolved, checkpoint: Checkpoint) -> Start:
     step = checkpoint.step
     if reset:
         step = 0
-        log.info(
-            "context %s -> %s: step 0, fresh optimizer and schedules",
-            old_context,
-            config.block_size,
-        )
+        words = "context %s -> %s: step 0, fresh optimizer and schedules"
+        log.info(words, old_context, config.block_size)
     elif restarts(resolved, checkpoint):
         log.info(
             "checkpoint step %d is not below train_steps %d: a new phase, step, learning rate and"
@@ -119,11 +115,10 @@ def new_phase(resolved: Resolved, checkpoint: Checkpoint) -> Start:
     elif config.train_steps:
         log.info("starting from %s at step %d", checkpoint.source, step)
     else:
-        log.info(
-            "%s is at step %d; a run keeps that if it is below its --train_steps, else starts at 0",
-            checkpoint.source,
-            step,
+        words = (
+            "%s is at step %d; a run keeps that if it is below its --train_steps, else starts at 0"
         )
+        log.info(words, checkpoint.source, step)
     if trained is not None and config.context > trained:
         _stretch_moments(optimizer_state, trained, config.context, config.pos_resize)
     weights, student_config = stretched_student(
@@ -187,13 +182,8 @@ def stretched_student(
     stretched = dict(weights)
     if trained is None or context <= trained:
         return stretched, config
-    log.info(
-        "position table: %d rows, %d of them trained, stretched to %d (%s)",
-        config.positions,
-        trained,
-        context,
-        method,
-    )
+    words = "position table: %d rows, %d of them trained, stretched to %d (%s)"
+    log.info(words, config.positions, trained, context, method)
     stretched["pos.weight"] = resize_positions(weights["pos.weight"], trained, context, method)
     return stretched, replace(config, positions=context)
 
@@ -234,9 +224,8 @@ def check_tokens(start: Start, fingerprint: str) -> None:
     if start.tokens is not None and start.tokens != fingerprint:
         raise DataError(
             f"{start.source} was trained on other tokens (fingerprint {start.tokens}, now"
-            f" {fingerprint}):"
-            " the data set or its tokenizer has changed; give the tokens it was trained on, or"
-            " another --output_gcs_uri or --local_workdir"
+            f" {fingerprint}): the data set or its tokenizer has changed; give the tokens it was"
+            " trained on, or another --output_gcs_uri or --local_workdir"
         )
 
 
