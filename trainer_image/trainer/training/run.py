@@ -69,22 +69,22 @@ def run(
     config_file = config_file or {}
     processes = processes or Processes(device=choose_device())
     # The start time may be part of a location: one for all processes
-    asked = resolve(command_line, config_file, now=processes.broadcast(time.time()))
-    check_before_reading(asked)
-    if not asked.values["resume_gcs_uri"]:
-        accumulation(asked, processes.world_size)  # a checkpoint's batch size is checked below
+    by_user = resolve(command_line, config_file, now=processes.broadcast(time.time()))
+    check_before_reading(by_user)
+    if not by_user.values["resume_gcs_uri"]:
+        accumulation(by_user, processes.world_size)  # a checkpoint's batch size is checked below
     for name in ("local_workdir", "output_gcs_uri"):
         if "$(" in str({**config_file, **command_line}.get(name)):
             words = "--%s is %s for this start; to go on after a stop, give that, not the date"
-            log.warning(words, name, asked.values[name])
-    workdir = asked.values["local_workdir"]
-    snapshots = Snapshots(asked.values["output_gcs_uri"] or workdir, workdir)
-    dry = asked.values["train_steps"] == 0 and asked.given("train_steps")
+            log.warning(words, name, by_user.values[name])
+    workdir = by_user.values["local_workdir"]
+    snapshots = Snapshots(by_user.values["output_gcs_uri"] or workdir, workdir)
+    dry = by_user.values["train_steps"] == 0 and by_user.given("train_steps")
     own = None if dry else _own_snapshot(snapshots, processes)
     foreign = None
-    if own is None and asked.values["resume_gcs_uri"]:
-        foreign = read_from(asked.values["resume_gcs_uri"], snapshots.workdir)
-    resolved = with_accumulation(_over_checkpoint(asked, own, foreign), processes.world_size)
+    if own is None and by_user.values["resume_gcs_uri"]:
+        foreign = read_from(by_user.values["resume_gcs_uri"], snapshots.workdir)
+    resolved = with_accumulation(_over_checkpoint(by_user, own, foreign), processes.world_size)
     config = resolved.config
     if own is not None:
         _check_same_run(config, own)
@@ -116,15 +116,15 @@ def run(
     return _train(config, start, spec, snapshots, token, processes)
 
 
-def check_before_reading(asked: Resolved) -> None:
+def check_before_reading(by_user: Resolved) -> None:
     """Check of the user's settings what can be told before a checkpoint is read.
 
     Raises:
         UsageError: one is missing, or no student has these shapes.
     """
-    require(asked.values, *REQUIRED)
-    if not asked.values["resume_gcs_uri"]:
-        check_shapes(asked.values)
+    require(by_user.values, *REQUIRED)
+    if not by_user.values["resume_gcs_uri"]:
+        check_shapes(by_user.values)
 
 
 def _train(
@@ -184,15 +184,15 @@ def _quantize(teacher: Teacher, streams: TokenStreams, config: TrainConfig) -> N
 
 
 def _over_checkpoint(
-    asked: Resolved, own: Checkpoint | None, foreign: Checkpoint | None
+    by_user: Resolved, own: Checkpoint | None, foreign: Checkpoint | None
 ) -> Resolved:
     """The user's settings over those of the checkpoint that the run starts from, if any."""
     if foreign is not None:
-        return _without_spent_schedules(asked.with_checkpoint(foreign.settings), foreign)
+        return _without_spent_schedules(by_user.with_checkpoint(foreign.settings), foreign)
     if own is None:
-        return asked
+        return by_user
     try:
-        return asked.with_checkpoint(run_settings_of(own.meta))
+        return by_user.with_checkpoint(run_settings_of(own.meta))
     except CheckpointError as error:
         raise CheckpointError(
             f"{own.source}: {error}, so it is no run to go on with; give another --output_gcs_uri"
