@@ -45,7 +45,7 @@ submit-kfp: $(STAMP) ## submit to open-source Kubeflow Pipelines: HOST= TRAINER_
 	@$(BIN)/python -m pipelines.submit kfp
 
 .PHONY: rerun
-rerun: $(STAMP) ## repeat one stage of a Vertex AI run and what follows: RUN= STAGE=continue-1024 [PARAMS= WAIT=1 DRY_RUN=1]
+rerun: $(STAMP) ## repeat one stage of a Vertex AI run and what follows: RUN= STAGE=continue [PARAMS= WAIT=1 DRY_RUN=1]
 	@$(BIN)/python -m pipelines.rerun
 
 .PHONY: bench-gpu

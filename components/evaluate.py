@@ -31,17 +31,17 @@ def evaluate(
     from trainer.storage.places import place
 
     start_stage()
-    asked = {
+    settings = {
         "tokens_dir": place(tokens.uri, tokens.path),
         "teacher_name": teacher_name,
         "eval_ctx_lens": eval_ctx_lens,
         "micro_batch": micro_batch,
         "hf_secret_name": hf_secret_name,
     }
-    settings = given(**(asked | more_settings))
+    config = resolve(given(**(settings | more_settings)), {}).config
     places = [place(model.uri, model.path) for model in (before, after)]
     with tempfile.TemporaryDirectory() as scratch:
-        rows = evaluate.run(resolve(settings, {}).config, places, scratch)
+        rows = evaluate.run(config, places, scratch)
         Path(metrics.path).write_bytes(Path(scratch, "metrics.json").read_bytes())
         Path(report.path).write_bytes(Path(scratch, "metrics.md").read_bytes())
     for row in rows:

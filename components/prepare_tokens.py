@@ -16,6 +16,7 @@ def prepare_tokens(
     hf_secret_name: str = "",
 ) -> int:
     """Token streams of a data set, with its tokenizer; returns the number of training tokens."""
+    settings = {name: value for name, value in locals().items() if name != "tokens"}
     from trainer import prepare_tokens
     from trainer.runtime.commands import start_stage
     from trainer.settings.layers import resolve
@@ -23,16 +24,8 @@ def prepare_tokens(
     from trainer.storage.places import place
 
     start_stage()
-    settings = given(
-        teacher_name=teacher_name,
-        dataset_name=dataset_name,
-        dataset_config=dataset_config,
-        dataset_revision=dataset_revision,
-        text_column=text_column,
-        hf_secret_name=hf_secret_name,
-    )
     output = place(tokens.uri, tokens.path)
-    info = prepare_tokens.run(resolve(settings, {}).config, output)
+    info = prepare_tokens.run(resolve(given(**settings), {}).config, output)
     tokens.metadata["train_tokens"] = info.train_tokens
     tokens.metadata["validation_tokens"] = info.validation_tokens
     tokens.metadata["vocab_size"] = info.vocab_size

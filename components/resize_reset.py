@@ -21,12 +21,12 @@ def resize_reset(
     from trainer.storage.places import place
 
     start_stage()
-    asked = resolve(given(block_size=block_size, pos_resize=pos_resize), {}).config
+    settings = resolve(given(block_size=block_size, pos_resize=pos_resize), {}).config
     meta = resize_reset.run(
         place(checkpoint.uri, checkpoint.path),
         place(resized.uri, resized.path),
-        asked.context,
-        method=asked.pos_resize,
+        settings.context,
+        method=settings.pos_resize,
     )
     resized.metadata.update(summary(meta) | {"from_step": meta["origin"]["step"]})
     return int(meta["origin"]["step"])

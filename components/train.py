@@ -36,6 +36,7 @@ def train(
     more_settings: dict = {},  # noqa: B006 - kfp records the value itself
 ) -> NamedTuple("Trained", [("best_loss", float), ("best_step", int), ("steps", int)]):  # type: ignore[valid-type]
     """Checkpoints of a run; started again on the same output, it goes on from its snapshots."""
+    inputs = dict(locals())
     import math
     from pathlib import Path
 
@@ -43,38 +44,23 @@ def train(
     from trainer.checkpoints.metadata import summary
     from trainer.runtime.commands import start_stage
     from trainer.runtime.strict_json import dumps
+    from trainer.settings.config import SETTINGS
     from trainer.settings.values import given
     from trainer.storage.places import place
 
     start_stage()
     output = place(checkpoints.uri, checkpoints.path)
-    asked = {
+    settings = {name: value for name, value in inputs.items() if name in SETTINGS} | {
         "tokens_dir": place(tokens.uri, tokens.path),
         "output_gcs_uri": output,
         "resume_gcs_uri": place(initial.uri, initial.path) if initial else resume_gcs_uri,
-        "teacher_name": teacher_name,
-        "block_size": block_size,
-        "train_steps": train_steps,
-        "warmup_steps": warmup_steps,
-        "lr_peak": lr_peak,
-        "alpha": alpha,
         "T": temperature,
-        "alpha_schedule": alpha_schedule,
-        "temp_schedule": temp_schedule,
-        "eval_ctx_lens": eval_ctx_lens,
-        "micro_batch": micro_batch,
-        "eval_every": eval_every,
-        "save_every": save_every,
-        "log_interval": log_interval,
-        "save_best_on": save_best_on,
-        "seed": seed,
-        "hf_secret_name": hf_secret_name,
         "grad_accum": grad_accum or None,
     }
-    asked |= more_settings
-    if asked["grad_accum"] is None:
-        asked.setdefault("global_batch", global_batch)
-    settings = given(**asked)
+    settings |= more_settings
+    if settings["grad_accum"] is not None and "global_batch" not in more_settings:
+        del settings["global_batch"]  # two names of one quantity
+    settings = given(**settings)
     result = entrypoint.run_on_all_gpus(settings)
     if result is None:  # of several machines, the first one reports
         return (math.nan, -1, -1)

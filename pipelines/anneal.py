@@ -18,24 +18,15 @@ from components.pick_best import pick_best
 from components.prepare_tokens import prepare_tokens
 from components.resize_reset import resize_reset
 from components.train import train
-from pipelines.settings import LOCAL_IMAGE, Machine, Settings
+from pipelines.settings import LOCAL_IMAGE, Settings
+from pipelines.stages import STAGES, Machine, machine_key
 from trainer.runtime.devices import EXPECTED_GPUS
 
 NAME = "liquid-annealing"
-STAGE_NAMES = {
-    "prepare": "prepare",
-    "anneal": "anneal-512",
-    "pick": "pick-best-512",
-    "resize": "resize-and-reset",
-    "continue": "continue-1024",
-    "pick_again": "pick-best-1024",
-    "evaluate": "evaluate",
-}
-"""What each task is called in the pipeline's picture, in the order in which they run."""
 
 
 class Outputs(NamedTuple):
-    """What the pipeline gives: the evaluation's table, and both phases' best checkpoints."""
+    """The pipeline's outputs: the evaluation's table, and both phases' best checkpoints."""
 
     report: dsl.Markdown
     before: dsl.Model
@@ -109,6 +100,20 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
         evaluate_micro_batch: int = 8,
         evaluate_more_settings: dict = {},  # noqa: B006
     ) -> Outputs:
+        given = dict(locals())
+
+        def own(key: str) -> dict[str, Any]:
+            """What parameters give to a stage alone, by the names of its component's inputs."""
+            start = f"{key}_"
+            return {n.removeprefix(start): v for n, v in given.items() if n.startswith(start)}
+
+        training = {
+            "teacher_name": teacher_name,
+            "eval_ctx_lens": eval_ctx_lens,
+            "save_best_on": best_metric,
+            "seed": seed,
+            "hf_secret_name": hf_secret_name,
+        }
         streams = stage("prepare", prepare_tokens)(
             teacher_name=teacher_name,
             dataset_name=dataset_name,
@@ -118,27 +123,7 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
             hf_secret_name=hf_secret_name,
         ).outputs["tokens"]
         short = stage("anneal", train)(
-            tokens=streams,
-            teacher_name=teacher_name,
-            resume_gcs_uri=resume_gcs_uri,
-            block_size=anneal_block_size,
-            train_steps=anneal_train_steps,
-            warmup_steps=anneal_warmup_steps,
-            lr_peak=anneal_lr_peak,
-            alpha=anneal_alpha,
-            temperature=anneal_temperature,
-            alpha_schedule=anneal_alpha_schedule,
-            temp_schedule=anneal_temp_schedule,
-            eval_ctx_lens=eval_ctx_lens,
-            grad_accum=anneal_grad_accum,
-            micro_batch=anneal_micro_batch,
-            eval_every=anneal_eval_every,
-            save_every=anneal_save_every,
-            log_interval=anneal_log_interval,
-            save_best_on=best_metric,
-            seed=seed,
-            hf_secret_name=hf_secret_name,
-            more_settings=anneal_more_settings,
+            tokens=streams, resume_gcs_uri=resume_gcs_uri, **training, **own("anneal")
         )
         best_short = stage("pick", pick_best)(
             checkpoints=short.outputs["checkpoints"], metric=best_metric
@@ -149,27 +134,7 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
             pos_resize=resize_method,
         )
         long = stage("continue", train)(
-            tokens=streams,
-            teacher_name=teacher_name,
-            initial=resized.outputs["resized"],
-            block_size=continue_block_size,
-            train_steps=continue_train_steps,
-            warmup_steps=continue_warmup_steps,
-            lr_peak=continue_lr_peak,
-            alpha=continue_alpha,
-            temperature=continue_temperature,
-            alpha_schedule=continue_alpha_schedule,
-            temp_schedule=continue_temp_schedule,
-            eval_ctx_lens=eval_ctx_lens,
-            grad_accum=continue_grad_accum,
-            micro_batch=continue_micro_batch,
-            eval_every=continue_eval_every,
-            save_every=continue_save_every,
-            log_interval=continue_log_interval,
-            save_best_on=best_metric,
-            seed=seed,
-            hf_secret_name=hf_secret_name,
-            more_settings=continue_more_settings,
+            tokens=streams, initial=resized.outputs["resized"], **training, **own("continue")
         )
         best_long = stage("pick_again", pick_best)(
             checkpoints=long.outputs["checkpoints"], metric=best_metric
@@ -180,9 +145,8 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
             after=best_long.outputs["best"],
             teacher_name=teacher_name,
             eval_ctx_lens=eval_ctx_lens,
-            micro_batch=evaluate_micro_batch,
             hf_secret_name=hf_secret_name,
-            more_settings=evaluate_more_settings,
+            **own("evaluate"),
         )
         return Outputs(
             report=table.outputs["report"],
@@ -194,29 +158,27 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
 
 
 def _stages(settings: Settings, backend: str) -> Callable[[str, Any], Callable[..., Any]]:
-    """What makes a task of a stage: its component on its machine, named as in the picture."""
+    """What makes a task of a stage: its component, on its machine, under its title."""
     image = settings.trainer_image or LOCAL_IMAGE
 
-    def stage(name: str, component: Any) -> Callable[..., Any]:
-        machine = settings.machines["pick" if name == "pick_again" else name]
+    def stage(key: str, component: Any) -> Callable[..., Any]:
+        machine, title = settings.machines[machine_key(key)], STAGES[key].title
 
         def task(**inputs: Any) -> Any:
             runnable = _with_image(component, image)
             if backend == "vertex" and machine.gpu:
-                made = _custom_job(runnable, machine, settings, STAGE_NAMES[name])(**inputs)
-            else:
-                made = runnable(**inputs)
-                if backend != "local":
-                    _ask_for(made, machine)
-            made.set_display_name(STAGE_NAMES[name])
-            if backend != "local":
-                made.set_retry(
-                    num_retries=machine.retries,
-                    backoff_duration=f"{machine.backoff_seconds}s",
-                    backoff_factor=2.0,
-                    backoff_max_duration="3600s",
-                )
-            return made
+                runnable = _custom_job(runnable, machine, settings, title)
+            made = runnable(**inputs).set_display_name(title)
+            if backend == "local":
+                return made
+            if backend == "kfp" or not machine.gpu:
+                _ask_for(made, machine)
+            return made.set_retry(
+                num_retries=machine.retries,
+                backoff_duration=f"{machine.backoff_seconds}s",
+                backoff_factor=2.0,
+                backoff_max_duration="3600s",
+            )
 
         return task
 
@@ -256,14 +218,14 @@ def _custom_job(component: Any, machine: Machine, settings: Settings, display_na
         create_custom_training_job_from_component,
     )
 
-    return create_custom_training_job_from_component(
+    job = create_custom_training_job_from_component(
         component,
         display_name=display_name,
         replica_count=machine.replicas,
         machine_type=machine.machine_type,
         accelerator_type=machine.accelerator_type,
         accelerator_count=machine.accelerator_count,
-        boot_disk_type=machine.boot_disk_type,
+        boot_disk_type=machine.disk_type or "unset",
         boot_disk_size_gb=machine.disk_gib,
         timeout=f"{machine.timeout_hours * 3600}s",
         restart_job_on_worker_restart=True,
@@ -274,3 +236,8 @@ def _custom_job(component: Any, machine: Machine, settings: Settings, display_na
         strategy="SPOT" if machine.spot else "STANDARD",
         env=[{"name": EXPECTED_GPUS, "value": str(machine.accelerator_count)}],
     )
+    if not machine.disk_type:
+        # The library names one type for all machines; the service knows what each one boots from
+        for pool in job.component_spec.inputs["worker_pool_specs"].default:
+            del pool["disk_spec"]["boot_disk_type"]
+    return job

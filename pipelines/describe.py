@@ -5,16 +5,13 @@ python -m pipelines.describe > docs/pipeline.md
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from pipelines.compile import compile_to
+from pipelines.anneal import build_pipeline
 from pipelines.parameters import parameter_defaults, parameter_help
-from pipelines.settings import STAGES, Machine, Settings
+from pipelines.settings import Settings
+from pipelines.stages import DEFAULT_MACHINES, Machine, compiled, titles_of
 from trainer.runtime.commands import run_command
 from trainer.settings.flags import OneLineParser
 
@@ -71,23 +68,20 @@ an earlier task. Nothing of the submission is among them: no time, no name of th
 
 
 def edges(spec: dict[str, Any]) -> list[tuple[str, str]]:
-    """Pairs of display names: a task, and one that depends on it."""
-    tasks = spec["root"]["dag"]["tasks"]
-    names = {key: task["taskInfo"]["name"] for key, task in tasks.items()}
+    """Pairs of titles: a task, and one that depends on it."""
+    titles = titles_of(spec)
     return sorted(
-        (names[before], names[key])
-        for key, task in tasks.items()
+        (titles[before], titles[key])
+        for key, task in spec["root"]["dag"]["tasks"].items()
         for before in task.get("dependentTasks", ())
     )
 
 
 def description() -> str:
     """The whole document."""
-    with tempfile.TemporaryDirectory() as scratch:
-        path = compile_to(Path(scratch) / "pipeline.yaml", Settings(), "local")
-        spec = next(iter(yaml.safe_load_all(path.read_text())))
+    pipeline = compiled(build_pipeline(Settings(), "local"))
     lines = ["```mermaid", "flowchart TD"]
-    lines += [f"    {before} --> {after}" for before, after in edges(spec)]
+    lines += [f"    {before} --> {after}" for before, after in edges(pipeline)]
     lines += ["```", "", _PARAMETERS.strip(), "", "| parameter | what it is | default |"]
     lines += ["|---|---|---|"]
     for name, value in parameter_defaults().items():
@@ -100,11 +94,10 @@ def description() -> str:
             lines.append(
                 f"| `{spec_field.name.upper()}` | {spec_field.metadata['help']} | {shown} |"
             )
-    lines += ["", (_MACHINES % ", ".join(stage.upper() for stage in STAGES)).strip(), ""]
+    lines += ["", (_MACHINES % ", ".join(DEFAULT_MACHINES).upper()).strip(), ""]
     lines += ["| name | what it is | ANNEAL | PREPARE |", "|---|---|---|---|"]
-    machines = Settings().machines
     for spec_field in fields(Machine):
-        values = [getattr(machines[stage], spec_field.name) for stage in ("anneal", "prepare")]
+        values = [getattr(DEFAULT_MACHINES[key], spec_field.name) for key in ("anneal", "prepare")]
         cells = " | ".join(_cell(value) for value in values)
         lines.append(f"| `{spec_field.name.upper()}` | {spec_field.metadata['help']} | {cells} |")
     return _HEAD + "\n".join(lines) + "\n" + _CACHE

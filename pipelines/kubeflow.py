@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -17,12 +16,10 @@ import requests
 import urllib3
 
 from pipelines.settings import DEFAULT_FILE
-from pipelines.waiting import PATIENCE
 from trainer.runtime.errors import LiquidError, UsageError
 from trainer.runtime.log import hide
 
 REQUEST_SECONDS = 10.0
-_ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 
 
 def token_from_environment() -> str | None:
@@ -132,26 +129,11 @@ def run_page(host: str, run_id: str) -> str:
     return f"{host.rstrip('/')}/#/runs/details/{run_id}"
 
 
-def follow(client: kfp.Client, host: str, run_id: str, poll_seconds: int) -> None:
-    """Wait until the run ends.
+def look(client: kfp.Client, host: str, run_id: str) -> tuple[str, dict[str, str]]:
+    """The state of a run; the states of its tasks are not looked at.
 
     Raises:
-        LiquidError: it did not end well, or cannot be looked at any more.
+        LiquidError: it cannot be looked at.
     """
-    failures = 0
-    while True:
-        try:
-            with readable_errors(host):
-                state = str(client.get_run(run_id).state or "")
-            failures = 0
-        except LiquidError as error:
-            failures += 1
-            if failures > PATIENCE:
-                raise LiquidError(f"{error}; the run goes on: {run_page(host, run_id)}") from None
-            state = ""
-        if state in _ENDED:
-            break
-        time.sleep(poll_seconds)
-    print(f"run: {state.lower()}")
-    if state != "SUCCEEDED":
-        raise LiquidError(f"the run ended as {state.lower()}")
+    with readable_errors(host):
+        return str(client.get_run(run_id).state or ""), {}

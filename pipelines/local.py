@@ -33,6 +33,7 @@ from pipelines.anneal import build_pipeline
 from pipelines.embedded import build_corpus, build_teacher
 from pipelines.parameters import check_parameters, parse_parameters
 from pipelines.settings import LOCAL_IMAGE, Settings
+from pipelines.stages import STAGES, compiled, titles_of
 from pipelines.submit import switch
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import LiquidError
@@ -68,17 +69,6 @@ DEMO: dict[str, Any] = {
 }
 """The default runs at a fifth of their length or less, an eighth of their context."""
 
-TASKS = {
-    "prepare-tokens": "prepare",
-    "train": "anneal",
-    "pick-best": "pick-best",
-    "resize-reset": "resize-and-reset",
-    "train-2": "continue",
-    "pick-best-2": "pick-best (continue)",
-    "evaluate": "evaluate",
-}
-"""The local runner's names of the tasks, and ours."""
-
 _END_SECONDS = 20.0
 """What a training needs at most to save and to end."""
 _FINISHED = re.compile(r"Task '(?P<task>[\w-]+)' finished with status (?P<status>\w+)")
@@ -91,14 +81,14 @@ class LocalRun:
     """What became of a run of the pipeline."""
 
     ran: list[str] = field(default_factory=list)
-    """Tasks that ran, by the local runner's names; the others came from the cache."""
+    """Titles of the stages that ran; the others came from the cache."""
     outputs: dict[str, Any] = field(default_factory=dict)
     """The pipeline's output artifacts: ``report``, ``before``, ``after``."""
 
     @property
     def cached(self) -> list[str]:
-        """Tasks taken from an earlier run."""
-        return [task for task in TASKS if task not in self.ran]
+        """Titles of the stages taken from an earlier run."""
+        return [stage.title for stage in STAGES.values() if stage.title not in self.ran]
 
 
 class _Readable(io.TextIOBase):
@@ -106,6 +96,8 @@ class _Readable(io.TextIOBase):
 
     def __init__(self, shown: TextIO, raw: TextIO, run: LocalRun) -> None:
         self.shown, self.raw, self.run = shown, raw, run
+        self.titles: dict[str, str] = {}
+        """By the runner's name of a task, its stage's title."""
         self._rest = ""
         self.last_error = ""
         self._traceback_indent: int | None = None
@@ -131,9 +123,9 @@ class _Readable(io.TextIOBase):
             ours = line.startswith("trainer.runtime.errors.")
             self.last_error = line.partition(": ")[2] if ours else line
         elif match := _FINISHED.search(line):
-            task, status = match["task"], match["status"].lower()
-            self.run.ran.append(task)
-            print(f"── {TASKS.get(task, task)}: {status}", file=self.shown, flush=True)
+            title = self.titles[match["task"]]
+            self.run.ran.append(title)
+            print(f"── {title}: {match['status'].lower()}", file=self.shown, flush=True)
         elif line.startswith('{"severity"'):
             with contextlib.suppress(ValueError):
                 record = json.loads(line)
@@ -176,9 +168,11 @@ def run_pipeline(work: Path, parameters: dict[str, Any]) -> LocalRun:
         try:
             # The cache goes by the image's name, among others: other code is another image
             settings = Settings(trainer_image=f"{LOCAL_IMAGE}:{code_digest()}")
-            task = build_pipeline(settings, "local")(**parameters)
+            pipeline = build_pipeline(settings, "local")
+            stream.titles = titles_of(compiled(pipeline))
+            task = pipeline(**parameters)
         except RuntimeError as error:
-            failed = TASKS.get(run.ran[-1], run.ran[-1]) if run.ran else "the pipeline"
+            failed = run.ran[-1] if run.ran else "the pipeline"
             reason = stream.last_error or _COLOR.sub("", str(error))
             raise LiquidError(f"{failed} failed: {reason} (all output: {log_file})") from None
         except (KeyboardInterrupt, SystemExit):
@@ -260,8 +254,7 @@ def run_here(work: Path) -> None:
         phase = f"context {row['trained_at']}, step {row['step']}"
         theirs = "–" if row["teacher_loss"] is None else f"{row['teacher_loss']:.4f}"
         print(f"{phase:24} {row['context']:>7} {row['student_loss']:>9.4f} {theirs:>9}")
-    names = [TASKS[task] for task in run.cached]
-    print(f"\nfrom the cache   {', '.join(names) or 'nothing'}")
+    print(f"\nfrom the cache   {', '.join(run.cached) or 'nothing'}")
     print(f"annealed         {run.outputs['before'].path}")
     print(f"continued        {run.outputs['after'].path}")
     print(f"report           {run.outputs['report'].path}")

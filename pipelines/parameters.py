@@ -18,14 +18,14 @@ from typing import Any, NoReturn
 
 from pipelines.anneal import build_pipeline
 from pipelines.settings import Settings
+from pipelines.stages import STAGES
 from trainer.runtime.errors import UsageError
 from trainer.settings.accumulation import accumulation
 from trainer.settings.config import REQUIRED, SETTINGS, TrainConfig, check_shapes
 from trainer.settings.layers import for_evaluation, resolve
 from trainer.settings.values import given
 
-TRAINING_STAGES = ("anneal", "continue")
-_STAGES = (*TRAINING_STAGES, "evaluate")
+_STAGES = [stage.key for stage in STAGES.values() if stage.configurable]
 _OTHER_NAMES = {"temperature": "T", "resize_method": "pos_resize"}
 """Parameters that the trainer has another name for."""
 _OWN_HELP = {

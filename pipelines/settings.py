@@ -11,98 +11,23 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from pipelines.stages import DEFAULT_MACHINES, STAGES, Machine, described
 from trainer.runtime.errors import UsageError
 from trainer.settings.text_yaml import read_settings
 
 DEFAULT_FILE = "pipeline.yaml"
-STAGES = ("prepare", "anneal", "pick", "resize", "continue", "evaluate")
 LOCAL_IMAGE = "liquid-annealing/trainer:local"
 
 _CPU = re.compile(r"\d+(\.\d+)?m?")
 _MEMORY = re.compile(r"[1-9]\d*([KMGTPE]i?)?")
+_CUSTOM_JOB_ONLY = ("DISK_GIB", "DISK_TYPE", "TIMEOUT_HOURS")
+"""What plain tasks do not take, of any backend."""
 _LABEL_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 _LABEL_VALUE = re.compile(r"[a-z0-9_-]{0,63}")
-_GPUS_INSIDE = re.compile(r"-(\d+)g(-|$)")
-"""How names of machine types that come with GPUs end: a2-highgpu-1g, a3-megagpu-8g-nolssd."""
-_GPU_OF = {
-    "a2-highgpu": "NVIDIA_TESLA_A100",
-    "a2-megagpu": "NVIDIA_TESLA_A100",
-    "a2-ultragpu": "NVIDIA_A100_80GB",
-    "a3-highgpu": "NVIDIA_H100_80GB",
-    "a3-megagpu": "NVIDIA_H100_MEGA_80GB",
-    "a3-ultragpu": "NVIDIA_H200_141GB",
-    "g2-standard": "NVIDIA_L4",
-}
-"""Families of machine types that come with one kind of GPU (cloud.google.com/vertex-ai/docs/
-training/configure-compute)."""
-_GPUS_OF_G2 = {4: 1, 8: 1, 12: 1, 16: 1, 24: 2, 32: 1, 48: 4, 96: 8}
-"""By the CPUs in a g2-standard's name, its GPUs (cloud.google.com/compute/docs/gpus)."""
-_HYPERDISK_ONLY = ("a3-ultragpu", "a4-highgpu", "a4x-highgpu")
-"""Families that do not boot from persistent disks (the same page, and Vertex AI's DiskSpec)."""
-
-
-def described(default: Any, help: str) -> Any:
-    """A dataclass field with the sentence that messages and the documentation show."""
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What one stage runs on."""
-
-    cpu: str = described("4", "CPU cores")
-    memory: str = described("16Gi", "memory, with its unit")
-    disk_gib: int = described(100, "boot disk in GiB (custom jobs)")
-    machine_type: str = described("", "machine type of a custom job, e.g. a3-highgpu-1g")
-    accelerator_type: str = described("", "on Vertex AI, e.g. NVIDIA_H100_80GB")
-    accelerator_count: int = described(0, "GPUs of each machine; 0 is none")
-    replicas: int = described(1, "machines")
-    spot: bool = described(False, "spot machines: cheaper, may be taken away")
-    retries: int = described(3, "times the platform starts the stage again")
-    backoff_seconds: int = described(60, "wait before the first retry; doubles each time")
-    timeout_hours: int = described(24, "hours after which a custom job is stopped")
-
-    @property
-    def gpu(self) -> bool:
-        """Whether the stage asks for GPUs."""
-        return bool(self.accelerator_type and self.accelerator_count)
-
-    @property
-    def boot_disk_type(self) -> str:
-        """What a custom job on it boots from."""
-        return "hyperdisk-balanced" if self.machine_type.startswith(_HYPERDISK_ONLY) else "pd-ssd"
-
-    @property
-    def gpus_inside(self) -> int | None:
-        """How many GPUs its machine type comes with; None where they are added to it."""
-        family, _, size = self.machine_type.rpartition("-")
-        if family == "g2-standard" and size.isdecimal():
-            return _GPUS_OF_G2.get(int(size))
-        found = _GPUS_INSIDE.search(self.machine_type)
-        return int(found[1]) if found else None
-
-
-_GPU = Machine(
-    cpu="12",
-    memory="85Gi",
-    disk_gib=200,
-    machine_type="a2-highgpu-1g",
-    accelerator_type="NVIDIA_TESLA_A100",
-    accelerator_count=1,
-    timeout_hours=72,
-)
-_DEFAULT_MACHINES = {
-    "prepare": Machine(cpu="8", memory="32Gi"),
-    "anneal": _GPU,
-    "pick": Machine(cpu="1", memory="4Gi"),
-    "resize": Machine(cpu="2", memory="16Gi"),
-    "continue": _GPU,
-    "evaluate": _GPU,
-}
 
 
 @dataclass(frozen=True)
@@ -132,14 +57,14 @@ class Settings:
     namespace: str = described(
         "", "your profile's namespace, where open-source Kubeflow Pipelines serves several users"
     )
-    machines: Mapping[str, Machine] = field(default_factory=lambda: dict(_DEFAULT_MACHINES))
+    machines: Mapping[str, Machine] = field(default_factory=lambda: dict(DEFAULT_MACHINES))
     given: frozenset[str] = frozenset()
     """Names that the environment or the file gives."""
 
     def __post_init__(self) -> None:
         for stage, machine in self.machines.items():
             _check_machine(stage.upper(), machine)
-            if machine.replicas > 1 and stage not in ("anneal", "continue"):
+            if machine.replicas > 1 and not STAGES[stage].trains:
                 raise UsageError(
                     f"{stage.upper()}_REPLICAS={machine.replicas}: only training takes several"
                 )
@@ -157,6 +82,11 @@ class Settings:
                     " letter"
                 )
 
+    @property
+    def place(self) -> str:
+        """Where Vertex AI keeps the runs, by its full name."""
+        return f"projects/{self.project}/locations/{self.region}"
+
     def processes(self, backend: str) -> dict[str, int]:
         """By stage, how many processes a backend runs: one a GPU, over all machines."""
         return {
@@ -169,13 +99,14 @@ class Settings:
         """Find what Vertex AI would refuse only when a stage starts.
 
         Raises:
-            UsageError: an accelerator that its machine type does not have, or none to put it in.
+            UsageError: an accelerator that does not go with its machine type, or has none.
         """
         if self.pipeline_root and not self.pipeline_root.startswith("gs://"):
             raise UsageError(f"PIPELINE_ROOT={self.pipeline_root!r} must start with gs://")
         for stage, machine in self.machines.items():
             _check_custom_job(stage.upper(), machine)
-            unused = ("CPU", "MEMORY") if machine.gpu else ("DISK_GIB", "TIMEOUT_HOURS")
+            self._check_pair(stage, machine)
+            unused = ("CPU", "MEMORY") if machine.gpu else _CUSTOM_JOB_ONLY
             why = "its machine type has them" if machine.gpu else "the stage is no custom job"
             self._refuse_unused(stage, unused, f"Vertex AI would not use it, since {why}")
 
@@ -222,8 +153,27 @@ class Settings:
                         f"{stage.upper()}_{key} is for Vertex AI; leave it out for open-source"
                         " Kubeflow Pipelines"
                     )
-            unused = ("MACHINE_TYPE", "DISK_GIB", "TIMEOUT_HOURS")
+            unused = ("MACHINE_TYPE", *_CUSTOM_JOB_ONLY)
             self._refuse_unused(stage, unused, "open-source Kubeflow Pipelines would not use it")
+
+    def _check_pair(self, stage: str, machine: Machine) -> None:
+        """Refuse a machine type of another family, or an accelerator, without its counterpart.
+
+        The default of the one that is not given would make a pair that no machine has.
+        """
+        default = DEFAULT_MACHINES[stage]
+        changed = {
+            "machine_type": machine.family != default.family,
+            "accelerator_type": machine.accelerator_type != default.accelerator_type,
+        }
+        for name, other in (tuple(changed), tuple(changed)[::-1]):
+            absent = f"{stage}_{other}".upper() not in self.given
+            if default.gpu and machine.gpu and changed[name] and absent:
+                raise UsageError(
+                    f"{stage.upper()}_{name.upper()}={getattr(machine, name)} without"
+                    f" {stage.upper()}_{other.upper()}, whose default is"
+                    f" {getattr(machine, other)}; give both"
+                )
 
     def _refuse_unused(self, stage: str, keys: Iterable[str], why: str) -> None:
         for name in (f"{stage}_{key}".upper() for key in keys):
@@ -301,18 +251,12 @@ def _check_custom_job(name: str, machine: Machine) -> None:
             f"{name}_ACCELERATOR_COUNT={count}, but {name}_MACHINE_TYPE={machine.machine_type} has"
             f" {inside}; make them agree"
         )
-    expected = _GPU_OF.get("-".join(machine.machine_type.split("-")[:2]))
-    if expected and kind != expected:
-        raise UsageError(
-            f"{name}_ACCELERATOR_TYPE={kind}, but {name}_MACHINE_TYPE={machine.machine_type} has"
-            f" {expected}; make them agree"
-        )
 
 
 def known_names() -> dict[str, str]:
     """Every setting's name and what it is, machines by stage."""
     names = {spec.name.upper(): spec.metadata["help"] for spec in fields(Settings) if spec.metadata}
-    for stage in STAGES:
+    for stage in DEFAULT_MACHINES:
         for spec in fields(Machine):
             names[f"{stage}_{spec.name}".upper()] = f"{stage}: {spec.metadata['help']}"
     return names
@@ -328,7 +272,7 @@ def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     given = _from_file(environ, known)
     given |= {name: environ[name] for name in _known_in(environ, known)}
     values: dict[str, Any] = {}
-    machines: dict[str, dict[str, Any]] = {stage: {} for stage in STAGES}
+    machines: dict[str, dict[str, Any]] = {stage: {} for stage in DEFAULT_MACHINES}
     for name, text in given.items():
         stage, _, rest = name.lower().partition("_")
         if stage in machines and rest in {spec.name for spec in fields(Machine)}:
@@ -337,8 +281,7 @@ def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
             kind = {"LABELS": dict, "POLL_SECONDS": int}.get(name, str)
             values[name.lower()] = _converted(name, text, kind)
     merged = {
-        stage: Machine(**{**vars(_DEFAULT_MACHINES[stage]), **changes})
-        for stage, changes in machines.items()
+        stage: replace(DEFAULT_MACHINES[stage], **changes) for stage, changes in machines.items()
     }
     return Settings(machines=merged, given=frozenset(given), **values)
 
@@ -353,7 +296,7 @@ def _known_in(environ: Mapping[str, str], known: Iterable[str]) -> list[str]:
     for name in environ:
         stage, _, key = name.partition("_")
         # Others may use such a prefix too, so only what comes near a name is taken for a mistake
-        if stage.lower() in STAGES and key not in keys:
+        if stage.lower() in DEFAULT_MACHINES and key not in keys:
             near = difflib.get_close_matches(key, keys, 1, cutoff=0.75)
             if near:
                 raise UsageError(f"unknown setting {name}; did you mean {stage}_{near[0]}?")

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,14 @@ from pipelines.anneal import NAME
 from pipelines.compile import compile_to
 from pipelines.parameters import check_cloud_parameters, check_parameters, parse_parameters
 from pipelines.settings import Settings, load_settings
-from pipelines.waiting import interruptible
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import LiquidError, UsageError
 from trainer.settings.flags import OneLineParser
+
+_PATIENCE = 10
+"""Looks at a run that may fail one after another before it is no longer followed."""
+_ENDED = ("SUCCEEDED", "FAILED", "CANCELLED", "CANCELED", "PAUSED", "SKIPPED")
+"""Vertex AI and Kubeflow Pipelines spell the third of these states each in its own way."""
 
 
 def switch(name: str, *, default: bool = False) -> bool:
@@ -68,7 +75,7 @@ def submit_vertex(settings: Settings, parameters: dict[str, Any]) -> None:
 
     Raises:
         UsageError: something is missing or makes no sense.
-        VertexError: it could not be sent, or, with ``WAIT=1``, the run failed.
+        LiquidError: it could not be sent, or, with ``WAIT=1``, the run failed.
     """
     switches = Switches.from_environment()
     settings.require("project", "region", "pipeline_root", "trainer_image")
@@ -97,19 +104,29 @@ def submit_vertex(settings: Settings, parameters: dict[str, Any]) -> None:
         )
         resource = job.to_dict()
         resource |= {"serviceAccount": settings.service_account, "network": settings.network}
-        parent = f"projects/{settings.project}/locations/{settings.region}"
         if switches.dry_run:
-            request = {"parent": parent, "pipelineJobId": job_id, "pipelineJob": resource}
+            request = {"parent": settings.place, "pipelineJobId": job_id, "pipelineJob": resource}
             print(json.dumps(request, indent=2, default=str))
             return
         # Not PipelineJob.submit: it makes a bucket where PIPELINE_ROOT has a typo
-        created = job.api_client.create_pipeline_job(
-            parent=parent,
-            pipeline_job=PipelineJob.from_json(json.dumps(resource)),
-            pipeline_job_id=job_id,
-            timeout=vertex.REQUEST_SECONDS,
-        )
-    vertex.report(settings, created, wait=switches.wait)
+        api, request = job.api_client, PipelineJob.from_json(json.dumps(resource))
+    send_to_vertex(settings, api, request, job_id, wait=switches.wait)
+
+
+def send_to_vertex(settings: Settings, api: Any, job: Any, job_id: str, *, wait: bool) -> None:
+    """Create a run, print its page and, with ``wait``, follow it to its end.
+
+    Raises:
+        LiquidError: it could not be created, or did not end well.
+    """
+    from pipelines import vertex
+
+    name = vertex.create(settings, api, job, job_id)
+    page = vertex.console_link(settings, name.rpartition("/")[2])
+    print(f"submitted {name}\n{page}", flush=True)
+    if wait:
+        look = partial(vertex.look, settings, vertex.client(settings, "v1"), name)
+        follow(look, page, settings.poll_seconds)
 
 
 def submit_kfp(settings: Settings, parameters: dict[str, Any], host: str) -> None:
@@ -146,10 +163,53 @@ def submit_kfp(settings: Settings, parameters: dict[str, Any], host: str) -> Non
             run = client.create_run_from_pipeline_package(str(path), **request)
     if not run.run_id:
         raise LiquidError(f"{host} answered without naming a run; check HOST and KFP_TOKEN")
-    print(f"submitted {kubeflow.run_page(host, run.run_id)}")
+    page = kubeflow.run_page(host, run.run_id)
+    print(f"submitted {page}", flush=True)
     if switches.wait:
-        with interruptible():
-            kubeflow.follow(client, host, run.run_id, settings.poll_seconds)
+        follow(partial(kubeflow.look, client, host, run.run_id), page, settings.poll_seconds)
+
+
+def follow(look: Callable[[], tuple[str, dict[str, str]]], page: str, poll_seconds: int) -> None:
+    """Print the states of a run's tasks as they change, until the run ends.
+
+    Ctrl-C ends the following alone.
+
+    Args:
+        look: gives the state of the run, and by title the states of its tasks.
+        page: where the run can be seen.
+        poll_seconds: between two looks.
+
+    Raises:
+        LiquidError: the run did not end well; names the tasks that failed. Or it cannot be looked
+            at any more.
+    """
+    shown: dict[str, str] = {}
+    failures = 0
+    try:
+        while True:
+            try:
+                state, tasks = look()
+                failures = 0
+            except LiquidError as error:
+                failures += 1
+                if failures > _PATIENCE:
+                    raise LiquidError(f"{error}; the run goes on: {page}") from None
+            else:
+                for title, now in tasks.items():
+                    if shown.get(title) != now:
+                        print(f"{time.strftime('%H:%M:%S')} {title}: {now.lower()}", flush=True)
+                shown |= tasks
+                if state in _ENDED:
+                    break
+            time.sleep(poll_seconds)
+    except KeyboardInterrupt:
+        print("no longer followed; the run goes on", file=sys.stderr)
+        raise
+    print(f"{time.strftime('%H:%M:%S')} run: {state.lower()}", flush=True)
+    if state != "SUCCEEDED":
+        failed = ", ".join(title for title, now in shown.items() if now == "FAILED")
+        ending = f"; failed: {failed}" if failed else ""
+        raise LiquidError(f"the run ended as {state.lower()}{ending}")
 
 
 def main(argv: list[str]) -> None:

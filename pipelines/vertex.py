@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,16 +15,10 @@ from google.auth.credentials import AnonymousCredentials
 from google.cloud import aiplatform
 
 from pipelines.settings import Settings
-from pipelines.waiting import PATIENCE, interruptible
 from trainer.runtime.errors import LiquidError, UsageError
 
 REQUEST_SECONDS = 60.0
 _REQUEST = re.compile(r"^(GET|POST) https?://\S+: ")
-_ENDED = ("SUCCEEDED", "FAILED", "CANCELLED", "PAUSED")
-
-
-class VertexError(LiquidError):
-    """Vertex AI could not be reached, or refused."""
 
 
 def connect(settings: Settings, *, send: bool = True) -> Any:
@@ -67,34 +60,34 @@ def readable_errors(settings: Settings) -> Iterator[None]:
     """Turn what the client raises into one line.
 
     Raises:
-        VertexError: what failed and what to do.
+        LiquidError: what failed and what to do.
     """
     place = settings.api_endpoint or f"{settings.region}-aiplatform.googleapis.com"
     try:
         yield
     except (auth.DefaultCredentialsError, auth.RefreshError, api.Unauthorized) as error:
-        raise VertexError(
+        raise LiquidError(
             f"not authenticated with Google Cloud ({_first_line(error)}); run gcloud auth"
             " application-default login, or set GOOGLE_APPLICATION_CREDENTIALS"
         ) from None
     except api.Forbidden as error:
-        raise VertexError(
+        raise LiquidError(
             f"permission denied in project {settings.project!r}: {_first_line(error)}; the account"
             " needs roles/aiplatform.user, and roles/iam.serviceAccountUser on SERVICE_ACCOUNT"
         ) from None
     except (api.TooManyRequests, api.ResourceExhausted) as error:
-        raise VertexError(
+        raise LiquidError(
             f"quota exhausted in {settings.region}: {_first_line(error)}; ask for more, use another"
             " REGION, or fewer or other accelerators"
         ) from None
     except api.NotFound as error:
-        raise VertexError(f"not found at {place}: {_first_line(error)}") from None
+        raise LiquidError(f"not found at {place}: {_first_line(error)}") from None
     except api.ServiceUnavailable as error:
-        raise VertexError(f"{place} cannot be reached or is down: {_first_line(error)}") from None
+        raise LiquidError(f"{place} cannot be reached or is down: {_first_line(error)}") from None
     except (api.GoogleAPICallError, api.RetryError) as error:
-        raise VertexError(f"{place} answered: {_first_line(error)}") from None
+        raise LiquidError(f"{place} answered: {_first_line(error)}") from None
     except (requests.exceptions.RequestException, auth.TransportError) as error:
-        raise VertexError(
+        raise LiquidError(
             f"{place} cannot be reached ({_first_line(error)}); check REGION, API_ENDPOINT and the"
             " network"
         ) from None
@@ -114,64 +107,38 @@ def console_link(settings: Settings, job_id: str) -> str:
     )
 
 
-def report(settings: Settings, created: Any, *, wait: bool) -> None:
-    """Print what has been created and its page; with ``wait``, follow it to its end.
+def create(settings: Settings, api: Any, job: Any, run_id: str) -> str:
+    """Create a run; returns its full name.
 
     Raises:
-        VertexError: nothing was created, or the run did not end well.
+        LiquidError: it was not created.
     """
+    with readable_errors(settings):
+        created = api.create_pipeline_job(
+            parent=settings.place,
+            pipeline_job=job,
+            pipeline_job_id=run_id,
+            timeout=REQUEST_SECONDS,
+        )
     if not created.name:
         place = settings.api_endpoint or settings.region
-        raise VertexError(f"{place} answered without naming a run; check API_ENDPOINT")
-    print(f"submitted {created.name}")
-    print(console_link(settings, created.name.rpartition("/")[2]), flush=True)
-    if wait:
-        with interruptible():
-            follow(settings, created.name)
+        raise LiquidError(f"{place} answered without naming a run; check API_ENDPOINT")
+    return str(created.name)
 
 
-def follow(settings: Settings, name: str) -> None:
-    """Print each task's state as it changes, until the run ends.
+def look(settings: Settings, api: Any, name: str) -> tuple[str, dict[str, str]]:
+    """The state of a run, and by title the states of its tasks.
 
     Raises:
-        VertexError: it did not end well; names the tasks that failed. Or it cannot be looked at
-            any more.
+        LiquidError: it cannot be looked at.
     """
-    shown: dict[str, str] = {}
-    failures = 0
-    looker = client(settings, "v1")
-    while True:
-        try:
-            with readable_errors(settings):
-                job = looker.get_pipeline_job(name=name, timeout=REQUEST_SECONDS)
-            failures = 0
-        except VertexError as error:
-            failures += 1
-            if failures > PATIENCE:
-                page = console_link(settings, name.rpartition("/")[2])
-                raise VertexError(f"{error}; the run goes on: {page}") from None
-            time.sleep(settings.poll_seconds)
-            continue
-        state = _state_name(job.state)
-        # The run itself is listed among its tasks
-        run_id = name.rpartition("/")[2]
-        _show_changes([t for t in job.job_detail.task_details if t.task_name != run_id], shown)
-        if state in _ENDED:
-            break
-        time.sleep(settings.poll_seconds)
-    print(f"{time.strftime('%H:%M:%S')} run: {state.lower()}", flush=True)
-    if state != "SUCCEEDED":
-        failed = ", ".join(name for name, now in shown.items() if now == "FAILED") or "no task"
-        raise VertexError(f"the run ended as {state.lower()}; failed: {failed}")
+    with readable_errors(settings):
+        job = api.get_pipeline_job(name=name, timeout=REQUEST_SECONDS)
+    states = {task.task_name: task.state.name for task in tasks_of(job) if task.task_name}
+    return job.state.name.removeprefix("PIPELINE_STATE_"), states
 
 
-def _show_changes(tasks: Any, shown: dict[str, str]) -> None:
-    for task in tasks:
-        now = _state_name(task.state)
-        if task.task_name and shown.get(task.task_name) != now:
-            shown[task.task_name] = now
-            print(f"{time.strftime('%H:%M:%S')} {task.task_name}: {now.lower()}", flush=True)
-
-
-def _state_name(state: Any) -> str:
-    return state.name.removeprefix("PIPELINE_STATE_")
+def tasks_of(job: Any) -> list[Any]:
+    """The details of a run's tasks, without the run itself, which Vertex AI lists among them."""
+    run_id = job.name.rpartition("/")[2]
+    return [task for task in job.job_detail.task_details if task.task_name != run_id]

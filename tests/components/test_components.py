@@ -320,7 +320,7 @@ def test_pick_resize_and_evaluate(
 def test_settings_that_a_training_refuses(
     new: New, tokens: Any, teacher_dir: Path, given: dict[str, Any], message: str
 ) -> None:
-    asked = {"block_size": 32, "train_steps": 4, "warmup_steps": 1, "lr_peak": 1e-3} | given
+    settings = {"block_size": 32, "train_steps": 4, "warmup_steps": 1, "lr_peak": 1e-3} | given
     checkpoints = new(dsl.Model, "refused")
     with pytest.raises(UsageError, match=re.escape(message)):
         train.python_func(
@@ -328,7 +328,7 @@ def test_settings_that_a_training_refuses(
             teacher_name=str(teacher_dir),
             checkpoints=checkpoints,
             metrics=new(dsl.Metrics, "refused-metrics"),
-            **asked,
+            **settings,
         )
     assert not Path(checkpoints.path).exists()
 
@@ -341,7 +341,11 @@ def test_settings_that_a_training_refuses(
     ],
 )
 def test_a_failure_of_a_stage_is_one_entry_of_the_log(body: str, status: int, message: str) -> None:
-    code = f"from trainer import log; from trainer.errors import UsageError; log.start(); {body}"
+    code = (
+        "from trainer.runtime.commands import start_stage\n"
+        "from trainer.runtime.errors import UsageError\n"
+        f"start_stage(); {body}"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == status
     (line,) = done.stderr.splitlines()

@@ -110,7 +110,7 @@ class Loopback:
             return job
         ended = self.looks > 3
         last = job["labels"].get("ends", "succeeded").upper()
-        tasks = [("prepare", "SUCCEEDED"), ("anneal-512", last if ended else "RUNNING")]
+        tasks = [("prepare", "SUCCEEDED"), ("anneal", last if ended else "RUNNING")]
         # Vertex AI lists the run itself among its tasks
         tasks.append((job["name"].rpartition("/")[2], last if ended else "RUNNING"))
         details = [

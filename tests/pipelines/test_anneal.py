@@ -18,11 +18,14 @@ import pytest
 import torch
 
 import trainer
-from pipelines.local import TASKS, LocalRun, _Readable, code_digest, run_pipeline
+from pipelines.local import LocalRun, _Readable, code_digest, run_pipeline
+from pipelines.stages import STAGES
 from tests.interrupts import with_interrupts
 from trainer.checkpoints.reading import read_checkpoint
 from trainer.models.positions import resize_positions
 from trainer.runtime.errors import LiquidError
+
+TITLES = [stage.title for stage in STAGES.values()]
 
 
 def task_directory(run: LocalRun, task: str) -> Path:
@@ -38,7 +41,7 @@ def sidecars(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def test_every_task_ran_once(first_run: LocalRun) -> None:
-    assert first_run.ran == list(TASKS)
+    assert first_run.ran == TITLES
 
 
 @pytest.mark.parametrize(
@@ -104,10 +107,10 @@ def test_what_a_rerun_does_again(
     assert unchanged.ran == []
     assert unchanged.outputs["report"].path == first_run.outputs["report"].path
     last = run_pipeline(work, parameters | {"continue_train_steps": 3})
-    assert last.ran == ["train-2", "pick-best-2", "evaluate"]
-    assert last.cached == ["prepare-tokens", "train", "pick-best", "resize-reset"]
+    assert last.ran == ["continue", "pick-best-continued", "evaluate"]
+    assert last.cached == ["prepare", "anneal", "pick-best-annealed", "resize-and-reset"]
     first = run_pipeline(work, parameters | {"anneal_train_steps": 4})
-    assert first.ran == [task for task in TASKS if task != "prepare-tokens"]
+    assert first.ran == [title for title in TITLES if title != "prepare"]
 
 
 def test_other_code_and_no_cache_run_again(
@@ -155,7 +158,7 @@ def test_the_task_that_runs_ends_with_the_run(
         "import json, sys\n"
         "from pathlib import Path\n"
         "from pipelines.local import ending_tasks, run_pipeline\n"
-        "from trainer.config import run_command\n"
+        "from trainer.runtime.commands import run_command\n"
         "def main(argv):\n"
         "    with ending_tasks():\n"
         "        run_pipeline(Path(argv[0]), json.loads(argv[1]))\n"

@@ -11,11 +11,11 @@ import yaml
 from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
 
-from pipelines.anneal import STAGE_NAMES
 from pipelines.compile import compile_to, main
 from pipelines.describe import description
 from pipelines.parameters import parameter_defaults
 from pipelines.settings import load_settings
+from pipelines.stages import STAGES
 from trainer.runtime.errors import UsageError
 
 IMAGE = "europe-docker.pkg.dev/p/r/trainer@sha256:" + "0" * 64
@@ -51,7 +51,7 @@ def test_the_released_pipeline_spec_parses_it(compiled: tuple[str, dict[str, Any
     spec = json_format.ParseDict(compiled[1], pipeline_spec_pb2.PipelineSpec())
     assert spec.pipeline_info.name == "liquid-annealing"
     names = {task.task_info.name for task in spec.root.dag.tasks.values()}
-    assert names == set(STAGE_NAMES.values())
+    assert names == {stage.title for stage in STAGES.values()}
 
 
 def executors(spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -80,14 +80,14 @@ def custom_job(spec: dict[str, Any], executor: dict[str, Any]) -> dict[str, Any]
 def test_gpus_only_where_they_were_asked_for(compiled: tuple[str, dict[str, Any], str]) -> None:
     backend, spec, _ = compiled
     for name, executor in executors(spec).items():
-        gpu = name in ("anneal-512", "continue-1024", "evaluate")
+        gpu = name in ("anneal", "continue", "evaluate")
         accelerator = executor.get("resources", {}).get("accelerator")
         if backend == "kfp":
             assert (accelerator is not None) == gpu, name
         else:
             assert accelerator is None, name
     if backend == "kfp":
-        asked = executors(spec)["anneal-512"]["resources"]["accelerator"]
+        asked = executors(spec)["anneal"]["resources"]["accelerator"]
         assert asked["resourceType"] == "nvidia.com/gpu"
         assert asked["resourceCount"] == "2"
 
@@ -99,14 +99,14 @@ def test_a_gpu_stage_is_told_how_many_gpus_to_expect(
     told = {}
     for name, executor in executors(spec).items():
         variables = executor.get("env", [])
-        if backend == "vertex" and name in ("anneal-512", "continue-1024", "evaluate"):
+        if backend == "vertex" and name in ("anneal", "continue", "evaluate"):
             pools = custom_job(spec, executor)["worker_pool_specs"]
             variables = pools[0]["container_spec"]["env"]
             assert all(pool["container_spec"]["env"] == variables for pool in pools)
         for variable in variables:
             if variable["name"] == "EXPECTED_GPUS":
                 told[name] = variable["value"]
-    here = {"anneal-512": "2", "continue-1024": "1", "evaluate": "1"}
+    here = {"anneal": "2", "continue": "1", "evaluate": "1"}
     assert told == ({} if backend == "local" else here)
 
 
@@ -114,7 +114,7 @@ def test_gpu_stages_are_custom_jobs_on_vertex(tmp_path: Path) -> None:
     path = compile_to(tmp_path / "pipeline.yaml", load_settings(MACHINES), "vertex")
     spec = next(iter(yaml.safe_load_all(path.read_text())))
     found = executors(spec)
-    anneal = custom_job(spec, found["anneal-512"])
+    anneal = custom_job(spec, found["anneal"])
     (pool,) = anneal["worker_pool_specs"]
     assert pool["machine_spec"] == {
         "machine_type": "a3-highgpu-2g",
@@ -126,28 +126,32 @@ def test_gpu_stages_are_custom_jobs_on_vertex(tmp_path: Path) -> None:
     assert anneal["strategy"] == "SPOT"
     assert anneal["service_account"] == MACHINES["SERVICE_ACCOUNT"]
     assert anneal["labels"] == {"team": "small-models"}
-    assert pool["disk_spec"] == {"boot_disk_type": "pd-ssd", "boot_disk_size_gb": 200}
-    pools = custom_job(spec, found["continue-1024"])["worker_pool_specs"]
+    assert pool["disk_spec"] == {"boot_disk_size_gb": 200}, "the service chooses the type"
+    pools = custom_job(spec, found["continue"])["worker_pool_specs"]
     assert [entry["replica_count"] for entry in pools] == [1, 2]
 
 
-def test_a_machine_that_boots_from_no_persistent_disk(tmp_path: Path) -> None:
-    machine = {
-        "ANNEAL_ACCELERATOR_TYPE": "NVIDIA_H200_141GB",
-        "ANNEAL_ACCELERATOR_COUNT": "8",
-        "ANNEAL_MACHINE_TYPE": "a3-ultragpu-8g",
-    }
-    path = compile_to(tmp_path / "pipeline.yaml", load_settings(machine), "vertex")
+def test_the_type_of_the_boot_disk_may_be_given(tmp_path: Path) -> None:
+    settings = load_settings({"ANNEAL_DISK_TYPE": "hyperdisk-balanced"})
+    path = compile_to(tmp_path / "pipeline.yaml", settings, "vertex")
     spec = next(iter(yaml.safe_load_all(path.read_text())))
-    (pool,) = custom_job(spec, executors(spec)["anneal-512"])["worker_pool_specs"]
-    assert pool["disk_spec"]["boot_disk_type"] == "hyperdisk-balanced"
+    (pool,) = custom_job(spec, executors(spec)["anneal"])["worker_pool_specs"]
+    assert pool["disk_spec"] == {
+        "boot_disk_type": "hyperdisk-balanced",
+        "boot_disk_size_gb": 200,
+    }
+
+
+def test_titles_hold_no_parameter_of_a_run() -> None:
+    """A stage's context, for one, is a parameter: a title with a number in it would lie."""
+    assert not [stage.title for stage in STAGES.values() if re.search(r"\d", stage.title)]
 
 
 def test_image_retries_and_no_installing(compiled: tuple[str, dict[str, Any], str]) -> None:
     backend, spec, text = compiled
     assert not re.search(r"pip3? install|PIP_", text)
     for name, executor in executors(spec).items():
-        custom = backend == "vertex" and name in ("anneal-512", "continue-1024", "evaluate")
+        custom = backend == "vertex" and name in ("anneal", "continue", "evaluate")
         assert custom or executor["image"] == IMAGE, name
         if backend != "local":
             retry = executor["task"]["retryPolicy"]
@@ -162,7 +166,7 @@ def test_every_stage_is_the_first_process_of_its_container(
     backend, spec, _ = compiled
     for name, executor in executors(spec).items():
         commands = [executor["command"]]
-        if backend == "vertex" and name in ("anneal-512", "continue-1024", "evaluate"):
+        if backend == "vertex" and name in ("anneal", "continue", "evaluate"):
             pools = custom_job(spec, executor)["worker_pool_specs"]
             commands = [pool["container_spec"]["command"] for pool in pools]
         for command in commands:
@@ -238,8 +242,8 @@ def test_another_name_of_the_gpu_resource(tmp_path: Path) -> None:
         if "accelerator" in executor["resources"]
     }
     assert kinds == {
-        "anneal-512": "amd.com/gpu",
-        "continue-1024": "nvidia.com/gpu",
+        "anneal": "amd.com/gpu",
+        "continue": "nvidia.com/gpu",
         "evaluate": "nvidia.com/gpu",
     }
 

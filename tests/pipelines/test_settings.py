@@ -89,16 +89,13 @@ def test_settings_that_make_no_sense(environ: dict[str, str], message: str) -> N
         ),
         (
             {"ANNEAL_MACHINE_TYPE": "a3-highgpu-1g"},
-            "ANNEAL_ACCELERATOR_TYPE=NVIDIA_TESLA_A100, but ANNEAL_MACHINE_TYPE=a3-highgpu-1g has"
-            " NVIDIA_H100_80GB",
+            "ANNEAL_MACHINE_TYPE=a3-highgpu-1g without ANNEAL_ACCELERATOR_TYPE, whose default is"
+            " NVIDIA_TESLA_A100; give both",
         ),
         (
-            {
-                "ANNEAL_MACHINE_TYPE": "g2-standard-12",
-                "ANNEAL_ACCELERATOR_TYPE": "NVIDIA_L4",
-                "ANNEAL_ACCELERATOR_COUNT": "4",
-            },
-            "ANNEAL_ACCELERATOR_COUNT=4, but ANNEAL_MACHINE_TYPE=g2-standard-12 has 1",
+            {"ANNEAL_ACCELERATOR_TYPE": "NVIDIA_L4"},
+            "ANNEAL_ACCELERATOR_TYPE=NVIDIA_L4 without ANNEAL_MACHINE_TYPE, whose default is"
+            " a2-highgpu-1g; give both",
         ),
         ({"PREPARE_TIMEOUT_HOURS": "1"}, "PREPARE_TIMEOUT_HOURS: Vertex AI would not use it"),
         ({"ANNEAL_CPU": "4"}, "ANNEAL_CPU: Vertex AI would not use it, since its machine type"),
@@ -133,6 +130,8 @@ def test_accelerators_that_vertex_does_not_know() -> None:
 
 def test_machines_that_vertex_takes() -> None:
     load_settings({}).check_vertex()
+    larger = {"ANNEAL_MACHINE_TYPE": "a2-highgpu-8g", "ANNEAL_ACCELERATOR_COUNT": "8"}
+    load_settings(larger).check_vertex()
     load_settings(
         {
             "ANNEAL_MACHINE_TYPE": "a3-megagpu-8g",

@@ -114,14 +114,14 @@ def test_the_request_to_vertex(vertex: Loopback, environment: dict[str, str]) ->
             "worker_pool_specs"
         ]["defaultValue"]
         for task in tasks.values()
-        if task["taskInfo"]["name"] in ("anneal-512", "continue-1024", "evaluate")
+        if task["taskInfo"]["name"] in ("anneal", "continue", "evaluate")
     }
-    assert pools["anneal-512"][0]["machine_spec"] == {
+    assert pools["anneal"][0]["machine_spec"] == {
         "machine_type": "a3-highgpu-8g",
         "accelerator_type": "NVIDIA_H100_80GB",
         "accelerator_count": 8,
     }
-    assert len(pools["continue-1024"]) == 2
+    assert len(pools["continue"]) == 2
     assert pools["evaluate"][0]["container_spec"]["image_uri"] == IMAGE
 
 
@@ -135,7 +135,7 @@ def test_waiting_follows_to_the_end(vertex: Loopback, environment: dict[str, str
     done = run("submit", environment | {"WAIT": "1"}, "vertex")
     assert done.returncode == 0, done.stderr
     assert "prepare: succeeded" in done.stdout
-    assert done.stdout.index("anneal-512: running") < done.stdout.index("anneal-512: succeeded")
+    assert done.stdout.index("anneal: running") < done.stdout.index("anneal: succeeded")
     assert "run: succeeded" in done.stdout
     assert done.stdout.count(": succeeded") == 3, "the run itself is none of its tasks"
 
@@ -156,7 +156,7 @@ def test_who_stops_waiting_is_told_that_the_run_goes_on(
         preexec_fn=with_interrupts,
     )
     assert following.stdout is not None
-    while "anneal-512: running" not in following.stdout.readline():
+    while "anneal: running" not in following.stdout.readline():
         assert following.poll() is None
     following.send_signal(signal.SIGINT)
     _, errors = following.communicate(timeout=60)
@@ -167,7 +167,7 @@ def test_who_stops_waiting_is_told_that_the_run_goes_on(
 def test_a_run_that_fails_ends_with_status_1(vertex: Loopback, environment: dict[str, str]) -> None:
     done = run("submit", environment | {"WAIT": "1", "LABELS": "ends=failed"}, "vertex")
     assert done.returncode == 1
-    assert last_message(done) == "the run ended as failed; failed: anneal-512"
+    assert last_message(done) == "the run ended as failed; failed: anneal"
 
 
 def test_a_dry_run_sends_nothing_and_needs_no_credentials(
@@ -317,7 +317,7 @@ def test_rerun_repeats_a_stage_and_what_follows(
 ) -> None:
     original = finished_run(vertex, environment)
     vertex.requests.clear()
-    given = {"RUN": original, "STAGE": "continue-1024", "PARAMS": "continue_train_steps=8000"}
+    given = {"RUN": original, "STAGE": "continue", "PARAMS": "continue_train_steps=8000"}
     done = run("rerun", environment | given)
     assert done.returncode == 0, done.stderr
     (request,) = [entry for entry in vertex.requests if entry[0] == "POST"]
@@ -347,12 +347,12 @@ def test_rerun_skips_what_came_from_the_cache(
 ) -> None:
     original = finished_run(vertex, environment)
     for detail in next(iter(vertex.jobs.values()))["jobDetail"]["taskDetails"]:
-        if detail["taskName"] in ("prepare", "anneal-512"):
+        if detail["taskName"] in ("prepare", "anneal"):
             detail["state"] = "SKIPPED"
-    given = {"RUN": original, "STAGE": "continue-1024", "CACHE": "0"}
+    given = {"RUN": original, "STAGE": "continue", "CACHE": "0"}
     done = run("rerun", environment | given)
     assert done.returncode == 0, done.stderr
-    assert "runs again: continue-1024, pick-best-1024, evaluate\n" in done.stdout
+    assert "runs again: continue, pick-best-continued, evaluate\n" in done.stdout
     body = vertex.requests[-1][2]
     skipped = [c["taskName"] for c in body["pipelineTaskRerunConfigs"] if c.get("skipTask")]
     assert set(skipped) == {f"unique-{key}" for key in ("prepare-tokens", "train")} | {
@@ -361,7 +361,7 @@ def test_rerun_skips_what_came_from_the_cache(
     }
     done = run("rerun", environment | given | {"PARAMS": "anneal_train_steps=9"})
     assert done.returncode == 2
-    assert "read by anneal-512, which would be skipped" in last_message(done)
+    assert "read by anneal, which would be skipped" in last_message(done)
 
 
 def test_rerun_repeats_what_failed_before_the_stage_too(
@@ -404,7 +404,7 @@ def test_rerun_keeps_the_account_and_network_of_the_original(
 
 
 def test_rerun_without_the_cache(vertex: Loopback, environment: dict[str, str]) -> None:
-    given = {"RUN": finished_run(vertex, environment), "STAGE": "continue-1024", "CACHE": "0"}
+    given = {"RUN": finished_run(vertex, environment), "STAGE": "continue", "CACHE": "0"}
     done = run("rerun", environment | given)
     assert done.returncode == 0, done.stderr
     tasks = vertex.requests[-1][2]["pipelineSpec"]["root"]["dag"]["tasks"]
@@ -429,17 +429,17 @@ def test_a_dry_rerun_prints_the_request_and_sends_none(
 def test_rerun_errors(vertex: Loopback, environment: dict[str, str]) -> None:
     original = finished_run(vertex, environment)
     vertex.requests.clear()
-    known = {"RUN": original, "STAGE": "continue-1024"}
+    known = {"RUN": original, "STAGE": "continue"}
     page = "https://console.cloud.google.com/vertex-ai/locations/{}/pipelines/runs/a?project={}"
     for given, status, expected in (
         ({}, 2, "missing: RUN (a run's id, full name or page); STAGE (the stage to repeat"),
         ({"STAGE": "evaluate"}, 2, "missing: RUN"),
         (known | {"WAIT": "yes"}, 2, "WAIT='yes': 1 or 0 is needed"),
         (known | {"RUN": "My Run"}, 2, "RUN='My Run' is no run's id"),
-        (known | {"STAGE": "continue-102"}, 2, "did you mean continue-1024? It has prepare, anne"),
-        (known | {"STAGE": "x"}, 2, "is not in this run; It has prepare, anneal-512, pick-best-"),
+        (known | {"STAGE": "continue-102"}, 2, "did you mean continue? It has prepare, anne"),
+        (known | {"STAGE": "x"}, 2, "is not in this run; It has prepare, anneal, pick-best-"),
         (known | {"PARAMS": "anneal_seed=1"}, 2, "unknown parameter 'anneal_seed'"),
-        (known | {"PARAMS": "anneal_train_steps=9"}, 2, "skipped; give STAGE=anneal-512"),
+        (known | {"PARAMS": "anneal_train_steps=9"}, 2, "skipped; give STAGE=anneal"),
         (known | {"PARAMS": "continue_alpha=2"}, 2, "stage continue: --alpha=2 must be between"),
         (known | {"PARAMS": "continue_grad_accum=0 continue_micro_batch=7"}, 2, "by micro_batch 7"),
         (known | {"RUN": "absent"}, 1, "not found at localhost"),

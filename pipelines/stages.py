@@ -1,0 +1,118 @@
+"""The pipeline's stages: the one table from which names, parameters and machines are derived.
+
+A new stage is a module of ``trainer``, its component, a task in `pipelines.anneal` and a row here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from google.protobuf import json_format
+
+_GPUS_INSIDE = re.compile(r"-(\d+)g(-|$)")
+"""How names of machine types that come with GPUs end: a2-highgpu-1g, a3-megagpu-8g-nolssd."""
+
+
+def described(default: Any, help: str) -> Any:
+    """A dataclass field with the sentence that messages and the documentation show."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one stage runs on."""
+
+    cpu: str = described("4", "CPU cores")
+    memory: str = described("16Gi", "memory, with its unit")
+    disk_gib: int = described(100, "boot disk in GiB (custom jobs)")
+    disk_type: str = described("", "type of the boot disk; empty is Vertex AI's choice")
+    machine_type: str = described("", "machine type of a custom job, e.g. a3-highgpu-1g")
+    accelerator_type: str = described("", "on Vertex AI, e.g. NVIDIA_H100_80GB")
+    accelerator_count: int = described(0, "GPUs of each machine; 0 is none")
+    replicas: int = described(1, "machines")
+    spot: bool = described(False, "spot machines: cheaper, may be taken away")
+    retries: int = described(3, "times the platform starts the stage again")
+    backoff_seconds: int = described(60, "wait before the first retry; doubles each time")
+    timeout_hours: int = described(24, "hours after which a custom job is stopped")
+
+    @property
+    def gpu(self) -> bool:
+        """Whether the stage asks for GPUs."""
+        return bool(self.accelerator_type and self.accelerator_count)
+
+    @property
+    def family(self) -> str:
+        """The machine type without its size, ``a2-highgpu`` of ``a2-highgpu-1g``."""
+        return "-".join(self.machine_type.split("-")[:2])
+
+    @property
+    def gpus_inside(self) -> int | None:
+        """How many GPUs the machine type's name says it comes with; None where it says nothing."""
+        found = _GPUS_INSIDE.search(self.machine_type)
+        return int(found[1]) if found else None
+
+
+_GPU = Machine(
+    cpu="12",
+    memory="85Gi",
+    disk_gib=200,
+    machine_type="a2-highgpu-1g",
+    accelerator_type="NVIDIA_TESLA_A100",
+    accelerator_count=1,
+    timeout_hours=72,
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage."""
+
+    key: str
+    """What code calls it; its parameters start with it."""
+    title: str
+    """What users see: in the UI, in pictures, in the output of every command."""
+    machine: Machine | str
+    """What it runs on by default, or the key of the stage whose machine it shares."""
+    trains: bool = False
+    """Whether it trains, and so may take several machines."""
+    configurable: bool = False
+    """Whether any setting of the trainer may be given for it, in ``{key}_more_settings``."""
+
+
+STAGES = {
+    stage.key: stage
+    for stage in (
+        Stage("prepare", "prepare", Machine(cpu="8", memory="32Gi")),
+        Stage("anneal", "anneal", _GPU, trains=True, configurable=True),
+        Stage("pick", "pick-best-annealed", Machine(cpu="1", memory="4Gi")),
+        Stage("resize", "resize-and-reset", Machine(cpu="2", memory="16Gi")),
+        Stage("continue", "continue", _GPU, trains=True, configurable=True),
+        Stage("pick_again", "pick-best-continued", machine="pick"),
+        Stage("evaluate", "evaluate", _GPU, configurable=True),
+    )
+}
+"""By key, in the order in which they run."""
+
+DEFAULT_MACHINES = {
+    key: stage.machine for key, stage in STAGES.items() if isinstance(stage.machine, Machine)
+}
+"""By the stage whose name starts the names of its machine's settings."""
+
+
+def machine_key(key: str) -> str:
+    """The stage that names the machine which a stage runs on."""
+    machine = STAGES[key].machine
+    return machine if isinstance(machine, str) else key
+
+
+def compiled(pipeline: Any) -> dict[str, Any]:
+    """What a pipeline compiles to, as its YAML would hold it."""
+    return dict(json_format.MessageToDict(pipeline.pipeline_spec))
+
+
+def titles_of(spec: Mapping[str, Any]) -> dict[str, str]:
+    """By key of a task in a compiled pipeline, of this release or another: its title."""
+    return {key: task["taskInfo"]["name"] for key, task in spec["root"]["dag"]["tasks"].items()}
