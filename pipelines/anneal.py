@@ -19,7 +19,7 @@ from components.prepare_tokens import prepare_tokens
 from components.resize_reset import resize_reset
 from components.train import train
 from pipelines.settings import LOCAL_IMAGE, Settings
-from pipelines.stages import STAGES, Machine, machine_key
+from pipelines.stages import STAGES, Machine
 from trainer.runtime.devices import EXPECTED_GPUS
 
 NAME = "liquid-annealing"
@@ -162,7 +162,7 @@ def _stages(settings: Settings, backend: str) -> Callable[[str, Any], Callable[.
     image = settings.trainer_image or LOCAL_IMAGE
 
     def stage(key: str, component: Any) -> Callable[..., Any]:
-        machine, title = settings.machines[machine_key(key)], STAGES[key].title
+        title, machine = STAGES[key].title, settings.machines[STAGES[key].machine_name]
 
         def task(**inputs: Any) -> Any:
             runnable = _with_image(component, image)

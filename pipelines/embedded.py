@@ -11,7 +11,6 @@ import ast
 import hashlib
 import json
 import shutil
-import sys
 import sysconfig
 import tempfile
 import warnings
@@ -158,8 +157,3 @@ def build_teacher(directory: Path, corpus: Path, *, workdir: Path) -> Path:
     export_hf.run(str(workdir / "run" / "best.pt"), str(directory), tokenizer=str(tokenizer))
     shutil.rmtree(workdir)
     return directory
-
-
-if __name__ == "__main__":
-    root = Path(sys.argv[1] if len(sys.argv) > 1 else "work/embedded")
-    build_teacher(root / "teacher", build_corpus(root / "corpus"), workdir=root / "teacher-run")

@@ -170,7 +170,7 @@ def rerun(settings: Settings, run: str, stage: str, parameters: dict[str, Any]) 
         UsageError: something is missing, the stage is unknown, or a parameter would do nothing.
         LiquidError: the run cannot be found, or the new one cannot be created.
     """
-    switches = Switches.from_environment()
+    switches = Switches()
     check_cloud_parameters(parameters)
     named = {
         "RUN": (run, "a run's id, full name or page"),

@@ -28,7 +28,9 @@ class Machine:
     cpu: str = described("4", "CPU cores")
     memory: str = described("16Gi", "memory, with its unit")
     disk_gib: int = described(100, "boot disk in GiB (custom jobs)")
-    disk_type: str = described("", "type of the boot disk; empty is Vertex AI's choice")
+    disk_type: str = described(
+        "", "type of the boot disk (custom jobs); empty is the service's choice"
+    )
     machine_type: str = described("", "machine type of a custom job, e.g. a3-highgpu-1g")
     accelerator_type: str = described("", "on Vertex AI, e.g. NVIDIA_H100_80GB")
     accelerator_count: int = described(0, "GPUs of each machine; 0 is none")
@@ -74,38 +76,34 @@ class Stage:
     """What code calls it; its parameters start with it."""
     title: str
     """What users see: in the UI, in pictures, in the output of every command."""
-    machine: Machine | str
-    """What it runs on by default, or the key of the stage whose machine it shares."""
+    machine: Machine
+    """What it runs on by default."""
     trains: bool = False
     """Whether it trains, and so may take several machines."""
     configurable: bool = False
     """Whether any setting of the trainer may be given for it, in ``{key}_more_settings``."""
 
+    @property
+    def machine_name(self) -> str:
+        """How names of its machine's settings start: both times of picking share a machine."""
+        return self.key.partition("_")[0]
 
+
+_PICKING = Machine(cpu="1", memory="4Gi")
 STAGES = {
     stage.key: stage
     for stage in (
         Stage("prepare", "prepare", Machine(cpu="8", memory="32Gi")),
         Stage("anneal", "anneal", _GPU, trains=True, configurable=True),
-        Stage("pick", "pick-best-annealed", Machine(cpu="1", memory="4Gi")),
+        Stage("pick", "pick-best-annealed", _PICKING),
         Stage("resize", "resize-and-reset", Machine(cpu="2", memory="16Gi")),
         Stage("continue", "continue", _GPU, trains=True, configurable=True),
-        Stage("pick_again", "pick-best-continued", machine="pick"),
+        Stage("pick_again", "pick-best-continued", _PICKING),
         Stage("evaluate", "evaluate", _GPU, configurable=True),
     )
 }
 """By key, in the order in which they run."""
-
-DEFAULT_MACHINES = {
-    key: stage.machine for key, stage in STAGES.items() if isinstance(stage.machine, Machine)
-}
-"""By the stage whose name starts the names of its machine's settings."""
-
-
-def machine_key(key: str) -> str:
-    """The stage that names the machine which a stage runs on."""
-    machine = STAGES[key].machine
-    return machine if isinstance(machine, str) else key
+DEFAULT_MACHINES = {stage.machine_name: stage.machine for stage in STAGES.values()}
 
 
 def compiled(pipeline: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,20 +49,15 @@ def switch(name: str, *, default: bool = False) -> bool:
 
 @dataclass(frozen=True)
 class Switches:
-    """How to submit, read before anything is sent."""
+    """How to submit: ``DRY_RUN``, ``WAIT`` and ``CACHE``, read before anything is sent.
 
-    dry_run: bool
-    wait: bool
-    cache: bool
+    Raises:
+        UsageError: one of them is neither 1 nor 0.
+    """
 
-    @classmethod
-    def from_environment(cls) -> Switches:
-        """``DRY_RUN``, ``WAIT`` and ``CACHE``.
-
-        Raises:
-            UsageError: one of them is neither 1 nor 0.
-        """
-        return cls(switch("DRY_RUN"), switch("WAIT"), switch("CACHE", default=True))
+    dry_run: bool = field(default_factory=partial(switch, "DRY_RUN"))
+    wait: bool = field(default_factory=partial(switch, "WAIT"))
+    cache: bool = field(default_factory=partial(switch, "CACHE", default=True))
 
 
 def new_run_id() -> str:
@@ -77,7 +72,7 @@ def submit_vertex(settings: Settings, parameters: dict[str, Any]) -> None:
         UsageError: something is missing or makes no sense.
         LiquidError: it could not be sent, or, with ``WAIT=1``, the run failed.
     """
-    switches = Switches.from_environment()
+    switches = Switches()
     settings.require("project", "region", "pipeline_root", "trainer_image")
     from google.cloud import aiplatform
     from google.cloud.aiplatform_v1 import AcceleratorType, PipelineJob
@@ -136,7 +131,7 @@ def submit_kfp(settings: Settings, parameters: dict[str, Any], host: str) -> Non
         UsageError: something is missing.
         LiquidError: it could not be sent, or, with ``WAIT=1``, the run failed.
     """
-    switches = Switches.from_environment()
+    switches = Switches()
     beside = {} if host else {"HOST": "address of Kubeflow Pipelines, http://…"}
     settings.require("trainer_image", beside=beside)
     from pipelines import kubeflow

@@ -12,11 +12,11 @@ from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 from pipelines.compile import compile_to, main
-from pipelines.describe import description
+from pipelines.describe import DOCUMENT, up_to_date
 from pipelines.parameters import parameter_defaults
 from pipelines.settings import load_settings
 from pipelines.stages import STAGES
-from trainer.runtime.errors import UsageError
+from trainer.runtime.errors import LiquidError, UsageError
 
 IMAGE = "europe-docker.pkg.dev/p/r/trainer@sha256:" + "0" * 64
 MACHINES = {
@@ -272,5 +272,8 @@ def test_a_wrong_command_line_writes_nothing(
 
 
 def test_the_documentation_describes_this_pipeline() -> None:
-    path = Path(__file__).parents[2] / "docs" / "pipeline.md"
-    assert path.read_text() == description(), "run python -m pipelines.describe > docs/pipeline.md"
+    text = DOCUMENT.read_text()
+    assert text == up_to_date(text), "run python -m pipelines.describe"
+    assert up_to_date(text.replace("| `seed` |", "| `sed` |")) == text
+    with pytest.raises(LiquidError, match="has no place for machines"):
+        up_to_date(text.replace("<!-- machines -->", ""))

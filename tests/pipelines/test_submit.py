@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -260,7 +260,7 @@ def test_parameters_are_checked_before_anything_is_sent(
     for params, machines, expected in (
         ("anneal_alpha=2", {}, "stage anneal: --alpha=2 must be between 0 and 1"),
         ("", {"ANNEAL_REPLICAS": "16"}, "not divisible by micro_batch 8 x 16 processes"),
-        ("", {"ANNEAL_MACHINE_TYPE": "g2-standard-12"}, "g2-standard-12 has NVIDIA_L4"),
+        ("", {"ANNEAL_MACHINE_TYPE": "g2-standard-12"}, "without ANNEAL_ACCELERATOR_TYPE"),
         ("resume_gcs_uri=/home/me/x.pt", {}, "resume_gcs_uri='/home/me/x.pt': no stage can read"),
         ("resume_gcs_uri=gs://b", {}, "copy it to gs://BUCKET/NAME"),
         ("dataset_name=~", {}, "dataset_name='~' is on this machine, where no stage can read it"),
@@ -289,12 +289,28 @@ def test_an_unreachable_endpoint(vertex: Loopback, environment: dict[str, str]) 
 # ── rerun
 
 
-def finished_run(vertex: Loopback, environment: dict[str, str]) -> str:
-    """Submit, and let every task of the run have succeeded; returns the run's id."""
+OLD_TITLES = {
+    "train": "anneal-512",
+    "pick-best": "pick-best-512",
+    "train-2": "continue-1024",
+    "pick-best-2": "pick-best-1024",
+}
+"""By task, what earlier releases called a stage otherwise."""
+
+
+def finished_run(
+    vertex: Loopback, environment: dict[str, str], titles: Mapping[str, str] | None = None
+) -> str:
+    """Submit, and let every task of the run have succeeded; returns the run's id.
+
+    With ``titles``, as an earlier release would have submitted it, which had other ones.
+    """
     assert run("submit", environment | {"PARAMS": "seed=7"}, "vertex").returncode == 0
     (name,) = vertex.jobs
     job = vertex.jobs[name]
     tasks = job["pipelineSpec"]["root"]["dag"]["tasks"]
+    for key, title in (titles or {}).items():
+        tasks[key]["taskInfo"]["name"] = title
     details = [
         {
             "taskId": str(number),
@@ -340,6 +356,20 @@ def test_rerun_repeats_a_stage_and_what_follows(
     }
     assert body["serviceAccount"] == SERVICE_ACCOUNT
     assert "runs again: " in done.stdout
+
+
+def test_rerun_of_an_earlier_release_goes_by_its_own_titles(
+    vertex: Loopback, environment: dict[str, str]
+) -> None:
+    original = finished_run(vertex, environment | {"CONTINUE_REPLICAS": "2"}, OLD_TITLES)
+    given = environment | {"RUN": original, "STAGE": "continue-1024"}
+    done = run("rerun", given)
+    assert done.returncode == 0, done.stderr
+    assert "runs again: continue-1024, pick-best-1024, evaluate\n" in done.stdout
+    # The two processes of its custom job are counted, whatever its title
+    done = run("rerun", given | {"PARAMS": "continue_grad_accum=0 continue_micro_batch=64"})
+    assert done.returncode == 2
+    assert "not divisible by micro_batch 64 x 2 processes" in last_message(done)
 
 
 def test_rerun_skips_what_came_from_the_cache(
