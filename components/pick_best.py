@@ -13,7 +13,7 @@ def pick_best(
     best: dsl.Output[dsl.Model],
     metric: str = "val_loss_student",
 ) -> NamedTuple("Picked", [("loss", float), ("step", int)]):  # type: ignore[valid-type]
-    """The checkpoint of the lowest metric, in its place; ties go to the earlier step."""
+    """The checkpoint of the lowest metric, where it lies; ties go to the earlier step."""
     from trainer import pick_best
     from trainer.checkpoints.metadata import summary
     from trainer.runtime.commands import start_stage

@@ -158,7 +158,7 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
 
 
 def _stages(settings: Settings, backend: str) -> Callable[[str, Any], Callable[..., Any]]:
-    """What makes a task of a stage: its component, on its machine, under its title."""
+    """A function that makes tasks: a stage's component, on its machine, under its title."""
     image = settings.trainer_image or LOCAL_IMAGE
 
     def stage(key: str, component: Any) -> Callable[..., Any]:
@@ -168,12 +168,12 @@ def _stages(settings: Settings, backend: str) -> Callable[[str, Any], Callable[.
             runnable = _with_image(component, image)
             if backend == "vertex" and machine.gpu:
                 runnable = _custom_job(runnable, machine, settings, title)
-            made = runnable(**inputs).set_display_name(title)
+            created = runnable(**inputs).set_display_name(title)
             if backend == "local":
-                return made
+                return created
             if backend == "kfp" or not machine.gpu:
-                _ask_for(made, machine)
-            return made.set_retry(
+                _request_machine(created, machine)
+            return created.set_retry(
                 num_retries=machine.retries,
                 backoff_duration=f"{machine.backoff_seconds}s",
                 backoff_factor=2.0,
@@ -188,9 +188,10 @@ def _stages(settings: Settings, backend: str) -> Callable[[str, Any], Callable[.
 def _with_image(component: Any, image: str) -> Any:
     """A copy that runs in the image, as its container's first process.
 
-    Vertex AI sends SIGTERM to that one alone. As kfp writes the command it is a shell, which
-    passes nothing on, so a training would be killed without having saved. (On open-source Kubeflow
-    Pipelines its launcher comes first, and a task goes on from its last periodic snapshot.)
+    Vertex AI sends SIGTERM to the first process alone. As kfp writes the command, that is a shell,
+    which does not pass signals on, so a training would be killed before it saves. (On open-source
+    Kubeflow Pipelines the launcher is the first process; a task that is started again goes on from
+    its last periodic snapshot.)
     """
     copied = copy.deepcopy(component)
     container = copied.component_spec.implementation.container
@@ -201,11 +202,10 @@ def _with_image(component: Any, image: str) -> Any:
     return copied
 
 
-def _ask_for(task: Any, machine: Machine) -> None:
+def _request_machine(task: Any, machine: Machine) -> None:
     task.set_cpu_limit(machine.cpu).set_memory_limit(machine.memory)
     if machine.gpu:
-        # Kubernetes counts GPUs under their resource's name, whatever their kind; Vertex AI's
-        # names of kinds are none
+        # Kubernetes knows GPUs by the name of a resource, not by Vertex AI's names of their kinds
         resource = machine.accelerator_type if "/" in machine.accelerator_type else KUBERNETES_GPU
         task.set_accelerator_type(resource)
         task.set_accelerator_limit(machine.accelerator_count)

@@ -12,7 +12,8 @@ from typing import Any
 from pipelines.anneal import build_pipeline
 from pipelines.parameters import parameter_defaults, parameter_help
 from pipelines.settings import Settings
-from pipelines.stages import DEFAULT_MACHINES, compiled, titles_of
+from pipelines.spec import compiled, tasks_of, titles_of
+from pipelines.stages import DEFAULT_MACHINES
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import LiquidError
 from trainer.settings.flags import OneLineParser
@@ -23,10 +24,10 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "pipeline.md"
 def parts() -> dict[str, list[str]]:
     """The lines of the picture and of each table, by the name that the document gives them."""
     pipeline = compiled(build_pipeline(Settings(), "local"))
-    titles, tasks = titles_of(pipeline), pipeline["root"]["dag"]["tasks"]
+    titles = titles_of(pipeline)
     arrows = sorted(
         f"    {titles[before]} --> {titles[key]}"
-        for key, task in tasks.items()
+        for key, task in tasks_of(pipeline).items()
         for before in task.get("dependentTasks", ())
     )
     parameters = [

@@ -38,7 +38,7 @@ def token_from_environment() -> str | None:
 
 
 def connect(host: str, token: str | None, namespace: str) -> tuple[kfp.Client, str | None]:
-    """A client, after one quick look, since it would ask again and again before it gives up.
+    """Connect, after one quick request: the client alone would retry long before it gives up.
 
     Args:
         host: URL of the interface.

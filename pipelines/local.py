@@ -33,7 +33,8 @@ from pipelines.anneal import build_pipeline
 from pipelines.embedded import build_corpus, build_teacher
 from pipelines.parameters import check_parameters, parse_parameters
 from pipelines.settings import LOCAL_IMAGE, Settings
-from pipelines.stages import STAGES, compiled, titles_of
+from pipelines.spec import compiled, titles_of
+from pipelines.stages import STAGES
 from pipelines.submit import switch
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import LiquidError
@@ -67,10 +68,10 @@ DEMO: dict[str, Any] = {
     "continue_log_interval": 20,
     "continue_more_settings": {"eval_max_tokens": 16_384},
 }
-"""The default runs at a fifth of their length or less, an eighth of their context."""
+"""The default runs, at a fifth of their length or less and an eighth of their context."""
 
 _END_SECONDS = 20.0
-"""What a training needs at most to save and to end."""
+"""How long a training has to save and to end before it is killed."""
 _FINISHED = re.compile(r"Task '(?P<task>[\w-]+)' finished with status (?P<status>\w+)")
 _COLOR = re.compile(r"\x1b\[\d+m")
 _QUIET = re.compile(r" = .*\((default|command line|checkpoint|--config)\)$")
@@ -78,7 +79,7 @@ _QUIET = re.compile(r" = .*\((default|command line|checkpoint|--config)\)$")
 
 @dataclass
 class LocalRun:
-    """What became of a run of the pipeline."""
+    """The result of a run of the pipeline."""
 
     ran: list[str] = field(default_factory=list)
     """Titles of the stages that ran; the others came from the cache."""
@@ -135,16 +136,6 @@ class _Readable(io.TextIOBase):
                     print(f"   {record['message']}", file=self.shown, flush=True)
 
 
-@contextlib.contextmanager
-def _readable_output(log_file: Path, run: LocalRun) -> Iterator[_Readable]:
-    log_file.parent.mkdir(parents=True, exist_ok=True)
-    with log_file.open("w", encoding="utf-8") as raw:
-        stream = _Readable(sys.stdout, raw, run)
-        with contextlib.redirect_stdout(stream), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield stream
-
-
 def run_pipeline(work: Path, parameters: dict[str, Any]) -> LocalRun:
     """Run the pipeline in the kfp local runner with its cache.
 
@@ -164,13 +155,17 @@ def run_pipeline(work: Path, parameters: dict[str, Any]) -> LocalRun:
         cache_root=str(work / "cache"),
     )
     log_file = work / "pipeline.log"
-    with _readable_output(log_file, run) as stream:
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with log_file.open("w", encoding="utf-8") as raw, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stream = _Readable(sys.stdout, raw, run)
         try:
-            # The cache goes by the image's name, among others: other code is another image
+            # The image's name is part of the cache's key, so changed code is not taken from it
             settings = Settings(trainer_image=f"{LOCAL_IMAGE}:{code_digest()}")
-            pipeline = build_pipeline(settings, "local")
-            stream.titles = titles_of(compiled(pipeline))
-            task = pipeline(**parameters)
+            with contextlib.redirect_stdout(stream):
+                pipeline = build_pipeline(settings, "local")
+                stream.titles = titles_of(compiled(pipeline))
+                run.outputs = dict(pipeline(**parameters).outputs)
         except RuntimeError as error:
             failed = run.ran[-1] if run.ran else "the pipeline"
             reason = stream.last_error or _COLOR.sub("", str(error))
@@ -182,7 +177,6 @@ def run_pipeline(work: Path, parameters: dict[str, Any]) -> LocalRun:
                 file=sys.stderr,
             )
             raise
-    run.outputs = dict(task.outputs)
     return run
 
 
@@ -199,9 +193,9 @@ def code_digest() -> str:
 
 @contextlib.contextmanager
 def ending_tasks() -> Iterator[None]:
-    """End the task that runs when this process is told to end, by SIGTERM or Ctrl-C.
+    """End the running task together with this process, on SIGTERM and on Ctrl-C.
 
-    Only a terminal's Ctrl-C reaches it by itself.
+    The task's process gets neither by itself, but for a Ctrl-C typed in a terminal.
     """
 
     def stop(*_: object) -> NoReturn:

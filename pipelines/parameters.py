@@ -7,6 +7,7 @@ A parameter is a setting of the trainer, for one stage (``continue_train_steps``
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import json
 import math
@@ -17,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from pipelines.anneal import build_pipeline
-from pipelines.settings import Settings
+from pipelines.settings import Settings, nearest
 from pipelines.stages import STAGES
 from trainer.runtime.errors import UsageError
 from trainer.settings.accumulation import accumulation
@@ -41,7 +42,7 @@ _OWN_HELP = {
     "lr_peak": "peak learning rate",
     "micro_batch": "windows per forward pass of one process",
 }
-"""Where the trainer's sentence does not fit."""
+"""Descriptions of parameters that the trainer's own do not fit."""
 _GIVEN_BY_STAGE = {
     "save_best_on": "give best_metric",
     "resume_gcs_uri": "the annealing alone resumes, from the parameter of that name",
@@ -51,11 +52,12 @@ _GIVEN_BY_STAGE = {
 }
 """What `more_settings` may not hold, beside what has a parameter, and what to do instead."""
 _MOST_EXACT = 2**53
-"""Runs store numbers as doubles; over this, not every whole number is one."""
+"""Runs store numbers as doubles, which hold every whole number up to this one."""
 _SECRET = re.compile(r"projects/[^/\s]+/secrets/[^/\s]+(/versions/[^/\s]+)?")
 _OBJECT = re.compile(r"gs://[a-z0-9][a-z0-9._-]+/.+")
 
 
+@functools.cache
 def parameter_defaults() -> dict[str, Any]:
     """Every parameter, named by stage, with its default."""
     function = build_pipeline(Settings(), "local").pipeline_func
@@ -94,9 +96,7 @@ def parse_parameters(text: str) -> dict[str, Any]:
         if not sign:
             raise UsageError(f"PARAMS: {piece!r} is not name=value")
         if name not in defaults:
-            near = difflib.get_close_matches(name, defaults, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UsageError(f"PARAMS: unknown parameter {name!r}{hint}")
+            raise UsageError(f"PARAMS: unknown parameter {name!r}{nearest(name, defaults)}")
         parsed[name] = _converted(name, value, type(defaults[name]))
     return parsed
 
@@ -175,7 +175,7 @@ def _check_more(more: Mapping[str, Any], stage: str) -> None:
 
 
 def check_cloud_parameters(values: Mapping[str, Any]) -> None:
-    """Find what a laptop has and a cluster has not.
+    """Refuse what exists on this machine, but not where the stages run.
 
     Raises:
         UsageError: a checkpoint that is not in a bucket, a teacher or a data set of this machine,

@@ -12,12 +12,10 @@ does all this: ``make run-local PARAMS=…``.)
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import sys
 from collections.abc import Mapping
-from graphlib import TopologicalSorter
 from typing import Any
 
 from pipelines.parameters import (
@@ -27,7 +25,15 @@ from pipelines.parameters import (
     parse_parameters,
 )
 from pipelines.settings import Settings, load_settings
-from pipelines.stages import STAGES, titles_of
+from pipelines.spec import (
+    find_stage,
+    in_order,
+    parameters_of,
+    processes_of,
+    tasks_of,
+    titles_of,
+    with_downstream,
+)
 from pipelines.submit import Switches, new_run_id, send_to_vertex
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import LiquidError, UsageError
@@ -68,45 +74,6 @@ def _part(pattern: str, run: str) -> str:
     return found[1] if found else ""
 
 
-def in_order(tasks: Mapping[str, Any]) -> list[str]:
-    """The keys of a compiled pipeline's tasks, each after those it depends on."""
-    before = {key: task.get("dependentTasks", ()) for key, task in sorted(tasks.items())}
-    return list(TopologicalSorter(before).static_order())
-
-
-def with_downstream(tasks: Mapping[str, Any], key: str) -> set[str]:
-    """The keys of a task and of every task that depends on it."""
-    again = {key}
-    for other in in_order(tasks):
-        if again.intersection(tasks[other].get("dependentTasks", ())):
-            again.add(other)
-    return again
-
-
-def find_stage(spec: Mapping[str, Any], stage: str) -> str:
-    """The key of the task that a user names, by the title that this run gave it or by its key.
-
-    Raises:
-        UsageError: there is none of that name; lists those that there are.
-    """
-    titles = titles_of(spec)
-    for key, title in titles.items():
-        if stage in (key, title):
-            return key
-    known = [titles[key] for key in in_order(spec["root"]["dag"]["tasks"])]
-    near = difflib.get_close_matches(stage, known, 1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise UsageError(f"STAGE={stage!r} is not in this run; {hint}It has {', '.join(known)}")
-
-
-def parameters_of(task: Mapping[str, Any]) -> set[str]:
-    """The pipeline's parameters that a task reads."""
-    inputs = task.get("inputs", {}).get("parameters", {}).values()
-    return {
-        entry["componentInputParameter"] for entry in inputs if "componentInputParameter" in entry
-    }
-
-
 def check_reach(
     spec: Mapping[str, Any], repeated: list[str], parameters: Mapping[str, Any]
 ) -> list[str]:
@@ -123,9 +90,9 @@ def check_reach(
     Raises:
         UsageError: a parameter that only skipped tasks read, or none.
     """
-    tasks, titles, remarks = spec["root"]["dag"]["tasks"], titles_of(spec), []
+    tasks, titles, remarks = tasks_of(spec), titles_of(spec), []
     for parameter in parameters:
-        readers = [key for key in in_order(tasks) if parameter in parameters_of(tasks[key])]
+        readers = [key for key in in_order(spec) if parameter in parameters_of(tasks[key])]
         skipped = [titles[key] for key in readers if key not in repeated]
         if not readers:
             raise UsageError(f"PARAMS: this run has no parameter {parameter!r}; leave it out")
@@ -140,27 +107,6 @@ def check_reach(
                 f" {', '.join(skipped)}"
             )
     return remarks
-
-
-def processes_of(spec: Mapping[str, Any]) -> dict[str, int]:
-    """By stage, how many processes a compiled pipeline's custom training jobs run: one a GPU.
-
-    A task is known by the parameters that it reads: titles change from release to release.
-    """
-    processes = {}
-    for task in spec["root"]["dag"]["tasks"].values():
-        component = spec["components"][task["componentRef"]["name"]]
-        inputs = component.get("inputDefinitions", {}).get("parameters", {})
-        pools = inputs.get("worker_pool_specs", {}).get("defaultValue")
-        own = task.get("inputs", {}).get("parameters", {}).get("worker_pool_specs", {})
-        pools = own.get("runtimeValue", {}).get("constant", pools)
-        for stage in STAGES.values() if pools else ():
-            if stage.configurable and f"{stage.key}_more_settings" in parameters_of(task):
-                processes[stage.key] = sum(
-                    int(pool["replica_count"] * pool["machine_spec"].get("accelerator_count", 1))
-                    for pool in pools
-                )
-    return processes
 
 
 def rerun(settings: Settings, run: str, stage: str, parameters: dict[str, Any]) -> None:
@@ -213,23 +159,23 @@ def _repetition(
     from google.cloud import aiplatform_v1beta1 as beta
     from google.protobuf import json_format
 
-    from pipelines.vertex import tasks_of
+    from pipelines.vertex import details_of
 
     number = original.labels.get(_NUMBER_LABEL, "")
     if not number.isdecimal():
         raise LiquidError(f"{original.name} cannot be repeated: it has no label {_NUMBER_LABEL}")
     spec = json_format.MessageToDict(original._pb.pipeline_spec)
-    tasks, titles = spec["root"]["dag"]["tasks"], titles_of(spec)
+    tasks, titles = tasks_of(spec), titles_of(spec)
     states = beta.PipelineTaskDetail.State
-    again = {titles[key] for key in with_downstream(tasks, find_stage(spec, stage))}
-    details = tasks_of(original)
+    again = {titles[key] for key in with_downstream(spec, find_stage(spec, stage))}
+    details = details_of(original)
     # Skipped is what came from the cache
     skipped = {
         task.task_name
         for task in details
         if task.state in (states.SUCCEEDED, states.SKIPPED) and task.task_name not in again
     }
-    repeated = [key for key in in_order(tasks) if titles[key] not in skipped]
+    repeated = [key for key in in_order(spec) if titles[key] not in skipped]
     remarks = [f"runs again: {', '.join(titles[key] for key in repeated)}"]
     remarks += check_reach(spec, repeated, parameters)
     for key in repeated if not cache else ():

@@ -96,10 +96,11 @@ class Settings:
         }
 
     def check_vertex(self) -> None:
-        """Find what Vertex AI would refuse only when a stage starts.
+        """Refuse what Vertex AI would refuse only when a stage starts.
 
         Raises:
-            UsageError: an accelerator that does not go with its machine type, or has none.
+            UsageError: an accelerator that Vertex AI does not have, that does not go with its
+                machine type, or that has none.
         """
         if self.pipeline_root and not self.pipeline_root.startswith("gs://"):
             raise UsageError(f"PIPELINE_ROOT={self.pipeline_root!r} must start with gs://")
@@ -110,27 +111,8 @@ class Settings:
             why = "its machine type has them" if machine.gpu else "the stage is no custom job"
             self._refuse_unused(stage, unused, f"Vertex AI would not use it, since {why}")
 
-    def check_accelerators(self, known: Iterable[str]) -> None:
-        """Find accelerators that Vertex AI does not know.
-
-        Args:
-            known: its names of them.
-
-        Raises:
-            UsageError: naming one, and the nearest that is known.
-        """
-        names = list(known)
-        for stage, machine in self.machines.items():
-            if machine.gpu and machine.accelerator_type not in names:
-                near = difflib.get_close_matches(machine.accelerator_type, names, 1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise UsageError(
-                    f"{stage.upper()}_ACCELERATOR_TYPE={machine.accelerator_type!r} is none of"
-                    f" Vertex AI's{hint}"
-                )
-
     def check_kubeflow(self) -> None:
-        """Find what open-source Kubeflow Pipelines would leave out without a word, or not take.
+        """Refuse what open-source Kubeflow Pipelines would ignore silently, or reject.
 
         Raises:
             UsageError: several machines, spot machines, or Google Cloud's settings.
@@ -231,6 +213,8 @@ def _check_machine(name: str, machine: Machine) -> None:
 
 
 def _check_custom_job(name: str, machine: Machine) -> None:
+    from google.cloud.aiplatform_v1 import AcceleratorType
+
     kind, count = machine.accelerator_type, machine.accelerator_count
     if not machine.gpu:
         for key, given in (("REPLICAS", machine.replicas > 1), ("SPOT", machine.spot)):
@@ -240,6 +224,11 @@ def _check_custom_job(name: str, machine: Machine) -> None:
                     f" {name}_ACCELERATOR_TYPE and {name}_ACCELERATOR_COUNT, or leave {key} out"
                 )
         return
+    known = AcceleratorType.__members__
+    if kind not in known:
+        raise UsageError(
+            f"{name}_ACCELERATOR_TYPE={kind!r} is none of Vertex AI's{nearest(kind, known)}"
+        )
     if not machine.machine_type:
         raise UsageError(
             f"{name}_ACCELERATOR_TYPE={kind} without {name}_MACHINE_TYPE; Vertex AI needs a machine"
@@ -251,6 +240,12 @@ def _check_custom_job(name: str, machine: Machine) -> None:
             f"{name}_ACCELERATOR_COUNT={count}, but {name}_MACHINE_TYPE={machine.machine_type} has"
             f" {inside}; make them agree"
         )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message on a wrong name: which one may be meant; empty where none comes near."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def known_names() -> dict[str, str]:
@@ -308,23 +303,20 @@ def settings_file(environ: Mapping[str, str] = os.environ) -> Path:
     return Path(environ.get("SETTINGS") or DEFAULT_FILE)
 
 
-def _from_file(environ: Mapping[str, str], known: Iterable[str]) -> dict[str, Any]:
+def _from_file(environ: Mapping[str, str], known: Mapping[str, str]) -> dict[str, Any]:
     path = settings_file(environ)
     if not path.exists():
         if environ.get("SETTINGS"):
             raise UsageError(f"SETTINGS={str(path)!r} does not exist")
         return {}
     content = read_settings(path, str(path))
-    names = {name: name for name in known}
     found: dict[str, Any] = {}
     for key, value in content.items():
         name = str(key).upper()
         if name in found:
             raise UsageError(f"{path}: {name} is given twice")
-        if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UsageError(f"{path}: unknown setting {key!r}{hint}")
+        if name not in known:
+            raise UsageError(f"{path}: unknown setting {key!r}{nearest(name, known)}")
         if value is not None:
             found[name] = value
     return found

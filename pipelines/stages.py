@@ -6,11 +6,8 @@ A new stage is a module of ``trainer``, its component, a task in `pipelines.anne
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-from google.protobuf import json_format
 
 _GPUS_INSIDE = re.compile(r"-(\d+)g(-|$)")
 """How names of machine types that come with GPUs end: a2-highgpu-1g, a3-megagpu-8g-nolssd."""
@@ -104,13 +101,3 @@ STAGES = {
 }
 """By key, in the order in which they run."""
 DEFAULT_MACHINES = {stage.machine_name: stage.machine for stage in STAGES.values()}
-
-
-def compiled(pipeline: Any) -> dict[str, Any]:
-    """What a pipeline compiles to, as its YAML would hold it."""
-    return dict(json_format.MessageToDict(pipeline.pipeline_spec))
-
-
-def titles_of(spec: Mapping[str, Any]) -> dict[str, str]:
-    """By key of a task in a compiled pipeline, of this release or another: its title."""
-    return {key: task["taskInfo"]["name"] for key, task in spec["root"]["dag"]["tasks"].items()}

@@ -61,7 +61,7 @@ class Switches:
 
 
 def new_run_id() -> str:
-    """The name of a run may hold the time; no input of a task does."""
+    """An id for a new run. It holds the time, which no input of a task may."""
     return f"{NAME}-{time.strftime('%Y%m%d%H%M%S', time.gmtime())}"
 
 
@@ -75,11 +75,10 @@ def submit_vertex(settings: Settings, parameters: dict[str, Any]) -> None:
     switches = Switches()
     settings.require("project", "region", "pipeline_root", "trainer_image")
     from google.cloud import aiplatform
-    from google.cloud.aiplatform_v1 import AcceleratorType, PipelineJob
+    from google.cloud.aiplatform_v1 import PipelineJob
 
     from pipelines import vertex
 
-    settings.check_accelerators(AcceleratorType.__members__)
     job_id = new_run_id()
     with tempfile.TemporaryDirectory() as scratch, vertex.readable_errors(settings):
         path = compile_to(Path(scratch) / "pipeline.yaml", settings, "vertex")

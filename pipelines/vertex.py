@@ -22,7 +22,7 @@ _REQUEST = re.compile(r"^(GET|POST) https?://\S+: ")
 
 
 def connect(settings: Settings, *, send: bool = True) -> Any:
-    """Set up the client; returns the credentials to construct jobs with (None: the default ones).
+    """Set up the client; returns the credentials for jobs, None for the default ones.
 
     Args:
         settings: project, region and, for a private endpoint, ``api_endpoint``/``api_transport``.
@@ -134,11 +134,11 @@ def look(settings: Settings, api: Any, name: str) -> tuple[str, dict[str, str]]:
     """
     with readable_errors(settings):
         job = api.get_pipeline_job(name=name, timeout=REQUEST_SECONDS)
-    states = {task.task_name: task.state.name for task in tasks_of(job) if task.task_name}
+    states = {task.task_name: task.state.name for task in details_of(job) if task.task_name}
     return job.state.name.removeprefix("PIPELINE_STATE_"), states
 
 
-def tasks_of(job: Any) -> list[Any]:
+def details_of(job: Any) -> list[Any]:
     """The details of a run's tasks, without the run itself, which Vertex AI lists among them."""
     run_id = job.name.rpartition("/")[2]
     return [task for task in job.job_detail.task_details if task.task_name != run_id]
