@@ -124,11 +124,6 @@ def _one_line(text: object) -> str:
     return " ".join(str(text).split())[:200]
 
 
-def run_page(host: str, run_id: str) -> str:
-    """The run's page."""
-    return f"{host.rstrip('/')}/#/runs/details/{run_id}"
-
-
 def look(client: kfp.Client, host: str, run_id: str) -> tuple[str, dict[str, str]]:
     """The state of a run; the states of its tasks are not looked at.
 

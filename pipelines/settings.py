@@ -194,18 +194,10 @@ def _check_machine(name: str, machine: Machine) -> None:
             f"{name}_ACCELERATOR_COUNT={machine.accelerator_count} without"
             f" {name}_ACCELERATOR_TYPE; give for example NVIDIA_TESLA_A100, or a count of 0"
         )
-    lowest = {
-        "replicas": 1,
-        "retries": 0,
-        "backoff_seconds": 0,
-        "timeout_hours": 1,
-        "disk_gib": 10,
-        "accelerator_count": 0,
-    }
-    for key, low in lowest.items():
-        value = getattr(machine, key)
-        if value < low:
-            raise UsageError(f"{name}_{key.upper()}={value} must be at least {low}")
+    for spec in fields(machine):
+        value, least = getattr(machine, spec.name), spec.metadata["least"]
+        if least is not None and value < least:
+            raise UsageError(f"{name}_{spec.name.upper()}={value} must be at least {least}")
     if not _CPU.fullmatch(machine.cpu) or not float(machine.cpu.removesuffix("m")):
         raise UsageError(f"{name}_CPU={machine.cpu!r}: a number of cores is needed, such as 4")
     if not _MEMORY.fullmatch(machine.memory):

@@ -13,9 +13,9 @@ _GPUS_INSIDE = re.compile(r"-(\d+)g(-|$)")
 """How names of machine types that come with GPUs end: a2-highgpu-1g, a3-megagpu-8g-nolssd."""
 
 
-def described(default: Any, help: str) -> Any:
+def described(default: Any, help: str, *, least: int | None = None) -> Any:
     """A dataclass field with the sentence that messages and the documentation show."""
-    return field(default=default, metadata={"help": help})
+    return field(default=default, metadata={"help": help, "least": least})
 
 
 @dataclass(frozen=True)
@@ -24,18 +24,18 @@ class Machine:
 
     cpu: str = described("4", "CPU cores")
     memory: str = described("16Gi", "memory, with its unit")
-    disk_gib: int = described(100, "boot disk in GiB (custom jobs)")
+    disk_gib: int = described(100, "boot disk in GiB (custom jobs)", least=10)
     disk_type: str = described(
         "", "type of the boot disk (custom jobs); empty is the service's choice"
     )
     machine_type: str = described("", "machine type of a custom job, e.g. a3-highgpu-1g")
     accelerator_type: str = described("", "on Vertex AI, e.g. NVIDIA_H100_80GB")
-    accelerator_count: int = described(0, "GPUs of each machine; 0 is none")
-    replicas: int = described(1, "machines")
+    accelerator_count: int = described(0, "GPUs of each machine; 0 is none", least=0)
+    replicas: int = described(1, "machines", least=1)
     spot: bool = described(False, "spot machines: cheaper, may be taken away")
-    retries: int = described(3, "times the platform starts the stage again")
-    backoff_seconds: int = described(60, "wait before the first retry; doubles each time")
-    timeout_hours: int = described(24, "hours after which a custom job is stopped")
+    retries: int = described(3, "times the platform starts the stage again", least=0)
+    backoff_seconds: int = described(60, "wait before the first retry; doubles each time", least=0)
+    timeout_hours: int = described(24, "hours after which a custom job is stopped", least=1)
 
     @property
     def gpu(self) -> bool:

@@ -157,7 +157,7 @@ def submit_kfp(settings: Settings, parameters: dict[str, Any], host: str) -> Non
             run = client.create_run_from_pipeline_package(str(path), **request)
     if not run.run_id:
         raise LiquidError(f"{host} answered without naming a run; check HOST and KFP_TOKEN")
-    page = kubeflow.run_page(host, run.run_id)
+    page = f"{host.rstrip('/')}/#/runs/details/{run.run_id}"
     print(f"submitted {page}", flush=True)
     if switches.wait:
         follow(partial(kubeflow.look, client, host, run.run_id), page, settings.poll_seconds)
