@@ -1,4 +1,4 @@
-"""Evaluation at several contexts, in training and as a stage of its own.
+"""Evaluate checkpoints at several contexts, and the teacher beside them.
 
     python -m trainer.evaluate OUT_DIR CHECKPOINT [CHECKPOINT …] --teacher_name=… \
         --dataset_name=… --eval_ctx_lens=512,1024
@@ -7,16 +7,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 
-from trainer.checkpoints.checkpoint import Checkpoint
-from trainer.checkpoints.snapshots import read_from
 from trainer.data.streams import streams_for
-from trainer.models.student import Student
 from trainer.models.teacher import load_teacher, read_teacher_spec
 from trainer.runtime.commands import run_command
-from trainer.runtime.log import log_values, quiet_libraries, set_up_logging
+from trainer.runtime.log import quiet_libraries, set_up_logging
 from trainer.runtime.strict_json import dumps
 from trainer.settings.config import SETTINGS, TrainConfig
 from trainer.settings.flags import build_parser, settings_from_args
@@ -24,40 +21,10 @@ from trainer.settings.hf_token import find_hf_token
 from trainer.settings.layers import for_evaluation, resolve
 from trainer.storage.places import check_output
 from trainer.storage.publish import publishing
-from trainer.training.evaluation import Evaluator, check_contexts, perplexity
+from trainer.training.evaluation import Evaluator, check_contexts
+from trainer.training.evaluation_rows import Candidate, EvaluationRow, markdown_table
 from trainer.training.precision import choose_precision
 from trainer.training.start import check_vocabularies
-
-
-@dataclass(frozen=True)
-class EvaluationRow:
-    """One checkpoint at one context; losses in nats, None where there is no teacher's."""
-
-    checkpoint: str
-    step: int
-    trained_at: int | None
-    """Context it was trained at, in tokens; None where its metadata does not tell."""
-    context: int
-    student_loss: float
-    student_ppl: float
-    teacher_loss: float | None
-    teacher_ppl: float | None
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """A checkpoint to evaluate."""
-
-    uri: str
-    checkpoint: Checkpoint
-    student: Student
-    trained_positions: int
-    """Rows of its table; 0 for a rotary student."""
-
-    @property
-    def trained_at(self) -> int | None:
-        """Context it was trained at, in tokens; None where its metadata does not tell."""
-        return self.checkpoint.context
 
 
 def run(
@@ -81,83 +48,23 @@ def run(
     check_output(output)
     token = find_hf_token(config)
     precision = choose_precision(config)
-    loaded = [_load_student(uri, config, n_heads) for uri in checkpoints]
+    candidates = [Candidate.load(uri, config, n_heads) for uri in checkpoints]
     streams = streams_for(config, token)
-    longest = max((max(one.trained_at or 0, one.trained_positions) for one in loaded), default=0)
+    longest = max((candidate.longest for candidate in candidates), default=0)
     check_contexts(config.eval_ctx_lens, longest, streams, config.eval_max_tokens)
     spec = read_teacher_spec(config.teacher, token)
-    for one in loaded:
-        size = one.student.config.vocab_size
-        check_vocabularies(size, streams.info.vocab_size, spec.vocab_size, one.uri)
+    for candidate in candidates:
+        size = candidate.student.config.vocab_size
+        check_vocabularies(size, streams.info.vocab_size, spec.vocab_size, candidate.uri)
     teacher = load_teacher(spec, dtype=precision.teacher, device=precision.device, token=token)
     evaluator = Evaluator(config, streams, teacher, precision)
-    rows = [row for one in loaded for row in _rows(one, evaluator)]
-    _write(rows, output, Path(config.local_workdir))
-    return rows
-
-
-def _load_student(uri: str, config: TrainConfig, n_heads: int | None) -> _Loaded:
-    """A checkpoint with its student and the number of its trained positions."""
-    checkpoint = read_from(uri, Path(config.local_workdir))
-    shapes = replace(checkpoint.student_config(n_heads), dropout=0.0)
-    trained = checkpoint.trained_positions(config.trained_positions, required=True)
-    student = Student(shapes)
-    student.load_state_dict(checkpoint.weights, strict=True)
-    return _Loaded(uri, checkpoint, student, trained or 0)
-
-
-def _rows(one: _Loaded, evaluator: Evaluator) -> list[EvaluationRow]:
-    """A checkpoint at every context."""
-    rows: list[EvaluationRow] = []
-    student = one.student.to(evaluator.precision.device)
-    for context in evaluator.config.eval_ctx_lens:
-        loss = evaluator.student_loss(student, context, one.trained_positions)
-        theirs = evaluator.teacher_loss(context, student.config.vocab_size)
-        rows.append(
-            EvaluationRow(
-                one.uri,
-                one.checkpoint.step,
-                one.trained_at,
-                context,
-                loss,
-                perplexity(loss),
-                theirs,
-                None if theirs is None else perplexity(theirs),
-            )
-        )
-        log_values(f"{one.uri} at context {context}: loss {loss:.4f}", **asdict(rows[-1]))
-    student.to("cpu")
-    return rows
-
-
-def _write(rows: Sequence[EvaluationRow], output: str, workdir: Path) -> None:
+    rows = [row for candidate in candidates for row in candidate.rows(evaluator)]
+    workdir = Path(config.local_workdir)
     with publishing(output, last="metrics.md", workdir=workdir, replacing=True) as directory:
         text = dumps([asdict(row) for row in rows], indent=2)
         (directory / "metrics.json").write_text(text, encoding="utf-8")
         (directory / "metrics.md").write_text(markdown_table(rows), encoding="utf-8")
-
-
-def markdown_table(rows: Sequence[EvaluationRow]) -> str:
-    """The rows as a Markdown table."""
-    lines = [
-        "| checkpoint | step | trained at | context | student loss | ppl | teacher loss | ppl |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        theirs = ("–", "–")
-        if row.teacher_loss is not None and row.teacher_ppl is not None:
-            theirs = (f"{row.teacher_loss:.4f}", f"{row.teacher_ppl:.2f}")
-        cells = (
-            row.checkpoint,
-            row.step,
-            row.trained_at or "–",
-            row.context,
-            f"{row.student_loss:.4f}",
-            f"{row.student_ppl:.2f}",
-            *theirs,
-        )
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
+    return rows
 
 
 FLAGS = [

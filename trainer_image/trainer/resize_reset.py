@@ -15,6 +15,7 @@ from trainer.checkpoints.metadata import reset_meta
 from trainer.checkpoints.names import sidecar_name
 from trainer.checkpoints.snapshots import read_from
 from trainer.runtime.commands import run_command
+from trainer.runtime.devices import free_memory
 from trainer.runtime.errors import UsageError
 from trainer.runtime.log import log, set_up_logging
 from trainer.settings.flags import build_parser, settings_from_args
@@ -30,9 +31,6 @@ FLAGS = ["block_size", "pos_resize", "trained_positions", "n_heads", "local_work
 
 _BYTES_PER_ELEMENT = 16
 """Of a table while it is stretched: in fp64, in fp32, and in order."""
-
-_MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-"""Where Linux tells a container's limit, in bytes or ``max``."""
 
 
 def run(
@@ -97,30 +95,13 @@ def run(
 
 def _check_memory(table: Tensor, rows: int) -> None:
     """Refuse a table that the system would end the process for."""
-    need, free = rows * table.shape[1] * _BYTES_PER_ELEMENT, _free_memory()
+    need, free = rows * table.shape[1] * _BYTES_PER_ELEMENT, free_memory()
     if free is not None and need > free:
         raise UsageError(
             f"--block_size={rows}: stretching {table.shape[0]} positions to as many takes"
             f" {need / 2**30:.1f} GiB of memory, of which {free / 2**30:.1f} GiB are free; give a"
             " smaller one"
         )
-
-
-def _free_memory() -> int | None:
-    """Bytes that this process may still take; None where the system does not tell."""
-    found = []
-    try:
-        described = Path("/proc/meminfo").read_text().splitlines()
-        lines = dict(line.split(":", 1) for line in described)
-        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    except (OSError, ValueError, KeyError):
-        pass  # not Linux
-    for limit in _MEMORY_LIMITS:
-        try:
-            found.append(int(Path(limit).read_text()))
-        except (OSError, ValueError):
-            continue  # no such controller, or no limit
-    return min(found, default=None)
 
 
 def main(argv: list[str]) -> None:

@@ -1,9 +1,10 @@
-"""The GPUs of a machine, and whether one has fp8."""
+"""The GPUs of a machine and its memory."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.runtime.errors import DeviceError
@@ -11,6 +12,8 @@ from trainer.runtime.errors import DeviceError
 if TYPE_CHECKING:
     import torch
 
+_MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Where Linux tells a container's limit, in bytes or ``max``."""
 EXPECTED_GPUS = "EXPECTED_GPUS"
 """Environment variable with the number of GPUs that the machine was ordered with."""
 
@@ -56,3 +59,20 @@ def has_fp8(device: torch.device) -> bool:
         and torch.version.hip is None
         and torch.cuda.get_device_capability(device) >= (8, 9)
     )
+
+
+def free_memory() -> int | None:
+    """Bytes that this process may still take; None where the system does not tell."""
+    found = []
+    try:
+        described = Path("/proc/meminfo").read_text().splitlines()
+        lines = dict(line.split(":", 1) for line in described)
+        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    except (OSError, ValueError, KeyError):
+        pass  # not Linux
+    for limit in _MEMORY_LIMITS:
+        try:
+            found.append(int(Path(limit).read_text()))
+        except (OSError, ValueError):
+            continue  # no such controller, or no limit
+    return min(found, default=None)
