@@ -34,16 +34,15 @@ def parts() -> dict[str, list[str]]:
         (f"`{name}`", parameter_help(name).replace("|", "\\|"), f"`{value!r}`")
         for name, value in parameter_defaults().items()
     ]
-    machines = (DEFAULT_MACHINES["anneal"], DEFAULT_MACHINES["prepare"])
+    names = [name.upper() for name in DEFAULT_MACHINES]
     return {
         "picture": ["```mermaid", "flowchart TD", *arrows, "```"],
         "parameters": _table(("parameter", "what it is", "default"), parameters),
         "settings": _table(("setting", "what it is", "default"), _rows(Settings())),
         "machines": [
-            f"One set a stage: `{{STAGE}}_{{NAME}}` with STAGE one of"
-            f" {', '.join(DEFAULT_MACHINES).upper()}.",
+            f"One set a stage: `{{STAGE}}_{{NAME}}` with STAGE one of {', '.join(names)}.",
             "",
-            *_table(("name", "what it is", "ANNEAL", "PREPARE"), _rows(*machines)),
+            *_table(("name", "what it is", *names), _rows(*DEFAULT_MACHINES.values())),
         ],
     }
 

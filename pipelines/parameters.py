@@ -162,15 +162,16 @@ def check_parameters(values: Mapping[str, Any], processes: Mapping[str, int] | N
 
 
 def _check_more(more: Mapping[str, Any], stage: str) -> None:
-    """Refuse in ``more_settings`` what has a parameter, or is not for users to give."""
+    """Refuse in ``more_settings`` what has a parameter, or what the stage itself sets."""
     advice = {}
     for name in parameter_defaults():
         of, rest = split_stage(name)
         if of in ("", stage):
             advice[_OTHER_NAMES.get(rest, rest)] = f"give {name}"
     advice |= _GIVEN_BY_STAGE
-    for name in more:
-        if name in advice:
+    for name, value in more.items():
+        # A number's parameter cannot hold the word
+        if name in advice and (name, value) != ("micro_batch", "auto"):
             raise UsageError(f"{name} is not for {stage}_more_settings: {advice[name]}")
 
 

@@ -77,13 +77,17 @@ class Stage:
     """What it runs on by default."""
     trains: bool = False
     """Whether it trains, and so may take several machines."""
+    shares_machine_of: str = ""
+    """The stage whose machine it uses; empty: it has one of its own."""
     configurable: bool = False
     """Whether any setting of the trainer may be given for it, in ``{key}_more_settings``."""
 
     @property
     def machine_name(self) -> str:
-        """How names of its machine's settings start: both times of picking share a machine."""
-        return self.key.partition("_")[0]
+        """How names of its machine's settings start; it has no underscore, where they go on."""
+        name = self.shares_machine_of or self.key
+        assert "_" not in name
+        return name
 
 
 _PICKING = Machine(cpu="1", memory="4Gi")
@@ -95,7 +99,7 @@ STAGES = {
         Stage("pick", "pick-best-annealed", _PICKING),
         Stage("resize", "resize-and-reset", Machine(cpu="2", memory="16Gi")),
         Stage("continue", "continue", _GPU, trains=True, configurable=True),
-        Stage("pick_again", "pick-best-continued", _PICKING),
+        Stage("pick_again", "pick-best-continued", _PICKING, shares_machine_of="pick"),
         Stage("evaluate", "evaluate", _GPU, configurable=True),
     )
 }

@@ -27,14 +27,6 @@ FLAGS = [
     or name.startswith(("dataset_", "hf_"))
 ]
 
-_STREAMS = ("train.bin", "validation.bin")
-
-_SOURCE = "source"
-"""Key of the description's ``dataset`` that holds the `cache_key` of what was tokenized."""
-
-_INFO_LIMIT = 1 << 20
-"""Bytes; a larger description is not one of ours."""
-
 
 def run(config: TrainConfig, output: str) -> TokenInfo:
     """Write ``train.bin``, ``validation.bin``, the tokenizer and ``tokens.json`` to ``output``.
@@ -74,7 +66,6 @@ def run(config: TrainConfig, output: str) -> TokenInfo:
     return info
 
 
-# ── what is there already ─────────────────────────────────────────────────────────────────────
 def main(argv: list[str]) -> None:
     """The command line."""
     parser = build_parser("python -m trainer.prepare_tokens", str(__doc__), only=FLAGS)

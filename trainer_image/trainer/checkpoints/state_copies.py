@@ -29,7 +29,7 @@ class StateCopies:
         return _copied(state, free)
 
     def free_with(self, owner: object, copy: Any) -> None:
-        """Take a copy's memory back when ``owner``, through which alone it is read, is gone."""
+        """Take a copy's memory back when ``owner`` is gone, which alone refers to the copy."""
         weakref.finalize(owner, self._take_back, copy).atexit = False
 
     def _take_back(self, copy: Any) -> None:

@@ -20,7 +20,7 @@ class FastBody(Protocol):
     """Replaces the body of a frozen model."""
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """``[B, T]`` token ids to the last hidden state ``[B, T, D]``, a tensor of the caller's."""
+        """``[B, L]`` token ids to the last hidden state ``[B, L, D]``, a tensor of the caller's."""
 
     def release(self) -> None:
         """Give up the buffers kept between calls; the next call makes its own."""
@@ -66,7 +66,7 @@ class QuantizationError:
 def quantize_teacher(
     model: Any, head: Tensor, windows: Tensor
 ) -> tuple[FastBody, QuantizationError]:
-    """The fp8 body of a model, and its error on ``windows`` ``[B, T]`` of token ids.
+    """The fp8 body of a model, and its error on ``windows`` ``[B, L]`` of token ids.
 
     Args:
         model: in its final place; it gives up the weights that are copied to fp8.

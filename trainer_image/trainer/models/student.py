@@ -51,7 +51,7 @@ class CausalSelfAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        """``[B, T, D]`` to ``[B, T, D]``; ``rotation`` holds cosines and sines ``[T, D/H/2]``."""
+        """``[B, L, D]`` to ``[B, L, D]``; ``rotation`` holds cosines and sines ``[L, D/H/2]``."""
         batch, length, width = x.shape
         projected = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         query, key, value = (
@@ -81,7 +81,7 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        """``[B, T, D]`` to ``[B, T, D]``."""
+        """``[B, L, D]`` to ``[B, L, D]``."""
         x = x + self.drop(self.attn(self.ln1(x), rotation))
         return x + self.drop(self.mlp(self.ln2(x)))
 
@@ -123,11 +123,11 @@ class Student(nn.Module):
         return self
 
     def forward(self, ids: Tensor, position_table: Tensor | None = None) -> Tensor:
-        """``[B, T]`` token ids to the normalized hidden state ``[B, T, D]``.
+        """``[B, L]`` token ids to the normalized hidden state ``[B, L, D]``.
 
         Args:
             ids: token ids.
-            position_table: ``[≥ T, D]``, used in place of the learned table, so that evaluation
+            position_table: ``[≥ L, D]``, used in place of the learned table, so that evaluation
                 can go past the trained positions without changing the weights.
         """
         length = ids.shape[1]
@@ -153,7 +153,7 @@ class Student(nn.Module):
         return x.to(_autocast_type(x) or x.dtype)
 
     def logits(self, ids: Tensor) -> Tensor:
-        """``[B, T]`` token ids to ``[B, T, V]`` logits, for tests and short texts."""
+        """``[B, L]`` token ids to ``[B, L, V]`` logits, for tests and short texts."""
         return self.lm_head(self.forward(ids))
 
 
@@ -178,7 +178,7 @@ def rotary_tables(
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotate ``[B, H, T, W]`` by position: entry i of the first half of W with i of the second."""
+    """Rotate ``[B, H, L, W]`` by position: entry i of the first half of W with i of the second."""
     first, second = x.float().chunk(2, dim=-1)
     rotated = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
     return rotated.to(x.dtype)

@@ -72,7 +72,7 @@ class Teacher:
             self.body = torch.compile(self.body, dynamic=False)
 
     def quantize(self, windows: Tensor) -> QuantizationError:
-        """Multiply in fp8 from now on; returns how far that is from bf16 on ``[B, T]`` token ids.
+        """Multiply in fp8 from now on; returns how far that is from bf16 on ``[B, L]`` token ids.
 
         Raises:
             ModelError: there is no fp8 form of such a model.
@@ -92,7 +92,7 @@ class Teacher:
 
     @torch.no_grad()
     def hidden(self, ids: Tensor) -> Tensor:
-        """``[B, T]`` token ids to the last hidden state ``[B, T, D_t]``.
+        """``[B, L]`` token ids to the last hidden state ``[B, L, D_t]``.
 
         May be called on any stream: a call waits for the call before, whose buffers it uses.
         """

@@ -12,8 +12,14 @@ from trainer.runtime.errors import DeviceError
 if TYPE_CHECKING:
     import torch
 
-_MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-"""Where Linux tells a container's limit, in bytes or ``max``."""
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
+"""Where Linux tells a container's limit, in bytes or ``max``, and how much of it is in use."""
 EXPECTED_GPUS = "EXPECTED_GPUS"
 """Environment variable with the number of GPUs that the machine was ordered with."""
 
@@ -70,9 +76,9 @@ def free_memory() -> int | None:
         found.append(int(lines["MemAvailable"].split()[0]) * 1024)
     except (OSError, ValueError, KeyError):
         pass  # not Linux
-    for limit in _MEMORY_LIMITS:
+    for limit, used in _CGROUPS:
         try:
-            found.append(int(Path(limit).read_text()))
+            found.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
         except (OSError, ValueError):
             continue  # no such controller, or no limit
     return min(found, default=None)

@@ -1,4 +1,4 @@
-"""The two ways a run ends badly, each reported as one line and an exit status."""
+"""Failures that a command reports in one line, each with an exit status."""
 
 from __future__ import annotations
 

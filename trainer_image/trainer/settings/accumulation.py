@@ -10,8 +10,8 @@ from trainer.settings.layers import CHECKPOINT, DEFAULT, DERIVED, Resolved
 def with_accumulation(resolved: Resolved, world_size: int) -> Resolved:
     """With ``grad_accum`` and ``global_batch`` as they follow from each other.
 
-    A default micro-batch gives way to the largest one below it that divides a checkpoint's global
-    batch. Where ``micro_batch`` is yet to be found, ``grad_accum`` stays open.
+    Where the global batch is a checkpoint's and the micro-batch the default, the latter becomes its
+    largest divisor up to the default. With ``micro_batch`` `AUTO`, ``grad_accum`` stays None.
 
     Raises:
         UsageError: see `accumulation`.

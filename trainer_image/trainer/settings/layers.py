@@ -38,7 +38,7 @@ class Resolved:
         return self.sources[name] in (COMMAND_LINE, CONFIG_FILE)
 
     def with_checkpoint(self, settings: Mapping[str, Any]) -> Resolved:
-        """What the user gave over the settings of a checkpoint."""
+        """With a checkpoint's settings in place of defaults; what the user gave wins."""
 
         def layer(source: str) -> dict[str, Any]:
             return {name: self.values[name] for name, of in self.sources.items() if of == source}

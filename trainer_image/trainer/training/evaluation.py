@@ -193,7 +193,7 @@ class Evaluator:
 
         Args:
             context: in tokens.
-            hidden: ``[B, T]`` token ids to the last hidden state ``[B, T, D]``.
+            hidden: ``[B, L]`` token ids to the last hidden state ``[B, L, D]``.
             head: ``[V, D]``.
             bias: ``[V]`` or None.
 

@@ -46,8 +46,8 @@ class Candidate:
             LiquidError: it cannot be read, is no student's, or does not tell its trained positions.
         """
         checkpoint = read_from(uri, Path(config.local_workdir))
-        trained = checkpoint.trained_positions(config.trained_positions, required=True)
         student = Student(replace(checkpoint.student_config(n_heads), dropout=0.0))
+        trained = checkpoint.trained_positions(config.trained_positions, required=True)
         student.load_state_dict(checkpoint.weights, strict=True)
         return cls(uri, checkpoint.step, student, checkpoint.context, trained or 0)
 

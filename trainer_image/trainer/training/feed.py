@@ -15,11 +15,11 @@ class Batch(NamedTuple):
     """A micro-batch on the device."""
 
     inputs: Tensor
-    """``[B, T]`` token ids."""
+    """``[B, L]`` token ids."""
     labels: Tensor
-    """``[B, T]``, the next token ids."""
+    """``[B, L]``, the next token ids."""
     teacher_hidden: Tensor | None
-    """``[B, T, D_t]``; None where the teacher was not run."""
+    """``[B, L, D_t]``; None where the teacher was not run."""
 
 
 class Feed:
@@ -48,7 +48,7 @@ class Feed:
         It must not be used any more once the next call's batch has been used.
 
         Args:
-            inputs: ``[B, T]`` token ids. The teacher runs ahead where they are in pinned memory;
+            inputs: ``[B, L]`` token ids. The teacher runs ahead where they are in pinned memory;
                 it waits for the current stream where they are on the device already.
             labels: the next token ids, in the same kind of memory.
             teach: whether to run the teacher, if there is one.

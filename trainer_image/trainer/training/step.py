@@ -37,7 +37,7 @@ class StudentWithLoss(nn.Module):
     def forward(
         self, inputs: Tensor, labels: Tensor, teacher_hidden: Tensor | None, mix: Mix
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, CE and divergence of ``[B, T]`` inputs and labels; see `DistillLoss`."""
+        """Loss, CE and divergence of ``[B, L]`` inputs and labels; see `DistillLoss`."""
         (teacher,) = self._teacher
         with self.precision.autocast():
             hidden = self.body(inputs).flatten(0, 1).to(self.precision.compute)
@@ -109,7 +109,7 @@ class TrainStep:
     def micro_step(
         self, inputs: Tensor, labels: Tensor, mix: Mix, *, accumulation: int, last: bool
     ) -> DistillLoss:
-        """Forward and backward of one micro-batch ``[B, T]``; gradients add up until `update`.
+        """Forward and backward of one micro-batch ``[B, L]``; gradients add up until `update`.
 
         Args:
             inputs: token ids; from pinned memory the teacher runs ahead, see `Feed`.

@@ -137,7 +137,7 @@ class _Graph:
 
 
 class GPT2Body:
-    """The body of a stock GPT-2, frozen; call it with ids ``[B, T]``.
+    """The body of a stock GPT-2, frozen; call it with ids ``[B, L]``.
 
     Args:
         model: a model that `supports` accepts, already in its final type and place. Its weights
@@ -176,7 +176,7 @@ class GPT2Body:
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> Tensor:
-        """``[B, T]`` token ids to the hidden state after the last layer norm, ``[B, T, D]``.
+        """``[B, L]`` token ids to the hidden state after the last layer norm, ``[B, L, D]``.
 
         A shape's second call captures a CUDA graph. The result is not in the workspace.
 
@@ -244,12 +244,12 @@ class GPT2Body:
         return normed.view(batch, length, self.width)
 
     def _embed(self, ids: Tensor, stream: Tensor) -> None:
-        """Tokens and positions of ``[B, T]`` ids into the stream ``[B · T, D]``."""
+        """Tokens and positions of ``[B, L]`` ids into the stream ``[B · L, D]``."""
         torch.index_select(self.embed, 0, ids.reshape(-1), out=stream)
         stream.view(*ids.shape, self.width).add_(self.positions[: ids.shape[1]])
 
     def _attention(self, qkv: Tensor) -> Tensor:
-        """``[B, T, 3, H, W]`` to ``[B · T, H · W]``; no copy where the backend takes strides."""
+        """``[B, L, 3, H, W]`` to ``[B · L, H · W]``; no copy where the backend takes strides."""
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         with _attention_backends(qkv.device):
             mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
