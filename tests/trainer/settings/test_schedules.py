@@ -5,7 +5,13 @@ import math
 import pytest
 
 from trainer.runtime.errors import UsageError
-from trainer.settings.schedules import ALPHA_RANGE, TEMPERATURE_RANGE, StepSchedule, learning_rate
+from trainer.settings.schedules import (
+    ALPHA_RANGE,
+    SCHEDULE_LIMIT,
+    TEMPERATURE_RANGE,
+    StepSchedule,
+    learning_rate,
+)
 
 
 def alpha(text: str, initial: float = 0.5) -> StepSchedule:
@@ -110,3 +116,31 @@ def test_temperature_must_be_above_zero() -> None:
         temperature("0:1.0,5:0")
     with pytest.raises(UsageError, match="must be above 0"):
         temperature("0:1e999")
+
+
+@pytest.mark.timeout(60)
+def test_a_schedule_with_an_entry_for_every_update_is_parsed_once_through() -> None:
+    """Hundreds of times as many as the longest took a minute for; a quadratic parse hangs."""
+    steps = SCHEDULE_LIMIT // len("123456:0.5,")
+    text = ",".join(f"{step}:{step % 10 / 10}" for step in range(steps))
+    schedule = alpha(text)
+    assert len(schedule.entries) == steps
+    assert schedule.pending(-1) == text.replace("0.0", "0")
+    assert schedule.at(steps - 1) == (steps - 1) % 10 / 10
+
+
+def test_a_message_about_a_long_schedule_is_short() -> None:
+    good = ",".join(f"{step}:0.5" for step in range(16_000))
+    for text, parts in (
+        (f"{good},x", ["entry 16001 ('x')", "the end of the entry, character"]),
+        (good + "," + "9" * 1000, ["entry 16001 ('9999", "':' is missing"]),
+        (f"{good},3:0.5", ["entry 16001", "step 3 comes after step 15999"]),
+        (f"{good},99999:7", ["entry 16001", "7 must be between 0 and 1"]),
+        ("0:0.5," * SCHEDULE_LIMIT, [f"has {6 * SCHEDULE_LIMIT} characters", "fewer entries"]),
+    ):
+        with pytest.raises(UsageError) as caught:
+            alpha(text)
+        message = str(caught.value)
+        assert len(message) < 500
+        for part in ["--alpha_schedule='", *parts]:
+            assert part in message, message

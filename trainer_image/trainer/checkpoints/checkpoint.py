@@ -22,7 +22,7 @@ from trainer.checkpoints.sidecar import Sidecar
 from trainer.checkpoints.tensor_checks import check_moments
 from trainer.models.student import StudentConfig, expected_shapes
 from trainer.runtime.errors import CheckpointError, UsageError
-from trainer.settings.config import SETTINGS, check_values
+from trainer.settings.config import MAX_LAYERS, MAX_WIDTH, SETTINGS, check_values
 from trainer.storage.files import Checksummed, atomic_write
 
 
@@ -79,17 +79,27 @@ class Checkpoint:
     def _shapes(self) -> StudentConfig:
         """What the weights alone tell, checked strictly; the heads, which they do not, are 1."""
         embed, table = self.weights.get("embed.weight"), self.weights.get("pos.weight")
-        if embed is None or embed.ndim != 2:
+        if embed is None or embed.ndim != 2 or not embed.numel():
             some = ", ".join(sorted(self.weights)[:3]) or "nothing"
             raise CheckpointError(
                 f"{self.source}: no embed.weight [V, D] among the weights; found {some} …"
             )
         layers = {name.split(".")[1] for name in self.weights if name.startswith("blocks.")}
+        if len(layers) > MAX_LAYERS:
+            raise CheckpointError(
+                f"{self.source} has {len(layers)} blocks; a student has {MAX_LAYERS} at most"
+            )
+        if embed.shape[1] > MAX_WIDTH:
+            raise CheckpointError(
+                f"{self.source} is {embed.shape[1]} wide; a student is {MAX_WIDTH} wide at most"
+            )
         if not layers or layers != {str(index) for index in range(len(layers))}:
             raise CheckpointError(
-                f"{self.source}: blocks are not numbered from 0 without a gap: {sorted(layers)}"
+                f"{self.source}: blocks are not numbered from 0 without a gap: {sorted(layers)[:8]}"
             )
-        if table is not None and (table.ndim != 2 or table.shape[1] != embed.shape[1]):
+        if table is not None and (
+            table.ndim != 2 or table.shape[1] != embed.shape[1] or not len(table)
+        ):
             raise CheckpointError(
                 f"{self.source}: pos.weight has shape {list(table.shape)} in a student"
                 f" {embed.shape[1]} wide"
@@ -249,11 +259,16 @@ class Checkpoint:
                 f"{self.source}: optimizer state over {len(indices)} parameters for a student of"
                 f" {len(names)}"
             )
-        of_these = all(type(index) is int and index < len(names) for index in state)
+        of_these = all(
+            type(index) is int and 0 <= index < len(names) and names[index] in self.weights
+            for index in state
+        )
         if not of_these or not all(isinstance(entry, dict) for entry in state.values()):
             raise CheckpointError(f"{self.source}: the optimizer's state is of other parameters")
         for index, entry in state.items():
-            check_moments(entry, f"{self.source}: the optimizer's state of {names[index]}")
+            name = names[index]
+            where = f"{self.source}: the optimizer's state of {name}"
+            check_moments(entry, where, self.weights[name].numel())
         return {names[index]: entry for index, entry in state.items()}
 
 

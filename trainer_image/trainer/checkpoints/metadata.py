@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from trainer.checkpoints.fields import is_number
 from trainer.models.student import StudentConfig
-from trainer.runtime.errors import CheckpointError
-from trainer.settings.config import SETTINGS, TrainConfig
+from trainer.runtime.errors import CheckpointError, UsageError
+from trainer.settings.config import SETTINGS, TrainConfig, check_values
 from trainer.settings.schedules import learning_rate
 from trainer.settings.values import parse_value
 
@@ -181,16 +182,22 @@ def run_settings_of(meta: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that define the run a checkpoint belongs to.
 
     Raises:
-        CheckpointError: the metadata has none, so that it is not one of this program's runs.
+        CheckpointError: the metadata has none, so that it is not one of this program's runs, or
+            they have values that no run can have.
     """
     settings = meta.get("settings")
     if not isinstance(settings, dict):
         raise CheckpointError("the checkpoint does not say which settings its run had")
-    return {
-        name: parse_value(name, value)
-        for name, value in settings.items()
-        if name in SETTINGS and value is not None and value != []
-    }
+    try:
+        parsed = {
+            name: parse_value(name, value)
+            for name, value in settings.items()
+            if name in SETTINGS and value is not None and value != []
+        }
+        check_values(parsed)
+    except UsageError as error:
+        raise CheckpointError(f"its settings cannot work: {error}") from None
+    return parsed
 
 
 def summary(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,24 +216,6 @@ def summary(meta: Mapping[str, Any]) -> dict[str, Any]:
 def metric_of(meta: Mapping[str, Any], key: str) -> float:
     """A metric from metadata, infinity where it is absent or not a number."""
     value: Any = (meta.get("metrics") or {}).get(key)
-    if not is_number(value) or isinstance(value, bool) or not math.isfinite(value):
+    if not is_number(value) or not math.isfinite(value):
         return math.inf
     return float(value)
-
-
-def are_metrics(value: Any) -> bool:
-    """Whether a value is a dict of numbers; None stands for a number that is not finite."""
-    return isinstance(value, dict) and all(
-        entry is None or is_number(entry) for entry in value.values()
-    )
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a number that fits a float; whole numbers of JSON have no bound."""
-    if not isinstance(value, int | float):
-        return False
-    try:
-        float(value)
-    except OverflowError:
-        return False
-    return True

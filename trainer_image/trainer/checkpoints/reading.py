@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,11 +14,15 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoints.checkpoint import Checkpoint
-from trainer.checkpoints.metadata import are_metrics, current_form, is_number
-from trainer.checkpoints.sidecar import SIDECAR_LIMIT
-from trainer.checkpoints.tensor_checks import check_weights, is_held
+from trainer.checkpoints.fields import check_meta, check_trainer_state, plain, short
+from trainer.checkpoints.metadata import current_form
+from trainer.checkpoints.pickles import PICKLE_LIMIT, check_pickle
+from trainer.checkpoints.tensor_checks import check_weights
 from trainer.runtime.errors import CheckpointError, StorageError
 from trainer.storage.files import os_errors
+
+_DIRECTORY_LIMIT = 16 << 20
+"""Bytes of an archive's directory; a record takes about 100."""
 
 
 def read_checkpoint(path: Path, source: str | None = None) -> Checkpoint:
@@ -31,9 +35,11 @@ def read_checkpoint(path: Path, source: str | None = None) -> Checkpoint:
     """
     source = source or str(path)
     try:
-        with os_errors("reading", source):
-            _check_archive(path, source)
-            return _interpret(_load(path, source), source, path.stat().st_size)
+        with os_errors("reading", source), _opened(path, source) as file:
+            size = os.fstat(file.fileno()).st_size
+            _check_archive(file, size, source)
+            file.seek(0)
+            return _interpret(_load(file, source), source, size)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -43,9 +49,17 @@ def read_checkpoint(path: Path, source: str | None = None) -> Checkpoint:
         ) from None
 
 
-def _load(path: Path, source: str) -> Any:
+def _opened(path: Path, source: str) -> BinaryIO:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return open(path, "rb")
+    except FileNotFoundError:
+        raise CheckpointError(f"{source} does not exist") from None
+
+
+def _load(file: BinaryIO, source: str) -> Any:
+    try:
+        # An open file: torch takes a path that ends in .safetensors for another format
+        return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         detail = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it refers to {detail[1]}" if detail else "it holds more than tensors and numbers"
@@ -60,7 +74,7 @@ def _load(path: Path, source: str) -> Any:
 def _first_line(error: Exception, form: str = "{}") -> str:
     """A message's first line, formatted with ``form``; empty for an empty message."""
     lines = str(error).strip().splitlines()
-    return form.format(lines[0]) if lines else ""
+    return form.format(lines[0][:200]) if lines else ""
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -74,62 +88,99 @@ def _is_machine_fault(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
 
 
-def _check_archive(path: Path, source: str) -> None:
-    """Refuse archives that unpack to more than they hold before anything is unpacked."""
+def _check_archive(file: BinaryIO, size: int, source: str) -> None:
+    """Refuse what unpacks to more than it holds, and a pickle that `torch.save` did not write."""
+    length = _directory_length(file, size, source)
+    if length > _DIRECTORY_LIMIT:
+        raise CheckpointError(f"{source} is refused: its directory has {length} bytes")
     try:
-        size = path.stat().st_size
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-        with open(path, "rb") as file:
-            plain = _has_one_directory(file, size)
-    except FileNotFoundError:
-        raise CheckpointError(f"{source} does not exist") from None
+        with zipfile.ZipFile(file) as archive:
+            records = _records(archive, size, source)
+            if records.get("data.pkl", 0) > PICKLE_LIMIT:
+                raise CheckpointError(
+                    f"{source} is refused: what it holds beside its tensors is larger than any"
+                    f" run's: {records['data.pkl']} bytes"
+                )
+            program = archive.read(_prefix(archive) + "data.pkl")
+    except CheckpointError:
+        raise
+    except KeyError:
+        raise CheckpointError(f"{source} is not a checkpoint of torch.save: no data.pkl") from None
     except Exception as error:  # a damaged directory can raise anything
         if _is_out_of_memory(error) or _is_machine_fault(error):
             raise
-        raise CheckpointError(
-            f"{source} is not a checkpoint of torch.save, or it was cut short: {error}"
-        ) from None
+        raise _not_a_checkpoint(source, _first_line(error)) from None
+    check_pickle(program, records, source)
+
+
+def _not_a_checkpoint(source: str, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{source} is not a checkpoint of torch.save, or it was cut short: {reason}"
+    )
+
+
+def _prefix(archive: zipfile.ZipFile) -> str:
+    """The archive's own directory, in which `torch.save` puts every record."""
+    return archive.infolist()[0].filename.partition("/")[0] + "/"
+
+
+def _records(archive: zipfile.ZipFile, size: int, source: str) -> dict[str, int]:
+    """Name and bytes of every record, without the archive's own directory."""
+    entries = archive.infolist()
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise CheckpointError(
             f"{source} is refused: it is a compressed archive, torch.save's are not"
         )
-    unpacked = sum(entry.file_size for entry in entries)
+    unpacked = sum(max(entry.file_size, entry.compress_size) for entry in entries)
     if unpacked > size:
         raise CheckpointError(
             f"{source} is refused: it claims {unpacked} bytes of content in {size} bytes of file"
         )
-    if not plain:
+    # torch looks names up regardless of case
+    names = {entry.filename.lower() for entry in entries}
+    alike = all(entry.filename.startswith(_prefix(archive)) for entry in entries)
+    same = all(entry.file_size == entry.compress_size for entry in entries)
+    if not alike or not same or len(names) < len(entries):
         raise CheckpointError(
-            f"{source} is refused: its directory is not where its end says, torch.save's is"
+            f"{source} is refused: its records contradict each other, torch.save's do not"
         )
+    return {entry.filename.partition("/")[2]: entry.file_size for entry in entries}
 
 
-def _has_one_directory(file: BinaryIO, size: int) -> bool:
-    """Whether the archive's directory lies right before its end records, and these point to it.
+def _directory_length(file: BinaryIO, size: int, source: str) -> int:
+    """The bytes of the archive's directory, right before its end records, which point to it.
 
     Python looks for it right before them and torch where they point, so a file could hold two.
     Layout: APPNOTE.TXT 4.3.14 to 4.3.16, with no comment.
+
+    Raises:
+        CheckpointError: it is not there, or the file does not begin as an archive does; torch
+            would take that for another format.
     """
 
     def number(data: bytes, at: int, length: int) -> int:
         return int.from_bytes(data[at : at + length], "little")
 
+    begins = file.read(4) == b"PK\x03\x04"
     end = size - 22
     file.seek(max(0, end - 20))
-    tail = file.read()
+    tail = file.read(42)
     locator, record = tail[:-22], tail[-22:]
-    if record[:4] != b"PK\x05\x06":
-        return False
+    if not begins or record[:4] != b"PK\x05\x06":
+        raise _not_a_checkpoint(source, "File is not a zip file")
     length, start = number(record, 12, 4), number(record, 16, 4)
+    pointed = True
     if locator[:4] == b"PK\x06\x07":
         end -= 20 + 56
-        file.seek(end)
+        file.seek(max(0, end))
         large = file.read(56)
-        if number(locator, 8, 8) != end or large[:4] != b"PK\x06\x06":
-            return False
+        pointed = number(locator, 8, 8) == end and large[:4] == b"PK\x06\x06"
         length, start = number(large, 40, 8), number(large, 48, 8)
-    return start + length == end
+    if not pointed or start + length != end:
+        raise CheckpointError(
+            f"{source} is refused: its directory is not where its end says, torch.save's is"
+        )
+    return length
 
 
 def _interpret(payload: Any, source: str, size: int) -> Checkpoint:
@@ -150,53 +201,16 @@ def _interpret(payload: Any, source: str, size: int) -> Checkpoint:
         return Checkpoint(source, dict(weights))
     step, state = payload.get("step", 0), payload.get("trainer_state")
     if type(step) is not int or step < 0:
-        raise CheckpointError(f"{source} has step {_short(step)}, which is not a number of updates")
+        raise CheckpointError(f"{source} has step {short(step)}, which is not a number of updates")
     optimizer = payload.get("optimizer")
     for name, value in (("meta", meta), ("trainer_state", state), ("optimizer", optimizer)):
         if value is not None and not isinstance(value, dict):
             raise CheckpointError(f"{source} has a {name} that is a {type(value).__name__}")
-    meta = _plain(meta or {}, source)
+    check_trainer_state(state or {}, step, source)
+    meta = plain(meta or {}, source)
     if meta.get("step", step) != step:
         raise CheckpointError(
             f"{source} contradicts itself: step {step}, in its metadata {meta['step']}"
         )
+    check_meta(meta, step, source)
     return Checkpoint(source, dict(weights), optimizer, step, dict(state or {}), meta)
-
-
-def _plain(meta: Mapping[Any, Any], source: str) -> dict[str, Any]:
-    """Metadata as plain values, which go into messages and sidecars.
-
-    Raises:
-        CheckpointError: there is anything else among them, or more than a sidecar holds; or the
-            metrics are not numbers.
-    """
-    room = SIDECAR_LIMIT // 4
-
-    def copied(value: Any, depth: int) -> Any:
-        nonlocal room
-        if isinstance(value, Tensor) and is_held(value) and value.numel() == 1:
-            value = value.item()
-        room -= len(value) + 8 if isinstance(value, str) else 8
-        if room < 0 or depth > 16:
-            raise CheckpointError(f"{source} is refused: its metadata is larger than any run's")
-        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-            return {copied(key, depth): copied(entry, depth + 1) for key, entry in value.items()}
-        if isinstance(value, list | tuple):
-            return [copied(entry, depth + 1) for entry in value]
-        if value is None or isinstance(value, bool | str | float) or is_number(value):
-            return value
-        raise CheckpointError(f"{source}: its metadata has a {type(value).__name__} in it")
-
-    plain: dict[str, Any] = copied(dict(meta), 0)
-    if not are_metrics(plain.get("metrics") or {}):
-        raise CheckpointError(f"{source} has metrics that are not numbers")
-    return plain
-
-
-def _short(value: Any) -> str:
-    """For a message: what a value is, without printing much of it."""
-    if isinstance(value, str):
-        return repr(value[:40])
-    if isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 63):
-        return repr(value)
-    return f"a {type(value).__name__}"

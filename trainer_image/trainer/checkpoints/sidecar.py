@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoints.metadata import are_metrics, current_form
+from trainer.checkpoints.fields import are_metrics, check_meta, plain, short
+from trainer.checkpoints.metadata import current_form
 from trainer.runtime.errors import CheckpointError
 from trainer.runtime.strict_json import dumps
 from trainer.storage.files import crc32c_of
 
-SIDECAR_LIMIT = 1 << 20
+SIDECAR_LIMIT = 8 << 20
 """Bytes; a larger sidecar is not one of ours."""
+
+WRITTEN_LIMIT = SIDECAR_LIMIT // 2
+"""Bytes; well below, so that what is written can be read however metadata is counted there."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,24 @@ class Sidecar:
         """The last evaluation before it."""
         return self.meta["metrics"]
 
-    def dump(self) -> bytes:
-        """The JSON text."""
+    def dump(self, spare: int = 0) -> bytes:
+        """The JSON text.
+
+        Args:
+            spare: bytes that must be left below the limit.
+
+        Raises:
+            CheckpointError: it is larger than what is read again, or has a text that is no Unicode.
+        """
         content = {**self.meta, "file": self.name, "size": self.size, "crc32c": self.crc32c}
-        return dumps(content, indent=2).encode()
+        plain(self.meta, self.name)
+        data = dumps(content, indent=2).encode()
+        if len(data) > WRITTEN_LIMIT - spare:
+            raise CheckpointError(
+                f"the metadata of {self.name} takes {len(data)} bytes; at most"
+                f" {WRITTEN_LIMIT - spare} are kept; give shorter schedules, names or contexts"
+            )
+        return data
 
     @classmethod
     def parse(cls, data: bytes, name: str) -> Sidecar:
@@ -60,7 +78,7 @@ class Sidecar:
         for key, kind in kinds.items():
             value = content.get(key) if isinstance(content, dict) else None
             if not isinstance(value, kind) or isinstance(value, bool):
-                raise CheckpointError(f"sidecar of {name} has no valid {key!r}: {value!r}")
+                raise CheckpointError(f"sidecar of {name} has no valid {key!r}: {short(value)}")
         metrics = content["metrics"]
         if not are_metrics(metrics):
             raise CheckpointError(f"sidecar of {name} has metrics that are not numbers")
@@ -68,7 +86,10 @@ class Sidecar:
         content["metrics"] = {k: math.nan if v is None else v for k, v in metrics.items()}
         if content["step"] < 0 or content["size"] < 0:
             raise CheckpointError(f"sidecar of {name} has a negative step or size")
-        meta = {k: v for k, v in content.items() if k not in ("file", "size", "crc32c")}
+        meta = plain(content, f"sidecar of {name}")
+        check_meta(meta, content["step"], f"sidecar of {name}")
+        for key in ("file", "size", "crc32c"):
+            meta.pop(key, None)
         return cls(name, content["size"], content["crc32c"], meta)
 
 

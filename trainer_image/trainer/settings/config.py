@@ -32,6 +32,9 @@ AUTO = 0
 
 DEFAULT_MICRO_BATCH = 8
 
+MAX_LAYERS, MAX_WIDTH = 512, 1 << 20
+"""Of a student; beyond any that is known, and its checkpoints can still be read."""
+
 _LARGEST_COUNT, _LARGEST_SEED = 2**31 - 1, 2**64 - 1
 """What 32 bits count; what torch's generators take."""
 
@@ -76,6 +79,7 @@ def _check_betas(name: str, betas: tuple[float, float]) -> None:
 
 
 _COUNT, _FROM_0, _SEED = _whole(1), _whole(0), _whole(0, high=_LARGEST_SEED)
+_LAYERS, _WIDTH = _whole(1, high=MAX_LAYERS), _whole(1, high=MAX_WIDTH)
 _INTERVAL, _UPDATES = _whole(1, " updates"), _whole(0, " updates")
 _ALPHA = _number(ALPHA_RANGE.__contains__, str(ALPHA_RANGE))
 _TEMPERATURE = _number(TEMPERATURE_RANGE.__contains__, str(TEMPERATURE_RANGE))
@@ -209,8 +213,8 @@ class TrainConfig:
     )
 
     # Student
-    d_model: int = setting(768, "width of the student", _COUNT)
-    n_layers: int = setting(10, "transformer blocks of the student", _COUNT)
+    d_model: int = setting(768, "width of the student", _WIDTH)
+    n_layers: int = setting(10, "transformer blocks of the student", _LAYERS)
     n_heads: int = setting(12, "attention heads of the student", _COUNT)
     dropout: float = setting(0.0, "dropout probability", _PROBABILITY)
     pos_embedding: str = setting(

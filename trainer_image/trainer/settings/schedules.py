@@ -14,6 +14,12 @@ _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 
 _STEP_DIGITS = 12
 
+SCHEDULE_LIMIT = 1 << 19
+"""Characters; every checkpoint has the text in it, and 20,000 entries of full precision fit."""
+
+_SHOWN = 100
+"""Characters of a schedule in a message."""
+
 MIN_LR_FRACTION = 0.1
 """The cosine ends at this fraction of the peak learning rate."""
 
@@ -83,22 +89,34 @@ def schedule_entries(text: str, name: str, allowed: Range) -> tuple[tuple[int, f
     Raises:
         UsageError: naming the entry (counted from 1) and the character where it went wrong.
     """
+    given = f"--{name}={shortened(text)!r}"
+    if len(text) > SCHEDULE_LIMIT:
+        raise UsageError(
+            f"{given} has {len(text)} characters; {SCHEDULE_LIMIT} fit into a checkpoint, give"
+            " fewer entries"
+        )
     entries: list[tuple[int, float]] = []
     offset = 0
     for number, piece in enumerate(text.split(","), start=1) if text.strip() else ():
-        step, value = _parse_entry(piece, offset, number, f"--{name}={text!r}")
-        where = f"--{name}={text!r}: entry {number} ({piece.strip()!r})"
+        step, value = _parse_entry(piece, offset, number, given)
+        problem = None
         if value not in allowed:
-            raise UsageError(f"{where}: the value {value:g} must be {allowed}")
-        if entries and step == entries[-1][0]:
-            raise UsageError(f"{where}: step {step} is given twice; keep one of the entries")
-        if entries and step < entries[-1][0]:
-            raise UsageError(
-                f"{where}: step {step} comes after step {entries[-1][0]}; sort by step"
-            )
+            problem = f"the value {value:g} must be {allowed}"
+        elif entries and step == entries[-1][0]:
+            problem = f"step {step} is given twice; keep one of the entries"
+        elif entries and step < entries[-1][0]:
+            problem = f"step {step} comes after step {entries[-1][0]}; sort by step"
+        if problem:
+            entry = shortened(piece.strip())
+            raise UsageError(f"{given}: entry {number} ({entry!r}): {problem}")
         entries.append((step, value))
         offset += len(piece) + 1
     return tuple(entries)
+
+
+def shortened(text: str) -> str:
+    """A text for a message: whole, or its beginning."""
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def _parse_entry(piece: str, offset: int, number: int, given: str) -> tuple[int, float]:
@@ -108,7 +126,9 @@ def _parse_entry(piece: str, offset: int, number: int, given: str) -> tuple[int,
         shown = piece[column : column + 1]
         at = f"{shown!r} at" if shown else "the end of the entry,"
         at += f" character {offset + column + 1}"
-        return UsageError(f"{given}: entry {number} ({piece.strip()!r}), {at}: {problem}")
+        return UsageError(
+            f"{given}: entry {number} ({shortened(piece.strip())!r}), {at}: {problem}"
+        )
 
     start = len(piece) - len(piece.lstrip())
     colon = piece.find(":")

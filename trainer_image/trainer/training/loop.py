@@ -36,7 +36,7 @@ from trainer.runtime.errors import CheckpointError, Preempted, TrainingError
 from trainer.runtime.log import log, log_values, on_terminal, seconds_since_start
 from trainer.runtime.processes import Processes
 from trainer.settings.config import TrainConfig
-from trainer.settings.schedules import learning_rate
+from trainer.settings.schedules import learning_rate, shortened
 from trainer.training.evaluation import EvaluationStopped, Evaluator, check_contexts
 from trainer.training.log_window import LogWindow
 from trainer.training.precision import Precision
@@ -188,7 +188,7 @@ class TrainingLoop:
             self.precision.device,
         )
         for name, schedule in (("alpha", self.alpha), ("T", self.temperature)):
-            pending = schedule.pending(self.step) or "nothing"
+            pending = shortened(schedule.pending(self.step)) or "nothing"
             log.info(
                 "%s is %g at step %d, pending: %s", name, schedule.at(self.step), self.step, pending
             )

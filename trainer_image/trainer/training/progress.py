@@ -28,7 +28,10 @@ class Progress:
 
     @classmethod
     def load(cls, state: dict[str, Any]) -> Progress:
-        """From ``trainer_state``; fields that it lacks get their defaults."""
+        """From ``trainer_state`` as `read_checkpoint` has checked it.
+
+        Fields that it lacks get their defaults.
+        """
         return cls(**{key: state[key] for key in cls.__dataclass_fields__ if key in state})
 
 

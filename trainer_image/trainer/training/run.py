@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.checkpoints.checkpoint import Checkpoint
-from trainer.checkpoints.metadata import run_settings_of
+from trainer.checkpoints.metadata import build_meta, run_settings_of
 from trainer.checkpoints.names import FINAL
+from trainer.checkpoints.sidecar import Sidecar
 from trainer.checkpoints.snapshots import Snapshots, read_from
 from trainer.data.batches import evaluation_batches
 from trainer.data.streams import TokenStreams, streams_for
@@ -32,6 +33,7 @@ from trainer.settings.config import (
 )
 from trainer.settings.hf_token import find_hf_token
 from trainer.settings.layers import DEFAULT, Resolved, resolve
+from trainer.settings.schedules import shortened
 from trainer.settings.values import as_text
 from trainer.training.loop import TrainingLoop
 from trainer.training.micro_batch import resolve_micro_batch
@@ -49,6 +51,9 @@ from trainer.training.start import (
 
 _FP8_TOKENS = 8192
 """Of the validation split, to compare an fp8 teacher with its original on."""
+
+_SPARE = 1 << 20
+"""Bytes of metadata left for what only the training tells, such as its metrics."""
 
 
 def run(
@@ -110,6 +115,7 @@ def run(
         spec.vocab_size if spec else None,
         config.resume_gcs_uri or "student",
     )
+    _check_metadata(config, start)
     if config.train_steps == 0:
         log.info("--train_steps=0: settings resolved and checkpoint read, nothing trained")
         return None
@@ -125,6 +131,34 @@ def check_before_reading(by_user: Resolved) -> None:
     require(by_user.values, *REQUIRED)
     if not by_user.values["resume_gcs_uri"]:
         check_shapes(by_user.values)
+
+
+def _check_metadata(config: TrainConfig, start: Start) -> None:
+    """What every snapshot says of the run must be readable again.
+
+    Raises:
+        UsageError: it is too large, or a setting has a text that is not Unicode.
+    """
+    metrics = {
+        f"val_{kind}_{who}@{context}": 1 / 3
+        for context in (*config.contexts, config.context)
+        for kind in ("loss", "ppl")
+        for who in ("student", "teacher")
+    }
+    meta = build_meta(
+        config,
+        start.student.config,
+        step=start.step,
+        trained_positions=start.trained_positions,
+        metrics=metrics,
+        metrics_step=start.step,
+        origin=start.origin,
+        tokens=start.tokens,
+    )
+    try:
+        Sidecar(FINAL, 0, "", meta).dump(spare=_SPARE)
+    except CheckpointError as error:
+        raise UsageError(f"the settings cannot be kept with a checkpoint: {error}") from None
 
 
 def _train(
@@ -209,7 +243,7 @@ def _check_same_run(config: TrainConfig, own: Checkpoint) -> None:
     before = own.meta["settings"]
     # A release that did not know a setting yet did what is its default now
     changed = [
-        f"{name} {before.get(name, default)!r} -> {now!r}"
+        f"{name} {shortened(repr(before.get(name, default)))} -> {shortened(repr(now))}"
         for name, now in config.run_settings().items()
         for default in [as_json(SETTINGS[name].default)]
         if before.get(name, default) != now
