@@ -36,7 +36,7 @@ def test_an_entry_for_every_update_is_saved_and_read_by_every_command(
     sidecar = work / "final.pt.meta.json"
     assert sidecar.stat().st_size < SIDECAR_LIMIT
     # It goes on: the last checkpoint is gone, and the one before it is read
-    for name in ("final.pt", "ckpt_step_4.pt", "best.pt", "ckpt_best_step4*"):
+    for name in ("final.pt", "ckpt_step_4.pt", "best.pt", "ckpt_best_step4"):
         for path in work.glob(f"{name}*"):
             path.unlink()
     again = entrypoint.run(settings)
@@ -52,11 +52,8 @@ def test_an_entry_for_every_update_is_saved_and_read_by_every_command(
     phase = {key: value for key, value in settings.items() if key not in schedules}
     phase |= {"resume_gcs_uri": final, "local_workdir": str(tmp_path / "next"), "train_steps": 6}
     entrypoint.run(phase)
-    assert read_checkpoint(tmp_path / "next" / "final.pt").meta["settings"] == {
-        **read_checkpoint(Path(final)).meta["settings"],
-        "train_steps": 6,
-        "grad_clip": 1.0,
-    }
+    taken_over = read_checkpoint(tmp_path / "next" / "final.pt").meta["settings"]
+    assert schedules.items() <= taken_over.items()
     resize_reset.run(final, str(tmp_path / "r.pt"), 64, workdir=str(tmp_path / "w"))
     assert read_checkpoint(tmp_path / "r.pt").meta["origin"]["step"] == 4
     export_hf.run(final, str(tmp_path / "exported"), workdir=str(tmp_path / "w"))

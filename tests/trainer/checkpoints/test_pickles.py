@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
@@ -205,10 +206,17 @@ for path in map(Path, sys.argv[1:]):
 """
 
 
+def environment() -> dict[str, str]:
+    """That of this process, with the modules that it imports."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
 def outcomes(paths: list[Path]) -> dict[str, str]:
     """What reading each file ends with, within 1 GiB above its size and 10 s of the processor."""
     call = [sys.executable, "-c", CHILD, *map(str, paths)]
-    done = subprocess.run(call, capture_output=True, text=True, check=True, timeout=280)
+    done = subprocess.run(
+        call, capture_output=True, text=True, check=True, timeout=280, env=environment()
+    )
     lines = done.stdout.splitlines()
     assert len(lines) == len(paths), done.stdout
     return dict(line.split(": ", 1) for line in lines)
@@ -227,7 +235,9 @@ def test_what_costs_more_than_its_size_says_is_refused_in_one_line(tmp_path: Pat
         "read_checkpoint(path).student_config(n_heads=4)", "torch.load(path, weights_only=True)"
     ).replace("except LiquidError", "except MemoryError")
     stock = [sys.executable, "-c", unchecked, str(files["bytearray"]), str(files["deep key"])]
-    done = subprocess.run(stock, capture_output=True, text=True, check=True, timeout=280)
+    done = subprocess.run(
+        stock, capture_output=True, text=True, check=True, timeout=280, env=environment()
+    )
     assert "bytearray: MemoryError" in done.stdout
     assert "deep key: status -" in done.stdout
 

@@ -90,6 +90,8 @@ def _known_globals() -> dict[str, _Value]:
 
 _GLOBALS = _known_globals()
 
+_NAMES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
+
 
 class _Refusal(Exception):
     """Why a pickle is refused: the end of a sentence about its file."""
@@ -147,10 +149,8 @@ class _Machine:
                 return
             step = _STEPS.get(code)
             if step is None:
-                opcode = pickletools.code2op.get(chr(code))
-                name = opcode.name if opcode else f"{code:#04x}"
                 raise _unreadable(
-                    f"its pickle has {name} at byte {self._at - 1}, which torch.save does not write"
+                    f"its pickle has {_NAMES.get(code, hex(code))} at byte {self._at - 1}, which torch.save does not write"
                 )
             step(self)
         raise _too_large(f"more than {_OPCODES} opcodes")

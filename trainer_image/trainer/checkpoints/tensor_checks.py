@@ -14,12 +14,14 @@ from trainer.runtime.errors import CheckpointError
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
+_PIECE = 1 << 22
+"""Elements looked through at a time: looking takes several times their memory."""
+
 _ENTRIES = 8
 """Of an optimizer's state of one parameter; AdamW's has 3 or 4."""
 
 
-def _lowest(tensor: Tensor, name: str) -> float:
-    """The least element of a tensor (0 where it has none), after a check that it is a weight's."""
+def _check_dense(tensor: Tensor, name: str) -> None:
     if tensor.is_nested or tensor.dtype not in _FLOATS or tensor.layout != torch.strided:
         raise CheckpointError(f"{name} is a {tensor.dtype} tensor, not a dense float one")
     # map_location leaves tensors of the meta device where they are
@@ -27,14 +29,10 @@ def _lowest(tensor: Tensor, name: str) -> float:
         raise CheckpointError(f"{name} has a shape but no values")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise CheckpointError(f"{name} claims more elements than it holds")
-    if not tensor.numel():
-        return 0.0
-    # No copy is made, and NaN is the least and the greatest. Training copies them to fp32, where
-    # a large fp64 value is infinite
-    ends = torch.stack(torch.aminmax(tensor.detach())).float()
-    if not bool(torch.isfinite(ends).all()):
-        raise CheckpointError(f"{name} has values that are not finite")
-    return float(ends[0])
+    # Training copies them to fp32, where a large fp64 value is infinite
+    for piece in tensor.detach().reshape(-1).split(_PIECE):
+        if not bool(torch.isfinite(piece.float()).all()):
+            raise CheckpointError(f"{name} has values that are not finite")
 
 
 def check_weights(weights: Mapping[str, Tensor], source: str, size: int) -> None:
@@ -51,7 +49,7 @@ def check_weights(weights: Mapping[str, Tensor], source: str, size: int) -> None
             f"{source} is refused: its weights are {claimed} bytes in {size} bytes of file"
         )
     for name, tensor in weights.items():
-        _lowest(tensor, f"{source}: {name}")
+        _check_dense(tensor, f"{source}: {name}")
 
 
 def check_moments(entry: Mapping[str, Any], name: str, elements: int) -> None:
@@ -73,10 +71,11 @@ def check_moments(entry: Mapping[str, Any], name: str, elements: int) -> None:
                 raise CheckpointError(
                     f"{name}: {key} has {value.numel()} elements for a parameter of {elements}"
                 )
-            lowest = _lowest(value, f"{name}: {key}")
+            _check_dense(value, f"{name}: {key}")
+            lowest = float(value.min()) if value.numel() else 0.0
         elif is_number(value):
             lowest = float(value)
         else:
             raise CheckpointError(f"{name}: {key} is a {type(value).__name__}, not a number")
-        if key in ("step", "exp_avg_sq") and not 0 <= lowest < math.inf:
+        if not math.isfinite(lowest) or (key in ("step", "exp_avg_sq") and lowest < 0):
             raise CheckpointError(f"{name}: {key} is {lowest:g}, which cannot be")
