@@ -24,7 +24,7 @@ def compile_to(path: Path, settings: Settings, backend: str = "vertex") -> Path:
     """
     if backend not in BACKENDS:
         raise UsageError(f"backend {backend!r}: choose one of {', '.join(BACKENDS)}")
-    if path.suffix != ".yaml" or path.is_dir():
+    if path.suffix != ".yaml" or (path.exists() and not path.is_file()):
         raise UsageError(f"{str(path)!r}: give a path that ends with .yaml")
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():

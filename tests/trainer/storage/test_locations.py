@@ -181,6 +181,63 @@ def test_a_job_whose_file_was_replaced_is_refused(uri: str) -> None:
     assert at(uri).read_bytes("best.pt", limit=1) == b"2"
 
 
+def test_the_first_to_claim_goes_on(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = at(uri), at(uri)
+    assert first.list() == second.list() == []
+    monkeypatch.setenv("CLOUD_ML_JOB_ID", "4711")
+    first.claim()
+    monkeypatch.setenv("CLOUD_ML_JOB_ID", "4712")
+    for _ in range(2):
+        with pytest.raises(StorageConflictError, match="job 4711") as caught:
+            second.claim()
+        assert "\n" not in str(caught.value)
+        monkeypatch.setenv("CLOUD_ML_JOB_ID", "4711")
+        first.claim()
+        monkeypatch.setenv("CLOUD_ML_JOB_ID", "4712")
+    assert at(uri).list() == []
+
+
+def test_a_later_job_takes_over_what_the_former_was_writing_and_nothing_else(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def job(number: str) -> None:
+        monkeypatch.setenv("CLOUD_ML_JOB_ID", number)
+
+    first, second, stranger = at(uri), at(uri), at(uri)
+    job("first")
+    first.list(), stranger.list()
+    first.claim()
+    second.list()
+    first.put_bytes(b"1", "best.pt")
+    job("stranger")
+    stranger.put_bytes(b"s", "final.pt")
+    job("second")
+    with pytest.raises(StorageConflictError):
+        second.put_bytes(b"2", "best.pt")  # before it has claimed
+    second.claim()
+    second.put_bytes(b"2", "best.pt")
+    with pytest.raises(StorageConflictError, match="job stranger"):
+        second.put_bytes(b"2", "final.pt")
+    job("first")
+    with pytest.raises(StorageConflictError, match="job second"):
+        first.put_bytes(b"1", "best.pt")
+    with pytest.raises(StorageConflictError, match="job second"):
+        first.claim()
+    job("second")
+    second.claim()
+    second.delete("best.pt")
+    assert [entry.name for entry in at(uri).list()] == ["final.pt"]
+
+
+def test_a_job_that_has_claimed_again_is_not_taken_over(uri: str) -> None:
+    first, second = at(uri), at(uri)
+    first.claim()
+    second.list()
+    first.claim()
+    with pytest.raises(StorageConflictError):
+        second.claim()
+
+
 def test_a_file_that_somebody_removed_is_written_again(uri: str) -> None:
     place = at(uri)
     place.put_bytes(b"1", "best.pt")

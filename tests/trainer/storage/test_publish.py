@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -179,6 +180,32 @@ def test_a_directory_is_fetched_once_for_each_version(output: str, tmp_path: Pat
         again = fetch_directory(output, names, work, limit=100)
         assert (again, (again / "train.bin").stat().st_mtime_ns) == (first, stamp)
     assert (fetch_directory(output, names, work, limit=100) == Path(output)) != is_remote(output)
+
+
+def test_half_a_directory_is_fetched_anew_and_older_versions_go(
+    gcs_bucket: str, tmp_path: Path
+) -> None:
+    names, work = ("train.bin", "a.json"), tmp_path / "work"
+    location = open_location(gcs_bucket)
+
+    def version(mark: bytes) -> Path:
+        location.put_bytes(mark * 10, "train.bin")
+        location.put_bytes(mark, "a.json")
+        return fetch_directory(gcs_bucket, names, work, limit=100)
+
+    first = version(b"1")
+    (first / "a.json").unlink()  # as a kill leaves it
+    (first / "train.bin").write_bytes(b"cut")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    half = work / f".fetch-{socket.gethostname()}-{ended.pid}-a"
+    half.mkdir()
+    (half / "train.bin").write_bytes(b"half")
+    assert fetch_directory(gcs_bucket, names, work, limit=100) == first
+    assert (first / "train.bin").read_bytes() == b"1" * 10
+    assert [path.name for path in work.iterdir()] == [first.name]
+    second = version(b"2")
+    assert [path.name for path in work.iterdir()] == [second.name] != [first.name]
 
 
 def test_a_file_that_cannot_be_written_is_told_first(tmp_path: Path, gcs_bucket: str) -> None:

@@ -16,6 +16,7 @@ from trainer.models.hugging_face import bucket_advice, looks_local
 from trainer.runtime.errors import DataError, UsageError
 from trainer.runtime.log import log
 from trainer.settings.config import TrainConfig
+from trainer.storage.files import check_files, read_regular
 
 VALIDATION_FRACTION = 0.01
 
@@ -34,6 +35,9 @@ _LOADER_SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 """Those of them that `datasets` takes for itself in a directory."""
 
 _DOCUMENTS_PER_CALL = 256
+
+_CARD_LIMIT = 16 << 20
+"""Bytes of a data set's README.md."""
 
 
 def load_corpus(config: TrainConfig, token: str | None = None) -> Any:
@@ -97,6 +101,7 @@ def _unsaid(error: BaseException) -> str:
 def _load_local(path: Path, config: TrainConfig) -> Any:
     import datasets
 
+    check_files(path)  # `datasets` would wait at a pipe, and read a device for ever
     saved = path.is_dir() and any(
         (path / name).exists() for name in ("dataset_dict.json", "state.json")
     )
@@ -135,7 +140,8 @@ def _describes_files(directory: Path) -> bool:
     """Whether the data set itself says which files are which split."""
     card = directory / "README.md"
     return (directory / ".huggingface.yaml").exists() or (
-        card.is_file() and bool(re.search(rb"^configs:", card.read_bytes(), re.MULTILINE))
+        card.is_file()
+        and bool(re.search(rb"^configs:", read_regular(card, limit=_CARD_LIMIT), re.MULTILINE))
     )
 
 

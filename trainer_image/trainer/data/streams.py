@@ -24,6 +24,7 @@ from trainer.runtime.errors import DataError, ModelError, StorageError
 from trainer.runtime.log import log, on_terminal
 from trainer.runtime.strict_json import dumps
 from trainer.settings.config import TrainConfig
+from trainer.storage.files import open_regular, os_errors, read_regular
 from trainer.storage.places import fetch_directory
 from trainer.storage.publish import publishing
 
@@ -281,15 +282,17 @@ def open_streams(directory: Path) -> TokenStreams:
             ids that its tokenizer does not have.
     """
     try:
-        info = read_info((directory / INFO_NAME).read_bytes(), str(directory))
-    except OSError as error:
+        described = read_regular(directory / INFO_NAME, limit=INFO_LIMIT)
+    except (OSError, StorageError) as error:
         raise no_streams(str(directory), error) from error
+    info = read_info(described, str(directory))
     paths = [directory / name for name in STREAMS]
     sizes = {path.name: path.stat().st_size for path in paths if path.exists()}
     check_sizes(info, sizes, str(directory))
     streams = []
     for path in paths:
-        streams.append(np.memmap(path, dtype=info.dtype, mode="r"))
+        with os_errors("reading", path), open_regular(path) as file:
+            streams.append(np.memmap(file, dtype=info.dtype, mode="r"))
         if (largest := _largest_seen(streams[-1])) >= info.vocab_size:
             raise DataError(
                 f"{path} is damaged: it has token {largest}, over a vocabulary of"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from trainer.runtime.errors import ModelError
+from trainer.storage.files import check_files
 
 _TOKENIZER_FILES = re.compile(
     r"(tokenizer|vocab|merges|spiece|sentencepiece|bpe|tekken).*|.*\.(model|tiktoken|spm|bpe|vocab)"
@@ -38,9 +39,11 @@ def location_of(what: str, name: str) -> str:
 
     Raises:
         ModelError: a path that is no directory; `transformers` would look for it on the hub.
+        StorageError: the directory holds a pipe, a socket or a device.
     """
     path = os.path.expanduser(name)
     if os.path.isdir(path):
+        check_files(path)  # `transformers` would wait at a pipe, and read a device for ever
         return path
     if os.path.exists(path):
         raise ModelError(

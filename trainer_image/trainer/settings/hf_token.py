@@ -6,10 +6,14 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from trainer.runtime.errors import LiquidError, UsageError
+from trainer.runtime.errors import LiquidError, StorageError, UsageError
 from trainer.runtime.log import hide, log
 from trainer.settings.config import TrainConfig
+from trainer.storage.files import read_regular
 from trainer.storage.places import read_bytes
+
+_LIMIT = 4096
+"""Bytes of what holds a token."""
 
 ENVIRONMENT_NAMES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
@@ -47,7 +51,9 @@ def find_hf_token(config: TrainConfig, environ: Mapping[str, str] = os.environ) 
 
 def _from_file(path: str) -> str:
     try:
-        token = Path(path).expanduser().read_text(encoding="utf-8").strip()
+        token = read_regular(Path(path).expanduser(), limit=_LIMIT).decode("utf-8").strip()
+    except StorageError as error:
+        raise UsageError(f"--hf_token_file: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise UsageError(f"--hf_token_file={path!r} cannot be read: {reason}") from None
@@ -56,7 +62,7 @@ def _from_file(path: str) -> str:
 
 def _from_object(uri: str) -> str:
     try:
-        token = read_bytes(uri, limit=4096).decode("utf-8").strip()
+        token = read_bytes(uri, limit=_LIMIT).decode("utf-8").strip()
     except UnicodeDecodeError:
         raise UsageError(f"--hf_token_gcs_uri={uri!r} does not hold text") from None
     return _not_empty(token, f"--hf_token_gcs_uri={uri!r}")

@@ -11,7 +11,11 @@ from typing import Any
 
 import yaml
 
-from trainer.runtime.errors import UsageError
+from trainer.runtime.errors import StorageError, UsageError
+from trainer.storage.files import read_regular
+
+_LIMIT = 4 << 20
+"""Bytes; a schedule with an entry for each of 200,000 updates is shorter."""
 
 _NULL = ("", "~", "null", "Null", "NULL")
 
@@ -64,9 +68,9 @@ def read_settings(path: str | Path, name: str) -> dict[str, Any]:
             else than such lines.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.load(file, Loader=_TextLoader)  # noqa: S506 - constructs only text
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_regular(path, limit=_LIMIT).decode("utf-8")
+        content = yaml.load(text, Loader=_TextLoader)  # noqa: S506 - constructs only text
+    except (OSError, StorageError, UnicodeDecodeError) as error:
         raise UsageError(f"{name} cannot be read: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

@@ -17,6 +17,9 @@ from trainer.runtime.log import log
 
 KIB, MIB = 2**10, 2**20
 
+CLAIM = ".claim"
+"""What a job replaces to say that the location is its own; no listing shows it."""
+
 
 class StorageMissingError(StorageError):
     """A file, object or bucket that does not exist."""
@@ -108,14 +111,15 @@ class Location(Protocol):
 
         Raises:
             StorageMissingError: there is no such file.
-            StorageError: it has more than `limit` bytes.
+            StorageTooLargeError: it has more than `limit` bytes; nothing has been read then.
         """
 
-    def get(self, name: str, destination: Path) -> Entry:
+    def get(self, name: str, destination: Path, *, limit: int | None = None) -> Entry:
         """Copy a file to a local path, verified, whole or not at all.
 
         Raises:
             StorageMissingError: there is no such file.
+            StorageTooLargeError: it has more than `limit` bytes; nothing has been read then.
         """
 
     def put(self, path: Path, name: str) -> Entry:
@@ -158,6 +162,17 @@ class Location(Protocol):
             StorageConflictError: another writer changed that name; its content is left alone.
         """
 
+    def claim(self) -> None:
+        """Say that from now on this job alone writes here; called again before each snapshot.
+
+        Of several jobs that have looked, the first to claim goes on. A job that looks later may
+        take the location over until the former claims again; then what the former is still writing
+        may be replaced. So exactly one goes on, and a killed one is in nobody's way.
+
+        Raises:
+            StorageConflictError: another job has claimed it since this one looked or claimed.
+        """
+
     def check_writable(self) -> None:
         """Fail now, with the reason, if writing later would."""
 
@@ -190,6 +205,11 @@ def usable_names(names: Iterable[str], uri: str) -> Iterator[str]:
         except StorageError as error:
             if not name.startswith(".") or name.strip(".") == "":
                 log.warning("%s: ignored: %s", uri, error)
+
+
+def too_large(what: str, size: int, limit: int) -> StorageTooLargeError:
+    """The error for a file or object of more bytes than its reader allows."""
+    return StorageTooLargeError(f"{what} has {size} bytes; at most {limit} are expected here")
 
 
 def describe_writer() -> str:

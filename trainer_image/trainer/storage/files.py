@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ import google_crc32c
 
 from trainer.runtime.errors import StorageError
 from trainer.runtime.log import log
-from trainer.storage.base import MIB, StorageMissingError
+from trainer.storage.base import MIB, StorageMissingError, too_large
 
 BLOCK = 4 * MIB
 
@@ -31,6 +32,91 @@ _ABANDONED_AFTER = 60.0
 
 _FICLONE = 0x40049409
 """Linux's request for a reflink, ioctl_ficlone(2); Python names it from 3.12 on."""
+
+
+_KINDS = {
+    stat.S_IFDIR: (errno.EISDIR, "it is a directory, not a file"),
+    stat.S_IFIFO: (errno.EINVAL, "it is a pipe, not a file"),
+    stat.S_IFSOCK: (errno.EINVAL, "it is a socket, not a file"),
+    stat.S_IFCHR: (errno.EINVAL, "it is a device, not a file"),
+    stat.S_IFBLK: (errno.EINVAL, "it is a device, not a file"),
+}
+"""What else a path may lead to, and the error for it."""
+
+
+def open_regular(path: str | os.PathLike[str], *, limit: int | None = None) -> BinaryIO:
+    """Open a stored file for reading; a link to one is followed.
+
+    Pipes, sockets, devices and what the system makes up as it is read are refused, without waiting
+    for a writer and before anything is read.
+
+    Args:
+        path: the file.
+        limit: bytes that it may have; None where the caller reads no more than the size says.
+
+    Raises:
+        OSError: it cannot be opened, or is something else than a file; says what.
+        StorageTooLargeError: it has more bytes.
+    """
+
+    def opened(name: str, flags: int) -> int:
+        check_regular(os.stat(name))  # before opening, which is enough to make some devices act
+        return os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)
+
+    file = open(path, "rb", opener=opened)  # noqa: SIM115
+    try:
+        status = os.fstat(file.fileno())
+        check_regular(status)
+        if not status.st_size and os.pread(file.fileno(), 1, 0):
+            raise OSError(errno.EINVAL, "its content is made up by the system, it is no file")
+        if limit is not None and status.st_size > limit:
+            raise too_large(os.fspath(path), status.st_size, limit)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def read_regular(path: str | os.PathLike[str], *, limit: int) -> bytes:
+    """The content of a small file. Raises as `open_regular` does."""
+    with open_regular(path, limit=limit) as file:
+        return read_whole(file, path, limit=limit)
+
+
+def read_whole(file: BinaryIO, path: str | os.PathLike[str], *, limit: int) -> bytes:
+    """What an open file holds, also where it grows meanwhile.
+
+    Raises:
+        StorageTooLargeError: that is more than ``limit`` bytes.
+    """
+    data = file.read(limit + 1)
+    if len(data) > limit:
+        raise too_large(os.fspath(path), max(len(data), os.fstat(file.fileno()).st_size), limit)
+    return data
+
+
+def check_regular(status: os.stat_result) -> None:
+    """Refuse what is no file.
+
+    Raises:
+        OSError: says what it is.
+    """
+    if not stat.S_ISREG(status.st_mode):
+        kind = stat.S_IFMT(status.st_mode)
+        raise OSError(*_KINDS.get(kind, (errno.EINVAL, "it is no file")))
+
+
+def check_files(source: str | os.PathLike[str]) -> None:
+    """Check that libraries may open a path, and whatever is below it where it is a directory.
+
+    Raises:
+        StorageError: names the pipe, socket or device that it is, or that is there.
+    """
+    for path in (Path(source), *Path(source).rglob("*")):
+        # A link to nothing cannot be opened, so that nobody waits at it
+        if path.exists() and not path.is_dir():
+            with os_errors("reading", path):
+                check_regular(path.stat())
 
 
 class Checksummed:
@@ -68,7 +154,7 @@ def crc32c_of(source: str | os.PathLike[str] | BinaryIO) -> str:
         StorageError: the file cannot be read.
     """
     if isinstance(source, (str, os.PathLike)):
-        with os_errors("reading", source), open(source, "rb") as file:
+        with os_errors("reading", source), open_regular(source) as file:
             return crc32c_of(file)
     checksum = google_crc32c.Checksum()
     source.seek(0)
@@ -186,9 +272,10 @@ def lock_file(file: BinaryIO, *, wait: bool) -> bool:
 def _remove_if_abandoned(path: Path, now: float) -> None:
     # Another process may clean at the same time, or a writer may finish
     with contextlib.suppress(FileNotFoundError):
-        if now - path.stat().st_mtime < _ABANDONED_AFTER:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode) or now - status.st_mtime < _ABANDONED_AFTER:
             return
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             if lock_file(file, wait=False):
                 log.info("removing %s, left half-written by a process that is gone", path)
                 path.unlink()

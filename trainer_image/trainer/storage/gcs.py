@@ -9,6 +9,7 @@ chunk, and gives up if part of it had arrived.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
@@ -28,18 +29,25 @@ from urllib.parse import urlsplit
 from trainer.runtime.errors import LiquidError, StorageError, UsageError
 from trainer.runtime.log import log
 from trainer.storage.base import (
+    CLAIM,
     KIB,
     Entry,
     Sightings,
     StorageMissingError,
-    StorageTooLargeError,
     TransferPolicy,
     check_name,
     conflict,
     describe_writer,
+    too_large,
     usable_names,
 )
-from trainer.storage.files import atomic_write, crc32c_of, crc32c_of_bytes, os_errors
+from trainer.storage.files import (
+    atomic_write,
+    crc32c_of,
+    crc32c_of_bytes,
+    open_regular,
+    os_errors,
+)
 
 try:
     import requests
@@ -117,6 +125,9 @@ class BucketLocation:
         self._timeout = (policy.connect_timeout, policy.read_timeout)
         self._sightings = Sightings()
         self._id = secrets.token_hex(8)
+        self._claimed = False
+        self._former = self._id
+        """Who had claimed the location before; its last writes may be replaced."""
         self._answered = False
         self._connecting = threading.Lock()
         self._connected: storage.Client | None = None
@@ -151,7 +162,8 @@ class BucketLocation:
         # A "directory" made by a file browser is an object named like the prefix itself
         found.pop("", None)
         entries = [_entry(name, found[name]) for name in usable_names(sorted(found), self._uri)]
-        self._sightings.first_listing(entries)
+        claims = [_entry(CLAIM, found[CLAIM])] if CLAIM in found else []
+        self._sightings.first_listing([*claims, *entries])
         return entries
 
     def stat(self, name: str, *, checksum: bool = False) -> Entry:
@@ -165,9 +177,7 @@ class BucketLocation:
 
         def whole(entry: Entry) -> bytes:
             if entry.size > limit:
-                raise StorageTooLargeError(
-                    f"{self.child(name)} has {entry.size} bytes; at most {limit} are expected here"
-                )
+                raise too_large(self.child(name), entry.size, limit)
             buffer = bytearray(entry.size)
 
             def write_at(data: bytes, offset: int) -> None:
@@ -180,10 +190,12 @@ class BucketLocation:
 
         return self._reading(name, whole)[1]
 
-    def get(self, name: str, destination: Path) -> Entry:
+    def get(self, name: str, destination: Path, *, limit: int | None = None) -> Entry:
         """See `Location.get`."""
 
         def to_file(entry: Entry) -> None:
+            if limit is not None and entry.size > limit:
+                raise too_large(self.child(name), entry.size, limit)
             with atomic_write(destination) as file:
                 file.truncate(entry.size)
                 handle = file.fileno()
@@ -210,7 +222,7 @@ class BucketLocation:
     def adopt(self, path: Path, name: str, crc32c: str) -> Entry:
         """See `Location.adopt`; the file is uploaded, and stays."""
         with os_errors("reading", path):
-            file = open(path, "rb")  # noqa: SIM115
+            file = open_regular(path)
         with file:
             size = os.fstat(file.fileno()).st_size
             return self._write(file, size, crc32c, check_name(name))
@@ -242,6 +254,14 @@ class BucketLocation:
     def delete(self, name: str) -> None:
         """See `Location.delete`."""
         self._remove(check_name(name))
+
+    def claim(self) -> None:
+        """See `Location.claim`."""
+        if not self._claimed:
+            with contextlib.suppress(StorageMissingError):
+                self._former = (self._look(CLAIM).metadata or {}).get("location", self._id)
+        self._write(io.BytesIO(), 0, crc32c_of_bytes(b""), CLAIM)
+        self._claimed = True
 
     def check_writable(self) -> None:
         """Write, replace and remove a small object: bucket, network and each right are tried.
@@ -371,9 +391,12 @@ class BucketLocation:
         return None
 
     def _refuse_foreign(self, name: str, blob: storage.Blob) -> None:
-        """Raise unless the object is an earlier write of this location whose answer was lost."""
+        """Raise unless the object is an earlier write of this location whose answer was lost.
+
+        Or one of the job that has lost the location to this one.
+        """
         metadata = blob.metadata or {}
-        if metadata.get("location") != self._id:
+        if metadata.get("location") not in (self._id, self._id if name == CLAIM else self._former):
             writer = metadata.get("writer", "a program that left no name")
             raise conflict(self.child(name), writer, blob.updated.timestamp())
         self._sightings.wrote(name, blob.generation)

@@ -16,10 +16,10 @@ from typing import BinaryIO
 
 from trainer.runtime.errors import StorageError
 from trainer.storage.base import (
+    CLAIM,
     Entry,
     Sightings,
     StorageMissingError,
-    StorageTooLargeError,
     check_name,
     conflict,
     describe_writer,
@@ -29,10 +29,13 @@ from trainer.storage.files import (
     BLOCK,
     Checksummed,
     atomic_write,
+    check_regular,
     crc32c_of,
     directory_to_disk,
     lock_file,
+    open_regular,
     os_errors,
+    read_whole,
     remove_abandoned,
     share_content,
     temporary_beside,
@@ -50,6 +53,9 @@ class LocalLocation:
     def __init__(self, uri: str) -> None:
         self._root = Path(uri).expanduser()
         self._sightings = Sightings()
+        self._claimed = False
+        self._former: str | None = None
+        """Who had claimed the location before; its last writes may be replaced."""
         # Own threads: a listing must not see a write that is not yet noted as ours
         self._lock = threading.RLock()
 
@@ -64,16 +70,18 @@ class LocalLocation:
 
     def list(self) -> list[Entry]:
         """See `Location.list`."""
-        entries = []
+        entries, claims = [], []
         with self._lock, os_errors("listing", self._root):
+            with contextlib.suppress(FileNotFoundError):
+                claims.append(_entry(self._root / CLAIM))  # before what its job writes
             try:
-                found = sorted(item.name for item in os.scandir(self._root) if item.is_file())
+                found = sorted(item.name for item in os.scandir(self._root) if _is_file(item))
             except FileNotFoundError:
                 found = []
             for name in usable_names(found, self.uri):
                 with contextlib.suppress(FileNotFoundError):
                     entries.append(_entry(self._root / name))
-            self._sightings.first_listing(entries)
+            self._sightings.first_listing([*claims, *entries])
         return entries
 
     def stat(self, name: str, *, checksum: bool = False) -> Entry:
@@ -87,22 +95,16 @@ class LocalLocation:
     def read_bytes(self, name: str, *, limit: int) -> bytes:
         """See `Location.read_bytes`."""
         path = self._root / check_name(name)
-        with os_errors("reading", path), open(path, "rb") as file:
+        with os_errors("reading", path), open_regular(path, limit=limit) as file:
             self._sightings.look(_entry_of_open(name, file))
-            data = file.read(limit + 1)
-            if len(data) > limit:
-                size = os.fstat(file.fileno()).st_size
-                raise StorageTooLargeError(
-                    f"{path} has {size} bytes; at most {limit} are expected here"
-                )
-        return data
+            return read_whole(file, path, limit=limit)
 
-    def get(self, name: str, destination: Path) -> Entry:
+    def get(self, name: str, destination: Path, *, limit: int | None = None) -> Entry:
         """See `Location.get`."""
         path = self._root / check_name(name)
         with contextlib.ExitStack() as stack:
             with os_errors("reading", path):
-                source = stack.enter_context(open(path, "rb"))
+                source = stack.enter_context(open_regular(path, limit=limit))
                 entry = _entry_of_open(path.name, source)
             with atomic_write(destination) as file:
                 crc32c = _copy(source, file)
@@ -112,7 +114,7 @@ class LocalLocation:
     def put(self, path: Path, name: str) -> Entry:
         """See `Location.put`."""
         with os_errors("reading", path):
-            source = open(path, "rb")  # noqa: SIM115
+            source = open_regular(path)
         with source:
             return self._write(self._root / check_name(name), source)
 
@@ -134,7 +136,7 @@ class LocalLocation:
         """See `Location.copy`: a reflink, else a hard link, else a copy of the bytes."""
         path = self._root / check_name(original.name)
         target = self._root / check_name(name)
-        with os_errors("copying", path), open(path, "rb") as source:
+        with os_errors("copying", path), open_regular(path) as source:
             if _entry_of_open(original.name, source).generation != original.generation:
                 raise StorageMissingError(f"{path} is another file by now than the one to copy")
             with temporary_beside(target) as file:
@@ -165,6 +167,16 @@ class LocalLocation:
                 writers.pop(name, None)
                 self._sightings.wrote(name, 0)
             directory_to_disk(self._root)
+
+    def claim(self) -> None:
+        """See `Location.claim`."""
+        with self._lock, os_errors("writing to", self._root):
+            self._root.mkdir(parents=True, exist_ok=True)
+            if not self._claimed:
+                with self._writers() as writers:
+                    self._former = writers.get(CLAIM)
+            self._write(self._root / CLAIM, io.BytesIO())
+            self._claimed = True
 
     def check_writable(self) -> None:
         """Write and remove a small file, and remove what killed writers left behind."""
@@ -202,15 +214,25 @@ class LocalLocation:
         except FileNotFoundError:
             return  # nothing that could be overwritten
         if entry.generation != self._sightings.expected(path.name):
-            writer = writers.get(path.name, "a writer that left no name")
-            raise conflict(str(path), str(writer), entry.updated)
+            writer = writers.get(path.name)
+            if path.name != CLAIM and writer is not None and writer == self._former:
+                return  # that job has lost the location to this one
+            named = "a writer that left no name" if writer is None else str(writer)
+            raise conflict(str(path), named, entry.updated)
 
     @contextmanager
     def _writers(self) -> Iterator[dict[str, str]]:
         """The lock on the directory and, to be changed, who wrote each of its files."""
         # Behind a link it would be somebody else's file that is written to
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        handle = os.open(self._root / _LOCK_NAME, flags, 0o666)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        path = self._root / _LOCK_NAME
+        with os_errors("locking", path):
+            handle = os.open(path, flags, 0o666)
+            try:
+                check_regular(os.fstat(handle))
+            except OSError:
+                os.close(handle)
+                raise
         with open(handle, "r+b") as file:
             lock_file(file, wait=True)
             try:
@@ -224,6 +246,21 @@ class LocalLocation:
                 file.seek(0)
                 file.write(json.dumps(writers).encode())
                 file.truncate()
+
+
+def _is_file(item: os.DirEntry[str]) -> bool:
+    """Whether it is a file or a link to one.
+
+    Raises:
+        StorageError: it is a pipe, a socket or a device, which a run would wait at or fail to
+            replace later.
+    """
+    if item.is_file():
+        return True
+    if not item.is_dir():
+        with contextlib.suppress(StorageMissingError), os_errors("reading", item.path):
+            check_regular(item.stat())
+    return False
 
 
 def _entry(path: Path) -> Entry:

@@ -14,16 +14,18 @@ says so and takes the next best.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from trainer.runtime.errors import UsageError
+from trainer.runtime.errors import StorageError, UsageError
+from trainer.runtime.log import log
 from trainer.storage.base import Location, TransferPolicy, check_name
-from trainer.storage.files import os_errors
+from trainer.storage.files import open_regular, os_errors
 from trainer.storage.local import LocalLocation
+from trainer.storage.scratch import remove_abandoned_scratch, scratch_directory
 
 
 def _open_bucket(uri: str, policy: TransferPolicy) -> Location:
@@ -99,32 +101,31 @@ def split_uri(uri: str) -> tuple[str, str]:
     return parent or slash or ".", name
 
 
-def fetch(uri: str, destination: Path) -> tuple[Path, str | None]:
+def fetch(uri: str, destination: Path, *, limit: int | None = None) -> tuple[Path, str | None]:
     """A file of either kind as a local path: an object is copied, a local file stays in place.
 
     Args:
         uri: one file.
         destination: where an object goes: a file, or an existing directory for one of its name.
+        limit: bytes that it may have.
 
     Returns:
         The path, and the CRC32C of its content where copying has told it.
 
     Raises:
         StorageMissingError: there is no such file.
-        StorageError: it cannot be read or the copy cannot be written.
+        StorageTooLargeError: it has more bytes.
+        StorageError: it cannot be read, is no file, or the copy cannot be written.
         UsageError: the URI is malformed.
     """
     parent, name = split_uri(uri)
     if not is_remote(uri):
         path = Path(uri).expanduser()
-        with os_errors("reading", path):
-            if not path.is_file():
-                code = errno.EISDIR if path.is_dir() else errno.ENOENT
-                raise OSError(code, os.strerror(code))
-        return path, None
+        with os_errors("reading", path), open_regular(path, limit=limit):
+            return path, None
     if destination.is_dir():
         destination /= check_name(name)
-    return destination, open_location(parent).get(name, destination).crc32c
+    return destination, open_location(parent).get(name, destination, limit=limit).crc32c
 
 
 def fetch_directory(uri: str, names: Sequence[str], workdir: Path, *, limit: int) -> Path:
@@ -133,7 +134,7 @@ def fetch_directory(uri: str, names: Sequence[str], workdir: Path, *, limit: int
     Args:
         uri: a local directory or ``gs://`` prefix.
         names: the files; the last one vouches for the others and tells them from other versions.
-        workdir: where copies are kept.
+        workdir: where copies are kept, of each directory the latest version.
         limit: bytes of the last file.
 
     Raises:
@@ -143,10 +144,23 @@ def fetch_directory(uri: str, names: Sequence[str], workdir: Path, *, limit: int
         return Path(uri).expanduser()
     location = open_location(uri)
     version = location.read_bytes(names[-1], limit=limit)
-    directory = workdir / f"fetched-{hashlib.sha256(uri.encode() + version).hexdigest()[:16]}"
-    if not (directory / names[-1]).exists():
+    of_this = f"fetched-{hashlib.sha256(uri.encode()).hexdigest()[:8]}"
+    directory = workdir / f"{of_this}-{hashlib.sha256(version).hexdigest()[:16]}"
+    if (directory / names[-1]).exists():
+        return directory
+    remove_abandoned_scratch(workdir)  # a killed process may have left half of a large file
+    with scratch_directory("fetch", workdir) as scratch, os_errors("writing", directory):
         for name in names:
-            location.get(name, directory / name)
+            location.get(name, Path(scratch, name))
+        if Path(scratch, names[-1]).read_bytes() != version:
+            raise StorageError(f"{uri} was changed while it was being fetched; start again")
+        directory.mkdir(exist_ok=True)
+        for name in names:
+            os.replace(Path(scratch, name), directory / name)
+    for other in workdir.glob(f"{of_this}-*"):
+        if other != directory:
+            log.info("removing %s, an older version of %s", other, uri)
+            shutil.rmtree(other, ignore_errors=True)
     return directory
 
 
