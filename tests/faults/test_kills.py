@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,12 @@ import torch
 from tests.faults.proxy import FaultProxy
 from trainer import pick_best
 from trainer.checkpoints.names import is_checkpoint_name, sidecar_name
-from trainer.checkpoints.snapshots import read_from, read_sidecars, read_verified
+from trainer.checkpoints.snapshots import (
+    read_from,
+    read_sidecars,
+    read_verified,
+    without_sidecar,
+)
 from trainer.storage.places import open_location
 
 Settings = dict[str, Any]
@@ -119,6 +125,8 @@ def kill_often(job: Settings, uri: str, kills: int, tmp_path: Path, seed: int) -
             counts["checked"] += check_whole(output, tmp_path / "scratch")
         finish(killed)
         check_whole(output, tmp_path / "scratch")
+        names = {entry.name for entry in open_location(output).list()}
+        assert not without_sidecar(names), "what a kill left was completed or removed"
         assert_equal_ends(output, str(tmp_path / "unbroken"), tmp_path / "scratch")
         counts["runs"] += 1
     return counts
@@ -165,3 +173,38 @@ def test_sigterm_saves_and_the_same_command_goes_on(
     assert f"at step {saved.step}" in stderr
     (tmp_path / "scratch").mkdir()
     assert_equal_ends(f"{gcs_bucket}/run", str(tmp_path / "plain"), tmp_path / "scratch")
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["half way", "at its end"])
+def test_a_run_whose_sidecars_are_all_gone_loses_nothing(
+    job: Settings, tmp_path: Path, gcs_bucket: str, ended: bool
+) -> None:
+    uri = f"{gcs_bucket}/run"
+    lost = job | {"output_gcs_uri": uri, "local_workdir": str(tmp_path / "work")}
+    unbroken = job | {"local_workdir": str(tmp_path / "unbroken")}
+    finish(unbroken)
+    process = start(lost)
+    if ended:
+        process.communicate(timeout=240)
+    else:
+        assert wait_for(process, "step 20/60")
+        process.kill()
+        process.communicate()
+    location = open_location(uri)
+    before = {sidecar_name(sidecar.name): sidecar.step for sidecar in read_sidecars(location)}
+    contents = {name: location.read_bytes(name, limit=1 << 20) for name in before}
+    for name in before:
+        location.delete(name)
+    said = finish(lost)
+    step = max(before.values())
+    expected = "nothing to do: " if ended else f"going on from own snapshot {uri}/"
+    (line,) = [line for line in said.splitlines() if expected in line]
+    reached = re.search(r"at step (\d+)", line)
+    assert reached is not None
+    assert int(reached[1]) >= step  # weights may have come before their sidecar
+    again = open_location(uri)
+    if ended:
+        assert contents == {name: again.read_bytes(name, limit=1 << 20) for name in before}
+    (tmp_path / "scratch").mkdir()
+    check_whole(uri, tmp_path / "scratch")
+    assert_equal_ends(uri, str(tmp_path / "unbroken"), tmp_path / "scratch")

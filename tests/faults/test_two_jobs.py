@@ -1,19 +1,26 @@
 """Two jobs race for one output: one wins, the other ends with an error that names it.
 
-pytest tests/faults/test_two_jobs.py                  3 races a kind
-pytest tests/faults/test_two_jobs.py -m soak -s       25 races a kind
+pytest tests/faults/test_two_jobs.py                  3 races a kind, 2 starts of whole jobs
+pytest tests/faults/test_two_jobs.py -m soak -s       25 races a kind, 20 starts of whole jobs
 """
 
 from __future__ import annotations
 
 import json
+import os
+import random
 import subprocess
 import sys
 import textwrap
+import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from trainer.checkpoints.names import is_checkpoint_name, sidecar_name
+from trainer.checkpoints.snapshots import read_from, read_sidecars, read_verified
 from trainer.storage.places import open_location
 
 JOB = """
@@ -94,3 +101,81 @@ def test_many_races(place: str, tmp_path: Path) -> None:
     for number in range(25):
         race(f"{place}/run-{number}", tmp_path / f"work-{number}")
     print("\n25 races, 25 times one winner")
+
+
+# Whole jobs
+
+
+def start_two(settings: dict[str, Any], uri: str, workdir: Path, delay: float) -> str:
+    """Start one job twice on an empty output; returns when the loser learnt that it is one.
+
+    Args:
+        settings: of the job.
+        uri: its output.
+        workdir: of the two jobs.
+        delay: seconds from the first start to the second.
+    """
+    processes = []
+    for name in "ab":
+        job = settings | {"output_gcs_uri": uri, "local_workdir": str(workdir / name)}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "trainer.entrypoint"]
+                + [f"--{name}={value}" for name, value in job.items()],
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            )
+        )
+        time.sleep(delay if name == "a" else 0)
+    logs = [process.communicate(timeout=240)[1] for process in processes]
+    statuses = [process.returncode for process in processes]
+    said = [[json.loads(line)["message"] for line in text.splitlines()] for text in logs]
+    last = [messages[-1] for messages in said]
+    assert sorted(statuses) == [0, 1] or statuses == [0, 0], last
+    check_whole(uri, workdir)
+    assert read_from(f"{uri}/final.pt", workdir).step == settings["train_steps"]
+    if statuses == [0, 0]:  # the second came when the first had ended
+        assert any(message.startswith("nothing to do") for message in said[1]), last
+        return "after the end"
+    winner = statuses.index(0)
+    assert f"process {processes[winner].pid}" in last[1 - winner]
+    assert "was written by another job" in last[1 - winner]
+    trained = any(message.startswith("step ") for message in said[1 - winner])
+    return f"{'later' if trained else 'at once'}, {'ab'[1 - winner]} lost"
+
+
+def check_whole(uri: str, workdir: Path) -> None:
+    location = open_location(uri)
+    names = {entry.name for entry in location.list()}
+    assert all(sidecar_name(name) in names for name in names if is_checkpoint_name(name))
+    sidecars = read_sidecars(location)
+    assert len(sidecars) == sum(map(is_checkpoint_name, names))
+    for sidecar in sidecars:
+        read_verified(location, sidecar, workdir)
+
+
+@pytest.fixture
+def job(settings: dict[str, Any]) -> dict[str, Any]:
+    """So short that the second start comes at any moment of the first one's snapshots."""
+    often = {"train_steps": 40, "save_every": 2, "eval_every": 4, "eval_max_tokens": 128}
+    return settings | often | {"log_interval": 2}
+
+
+def test_of_two_jobs_that_start_at_once_one_goes_on(
+    place: str, job: dict[str, Any], tmp_path: Path
+) -> None:
+    for number, delay in enumerate((0.0, 1.0)):
+        start_two(job, f"{place}/run-{number}", tmp_path / f"jobs-{number}", delay)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_many_starts(place: str, job: dict[str, Any], tmp_path: Path) -> None:
+    draw = random.Random(3)
+    outcomes: Counter[str] = Counter()
+    for number in range(20):
+        delay = draw.choice((0.0, draw.uniform(0.0, 6.0)))
+        outcome = start_two(job, f"{place}/run-{number}", tmp_path / f"jobs-{number}", delay)
+        outcomes[outcome] += 1
+    print(f"\n20 starts of two jobs, 20 times one went on: {dict(outcomes)}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.checkpoints.metadata import metric_of
-from trainer.checkpoints.snapshots import read_sidecars
+from trainer.checkpoints.snapshots import read_sidecars, without_sidecar
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import CheckpointError
 from trainer.runtime.log import log, set_up_logging
@@ -49,6 +49,8 @@ def run(sources: Sequence[str], metric: str) -> Picked:
     for source in sources:
         location = open_location(source)
         sizes = {entry.name: entry.size for entry in location.list()}
+        for name in without_sidecar(set(sizes)):
+            log.warning("%s has no sidecar and is passed over", location.child(name))
         for sidecar in read_sidecars(location):
             value = metric_of(sidecar.meta, metric)
             problem = ""

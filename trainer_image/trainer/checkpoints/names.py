@@ -76,3 +76,13 @@ def outdated(names: Iterable[str], written: Iterable[str]) -> list[str]:
             last = KEEP_STEP if pattern is _STEP_NAME else KEEP_BEST
             drop += [name for _, name in entries[:-last]]
     return drop
+
+
+def outdated_at(names: Iterable[str], step: int) -> list[str]:
+    """The checkpoints of a run at a step that retention would have given up already."""
+    reached = []
+    for name in names:
+        match = _STEP_NAME.fullmatch(name) or _BEST_NAME.fullmatch(name)
+        if match is None or int(match[1]) <= step:
+            reached.append(name)
+    return outdated(reached, reached)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class Sidecar:
     crc32c: str
     """Base64 of the big-endian CRC32C, as Cloud Storage gives it."""
     meta: dict[str, Any]
+    file: str | None = field(default=None, compare=False)
+    """The name that it was read with; another one where somebody copied the pair."""
 
     @property
     def step(self) -> int:
@@ -88,9 +90,10 @@ class Sidecar:
             raise CheckpointError(f"sidecar of {name} has a negative step or size")
         meta = plain(content, f"sidecar of {name}")
         check_meta(meta, content["step"], f"sidecar of {name}")
+        of = meta.get("file")
         for key in ("file", "size", "crc32c"):
             meta.pop(key, None)
-        return cls(name, content["size"], content["crc32c"], meta)
+        return cls(name, content["size"], content["crc32c"], meta, of)
 
 
 def verify_file(path: Path, sidecar: Sidecar, crc32c: str | None = None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import zipfile
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -12,22 +14,27 @@ from trainer.checkpoints.metadata import NewerFormatError, run_settings_of
 from trainer.checkpoints.names import (
     BEST,
     FINAL,
+    SIDECAR_SUFFIX,
     is_best_of,
     is_checkpoint_name,
     outdated,
+    outdated_at,
     sidecar_name,
 )
 from trainer.checkpoints.reading import read_checkpoint
 from trainer.checkpoints.sidecar import SIDECAR_LIMIT, Sidecar, verify_file
-from trainer.runtime.errors import CheckpointError, LiquidError
+from trainer.runtime.errors import CheckpointError, LiquidError, UsageError
 from trainer.runtime.log import log
 from trainer.storage.base import Entry, Location, StorageMissingError, StorageTooLargeError
-from trainer.storage.files import os_errors
+from trainer.storage.files import crc32c_of, os_errors
 from trainer.storage.places import fetch, open_location, split_uri, working_directory
 from trainer.storage.scratch import remove_abandoned_scratch, scratch_directory
 from trainer.storage.uploads import Uploader, Write
 
 RESCUE_SECONDS = 600.0
+
+_MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+"""Bytes of this machine, more than which no checkpoint that it can use has."""
 
 _IN_FLIGHT = 8
 """Files and removals that may be queued when a new snapshot comes, about those of one before it."""
@@ -41,12 +48,11 @@ def read_sidecars(location: Location) -> list[Sidecar]:
         StorageError: the location cannot be listed or read. A run that took that for an empty one
             would start over on top of what is there.
     """
-    return _read_sidecars(location)[0]
+    return _read_sidecars(location, {entry.name for entry in location.list()})[0]
 
 
-def _read_sidecars(location: Location) -> tuple[list[Sidecar], dict[str, str]]:
+def _read_sidecars(location: Location, names: set[str]) -> tuple[list[Sidecar], dict[str, str]]:
     """Also the checkpoints whose sidecars cannot be used, and why."""
-    names = {entry.name for entry in location.list()}
     found: list[Sidecar] = []
     refused: dict[str, str] = {}
     for name in sorted(names):
@@ -54,7 +60,7 @@ def _read_sidecars(location: Location) -> tuple[list[Sidecar], dict[str, str]]:
             continue
         try:
             data = location.read_bytes(sidecar_name(name), limit=SIDECAR_LIMIT)
-            found.append(Sidecar.parse(data, name))
+            found.append(_of_its_own(Sidecar.parse(data, name)))
         except NewerFormatError:
             raise  # not damaged: an older program must not go on behind it
         except (CheckpointError, StorageMissingError, StorageTooLargeError) as error:
@@ -62,6 +68,83 @@ def _read_sidecars(location: Location) -> tuple[list[Sidecar], dict[str, str]]:
             if not isinstance(error, StorageMissingError):  # which was removed meanwhile
                 refused[name] = str(error)
     return found, refused
+
+
+def _of_its_own(sidecar: Sidecar) -> Sidecar:
+    """The sidecar, unless it came with another checkpoint's name."""
+    if sidecar.file not in (None, sidecar.name):
+        raise CheckpointError(
+            f"sidecar of {sidecar.name} is of {str(sidecar.file)[:200]!r}: somebody copied or"
+            " renamed the pair; move it away, or give it its name again"
+        )
+    return sidecar
+
+
+def without_sidecar(names: set[str]) -> list[str]:
+    """Of the names at a location the checkpoints that have no sidecar beside them, sorted."""
+    return sorted(n for n in names if is_checkpoint_name(n) and sidecar_name(n) not in names)
+
+
+def _without_weights(names: set[str]) -> dict[str, str]:
+    """Checkpoints of which there is only a sidecar, which no kill leaves, and what to say."""
+    lost = {}
+    for name in sorted(name.removesuffix(SIDECAR_SUFFIX) for name in names):
+        if is_checkpoint_name(name) and name not in names:
+            lost[name] = f"{name} does not exist, though its sidecar does"
+            log.warning("%s", lost[name])
+    return lost
+
+
+def _describe(location: Location, name: str, workdir: Path) -> tuple[Checkpoint, Sidecar]:
+    """A checkpoint that has no sidecar, and one for it.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not whole by the sums inside it.
+        StorageError: it cannot be fetched.
+    """
+    uri = location.child(name)
+    with scratch_directory("fetch", workdir) as scratch:
+        path, crc32c = fetch(uri, Path(scratch), limit=_MEMORY)
+        checkpoint = read_checkpoint(path, uri)
+        with os_errors("reading", uri), zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f"{uri} is damaged: {damaged} in it is not what was written")
+        sidecar = Sidecar(name, path.stat().st_size, crc32c or crc32c_of(path), checkpoint.meta)
+    return checkpoint, sidecar
+
+
+def _check_run(sidecar: Sidecar, run: Checkpoint) -> None:
+    """Check that a checkpoint is of the run that another one is of.
+
+    Raises:
+        CheckpointError: it is of another run, or of none.
+    """
+    one, other = run_settings_of(sidecar.meta), run_settings_of(run.meta)
+    # Releases differ in the settings that they know
+    if any(one[name] != other[name] for name in one.keys() & other.keys()):
+        raise CheckpointError("it is of another run")
+
+
+def _check_final(sidecar: Sidecar) -> None:
+    """Check that a final checkpoint is at the end of its run.
+
+    Raises:
+        CheckpointError: it is another checkpoint under that name.
+    """
+    end = sidecar.meta.get("train_steps", sidecar.step)
+    if sidecar.name == FINAL and sidecar.step != end:
+        raise CheckpointError(
+            f"{FINAL} is at step {sidecar.step} of {end}: somebody gave that name to another"
+            " checkpoint; move it away"
+        )
+
+
+def _foreign(uri: str, reason: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{uri} has no sidecar and is no snapshot of this run ({reason}); give another"
+        " --output_gcs_uri or --local_workdir"
+    )
 
 
 def read_verified(location: Location, sidecar: Sidecar, workdir: Path) -> Checkpoint:
@@ -73,7 +156,7 @@ def read_verified(location: Location, sidecar: Sidecar, workdir: Path) -> Checkp
     """
     uri = location.child(sidecar.name)
     with scratch_directory("fetch", workdir) as scratch:
-        path, crc32c = fetch(uri, Path(scratch))
+        path, crc32c = fetch(uri, Path(scratch), limit=_MEMORY)
         verify_file(path, sidecar, crc32c)
         checkpoint = read_checkpoint(path, uri)
     if checkpoint.step != sidecar.step:
@@ -99,7 +182,7 @@ def read_from(uri: str, workdir: Path) -> Checkpoint:
     if data is not None:
         return read_verified(location, Sidecar.parse(data, name), workdir)
     with scratch_directory("fetch", workdir) as scratch:
-        return read_checkpoint(fetch(uri, Path(scratch))[0], uri)
+        return read_checkpoint(fetch(uri, Path(scratch), limit=_MEMORY)[0], uri)
 
 
 class _Staged:
@@ -120,6 +203,7 @@ class _Staged:
         if self._first is not None:
             return partial(self._location.copy, self._first)
         assert self._snapshot is not None
+        self._location.claim()
         directory = scratch_directory("staging", self._parent)
         path = Path(directory.name) / "snapshot.pt"
         _, crc32c = self._snapshot.write_file(path)
@@ -159,63 +243,95 @@ class Snapshots:
         self._names: set[str] = set()
         """Checkpoints of this run, which retention may remove."""
         self._goes_on = False
+        self._step = 0
+        """Of the newest checkpoint that was found."""
+        self._undescribed: list[Sidecar] = []
+        """Of the run's whole checkpoints those that had no sidecar, and one for each."""
 
     def newest(self) -> Checkpoint | None:
         """The newest whole checkpoint; damaged ones are logged and passed over. None: no run yet.
 
-        Weights of a run without a sidecar are what a kill leaves of an upload, and no snapshot.
+        A kill leaves weights without a sidecar, and sidecars can get lost. Where such weights are
+        whole they count too; `check_writable` and `mend` write their sidecars again.
 
         Raises:
             CheckpointError: there are snapshots, but none can be used, or there is somebody's
                 checkpoint that is of no run; a run that started would do so on top of them.
             StorageError: the location or this machine keeps one from being read.
         """
-        candidates, unreadable = _read_sidecars(self.location)
-        candidates.sort(key=lambda sidecar: (sidecar.step, sidecar.name == FINAL), reverse=True)
+        names = {entry.name for entry in self.location.list()}
+        candidates, unreadable = _read_sidecars(self.location, names)
         with os_errors("making", self.workdir):
             self.workdir.mkdir(parents=True, exist_ok=True)
         remove_abandoned_scratch(self.workdir)
         refused: dict[str, str] = {}
+        found = self._newest_of(candidates, refused)
+        refused |= unreadable | _without_weights(names)
+        found = self._newest_without_sidecar(without_sidecar(names), found, refused)
+        if found is None and refused:
+            listed, newest = ", ".join(refused), next(iter(refused.values()))
+            raise CheckpointError(
+                f"{self.uri} holds snapshots of a run, but none can be used ({listed}): {newest};"
+                " put a whole one there, or give another --output_gcs_uri or --local_workdir to"
+                " start over"
+            )
+        if found is not None:
+            self._goes_on, self._step = True, found.step
+        return found
+
+    def _newest_of(self, candidates: list[Sidecar], refused: dict[str, str]) -> Checkpoint | None:
+        """The newest whole checkpoint with a sidecar; those that are not go into ``refused``."""
+        candidates.sort(key=lambda sidecar: (sidecar.step, sidecar.name == FINAL), reverse=True)
         for sidecar in candidates:
             try:
-                found = read_verified(self.location, sidecar, self.workdir)
-                self._goes_on = True
-                return found
+                _check_final(sidecar)
+                return read_verified(self.location, sidecar, self.workdir)
             except NewerFormatError:
                 raise
             except (CheckpointError, StorageMissingError) as error:
                 log.warning("%s; the next newest is tried", error)
-                if not isinstance(error, StorageMissingError):
-                    refused[sidecar.name] = str(error)
-        refused |= unreadable
-        if refused:
-            names, newest = ", ".join(refused), next(iter(refused.values()))
-            raise CheckpointError(
-                f"{self.uri} holds snapshots of a run, but none can be used ({names}): {newest};"
-                " put a whole one there, or give another --output_gcs_uri or --local_workdir to"
-                " start over"
-            )
-        self._refuse_foreign()
+                refused[sidecar.name] = str(error)
         return None
 
-    def _refuse_foreign(self) -> None:
-        """Where no sidecar tells: every checkpoint there must be a run's, whose upload was killed.
+    def _newest_without_sidecar(
+        self, names: list[str], found: Checkpoint | None, refused: dict[str, str]
+    ) -> Checkpoint | None:
+        """What was found, or a newer checkpoint of these names.
 
-        The base package's have the same names, and would be overwritten.
+        Every one that can be read must be of one run. The base package's have the same names, and
+        would be overwritten.
         """
-        for entry in self.location.list():
-            if not is_checkpoint_name(entry.name):
-                continue
-            uri = self.location.child(entry.name)
+        self._undescribed = []
+        unreadable: list[CheckpointError] = []
+        for name in names:
+            uri = self.location.child(name)
             try:
-                run_settings_of(read_from(uri, self.workdir).meta)
+                checkpoint, sidecar = _describe(self.location, name, self.workdir)
+                run = checkpoint if found is None else found
+            except NewerFormatError:
+                raise
             except StorageMissingError:
-                continue
+                continue  # removed meanwhile
             except CheckpointError as error:
-                raise CheckpointError(
-                    f"{uri} has no sidecar and is no snapshot of this run ({error}); give another"
-                    " --output_gcs_uri or --local_workdir"
-                ) from None
+                log.warning("%s has no sidecar and is passed over: %s", uri, error)
+                unreadable.append(_foreign(uri, error))
+                continue
+            try:
+                _check_run(Sidecar.parse(sidecar.dump(), name), run)
+            except (CheckpointError, UsageError) as error:
+                raise _foreign(uri, error) from None
+            try:
+                _check_final(sidecar)
+            except CheckpointError as error:
+                log.warning("%s; it is passed over", error)
+                refused[name] = str(error)
+                continue
+            self._undescribed.append(sidecar)
+            if found is None or checkpoint.step > found.step:
+                found = checkpoint
+        if found is None and unreadable and not refused:
+            raise unreadable[0]
+        return found
 
     def restore_best(self, step: int) -> None:
         """Let the rolling best be the best again, where a kill came before it was there.
@@ -229,12 +345,19 @@ class Snapshots:
         sidecars = {sidecar.name: sidecar for sidecar in read_sidecars(self.location)}
         rolling = sidecars.get(BEST)
         best = next((sidecars[name] for name in sidecars if is_best_of(name, step)), None)
-        if best is None or (rolling is not None and rolling.step >= step):
+        if rolling is not None and rolling.step >= step:
+            return
+        if best is None:
+            held = "there is none" if rolling is None else f"{BEST} is of step {rolling.step}"
+            log.warning(
+                "the best checkpoint, of step %d, is gone from %s; %s", step, self.uri, held
+            )
             return
         whole = self.location.stat(best.name, checksum=True)
         if (whole.size, whole.crc32c) != (best.size, best.crc32c):
             log.warning("%s is not what its sidecar says, so %s is left as it is", best.name, BEST)
             return
+        self.location.claim()
         self.location.copy(whole, BEST)
         self.location.put_bytes(replace(best, name=BEST).dump(), sidecar_name(BEST))
         log.info("%s is %s again", BEST, best.name)
@@ -243,12 +366,40 @@ class Snapshots:
         """Fail now rather than at the first checkpoint; clear what a killed process left.
 
         Raises:
-            StorageError: the location does not exist or may not be written.
+            StorageError: the location does not exist or may not be written, or another job writes
+                there.
         """
         self.location.check_writable()
+        self.location.claim()
         with os_errors("making", self._staging):
             self._staging.mkdir(parents=True, exist_ok=True)
         remove_abandoned_scratch(self._staging)
+        self.mend()
+
+    def mend(self) -> None:
+        """Write the sidecars that whole checkpoints of the run lack.
+
+        Those that retention would have removed by now are what a kill between the removal of
+        sidecar and weights leaves, and are removed.
+
+        Raises:
+            StorageError: the location may not be written, or another job writes there.
+        """
+        if not self._undescribed:
+            return
+        self.location.claim()
+        names = {entry.name for entry in self.location.list()}
+        lacking = {sidecar.name for sidecar in self._undescribed}
+        old = outdated_at((names & lacking) | (names - set(without_sidecar(names))), self._step)
+        for sidecar in self._undescribed:
+            uri = self.location.child(sidecar.name)
+            if sidecar.name in old:
+                log.info("removing %s, which a killed process was about to remove", uri)
+                self.location.delete(sidecar.name)
+            else:
+                log.warning("%s had lost its sidecar; it is whole, and has one again", uri)
+                self.location.put_bytes(sidecar.dump(), sidecar_name(sidecar.name))
+        self._undescribed = []
 
     def save(self, snapshot: Snapshot, names: Iterable[str]) -> None:
         """Queue a snapshot under its names; waits only while another one is still queued.

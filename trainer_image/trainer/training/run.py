@@ -97,6 +97,8 @@ def run(
         log.info(line)
     _check_metric(config)
     if own is not None and own.source.rpartition("/")[2] == FINAL:
+        if processes.main:
+            snapshots.mend()
         log.info("nothing to do: %s is at step %d of %d", own.source, own.step, config.train_steps)
         return _finished(own, config)
     token = find_hf_token(config)
