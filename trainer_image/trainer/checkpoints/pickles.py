@@ -149,9 +149,9 @@ class _Machine:
                 return
             step = _STEPS.get(code)
             if step is None:
-                raise _unreadable(
-                    f"its pickle has {_NAMES.get(code, hex(code))} at byte {self._at - 1}, which torch.save does not write"
-                )
+                opcode = _NAMES.get(code, hex(code))
+                at = f"{opcode} at byte {self._at - 1}"
+                raise _unreadable(f"its pickle has {at}, which torch.save does not write")
             step(self)
         raise _too_large(f"more than {_OPCODES} opcodes")
 

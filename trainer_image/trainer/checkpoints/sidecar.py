@@ -90,10 +90,10 @@ class Sidecar:
             raise CheckpointError(f"sidecar of {name} has a negative step or size")
         meta = plain(content, f"sidecar of {name}")
         check_meta(meta, content["step"], f"sidecar of {name}")
-        of = meta.get("file")
+        described_file = meta.get("file")
         for key in ("file", "size", "crc32c"):
             meta.pop(key, None)
-        return cls(name, content["size"], content["crc32c"], meta, of)
+        return cls(name, content["size"], content["crc32c"], meta, described_file)
 
 
 def verify_file(path: Path, sidecar: Sidecar, crc32c: str | None = None) -> None:
