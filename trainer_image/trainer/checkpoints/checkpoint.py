@@ -77,7 +77,7 @@ class Checkpoint:
 
     @cached_property
     def _shapes(self) -> StudentConfig:
-        """What the weights alone tell, checked strictly; the heads, which they do not, are 1."""
+        """Shapes by the weights alone, checked strictly, with 1 head: weights do not tell heads."""
         embed, table = self.weights.get("embed.weight"), self.weights.get("pos.weight")
         if embed is None or embed.ndim != 2 or not embed.numel():
             some = ", ".join(sorted(self.weights)[:3]) or "nothing"

@@ -37,7 +37,7 @@ _MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 """Bytes of this machine, more than which no checkpoint that it can use has."""
 
 _IN_FLIGHT = 8
-"""Files and removals that may be queued when a new snapshot comes, about those of one before it."""
+"""Files and removals that may still be queued when a new snapshot comes: those of about one."""
 
 
 def read_sidecars(location: Location) -> list[Sidecar]:

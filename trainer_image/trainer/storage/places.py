@@ -48,8 +48,8 @@ def is_remote(uri: str) -> bool:
 def place(uri: str, path: str) -> str:
     """Where an artifact with a URI and a local path is best read and written.
 
-    Cloud Storage is, by its URI: checked, conditional and resumable, which a mount is not. What
-    other stores hold is on the local path.
+    An object store with a backend is used by its URI: its transfers are checked, conditional and
+    resumable, those of a mount are not. For every other store it is the local path.
     """
     return uri if is_remote(uri) else path
 
