@@ -21,16 +21,18 @@ def evaluate(
     more_settings: dict = {},  # noqa: B006 - kfp records the value itself
 ) -> NamedTuple("Evaluated", [("loss_before", float), ("loss_after", float)]):  # type: ignore[valid-type]
     """One row per checkpoint and context; returns both losses at the longest context."""
+    from trainer.runtime.commands import start_stage
+
+    start_stage()
+
     import tempfile
     from pathlib import Path
 
     from trainer import evaluate
-    from trainer.runtime.commands import start_stage
     from trainer.settings.layers import resolve
     from trainer.settings.values import given
     from trainer.storage.places import place
 
-    start_stage()
     settings = {
         "tokens_dir": place(tokens.uri, tokens.path),
         "teacher_name": teacher_name,

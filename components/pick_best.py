@@ -14,12 +14,14 @@ def pick_best(
     metric: str = "val_loss_student",
 ) -> NamedTuple("Picked", [("loss", float), ("step", int)]):  # type: ignore[valid-type]
     """The checkpoint of the lowest metric, where it lies; ties go to the earlier step."""
-    from trainer import pick_best
-    from trainer.checkpoints.metadata import summary
     from trainer.runtime.commands import start_stage
-    from trainer.storage.places import place
 
     start_stage()
+
+    from trainer import pick_best
+    from trainer.checkpoints.metadata import summary
+    from trainer.storage.places import place
+
     metric = metric or "val_loss_student"
     picked = pick_best.run([place(checkpoints.uri, checkpoints.path)], metric)
     name = picked.uri.rpartition("/")[2]

@@ -17,13 +17,15 @@ def prepare_tokens(
 ) -> int:
     """Token streams of a data set, with its tokenizer; returns the number of training tokens."""
     settings = {name: value for name, value in locals().items() if name != "tokens"}
-    from trainer import prepare_tokens
     from trainer.runtime.commands import start_stage
+
+    start_stage()
+
+    from trainer import prepare_tokens
     from trainer.settings.layers import resolve
     from trainer.settings.values import given
     from trainer.storage.places import place
 
-    start_stage()
     output = place(tokens.uri, tokens.path)
     info = prepare_tokens.run(resolve(given(**settings), {}).config, output)
     tokens.metadata["train_tokens"] = info.train_tokens

@@ -13,14 +13,16 @@ def resize_reset(
     pos_resize: str = "linear",
 ) -> int:
     """Weights for ``block_size`` positions without optimizer, at step 0; returns the old step."""
+    from trainer.runtime.commands import start_stage
+
+    start_stage()
+
     from trainer import resize_reset
     from trainer.checkpoints.metadata import summary
-    from trainer.runtime.commands import start_stage
     from trainer.settings.layers import resolve
     from trainer.settings.values import given
     from trainer.storage.places import place
 
-    start_stage()
     settings = resolve(given(block_size=block_size, pos_resize=pos_resize), {}).config
     meta = resize_reset.run(
         place(checkpoint.uri, checkpoint.path),

@@ -37,18 +37,20 @@ def train(
 ) -> NamedTuple("Trained", [("best_loss", float), ("best_step", int), ("steps", int)]):  # type: ignore[valid-type]
     """Checkpoints of a run; started again on the same output, it goes on from its snapshots."""
     inputs = dict(locals())
+    from trainer.runtime.commands import start_stage
+
+    start_stage()
+
     import math
     from pathlib import Path
 
     from trainer import entrypoint, pick_best
     from trainer.checkpoints.metadata import summary
-    from trainer.runtime.commands import start_stage
     from trainer.runtime.strict_json import dumps
     from trainer.settings.config import SETTINGS
     from trainer.settings.values import given
     from trainer.storage.places import place
 
-    start_stage()
     output = place(checkpoints.uri, checkpoints.path)
     settings = {name: value for name, value in inputs.items() if name in SETTINGS} | {
         "tokens_dir": place(tokens.uri, tokens.path),

@@ -9,20 +9,25 @@ taken from the cache, so a changed parameter of one stage reruns that stage and 
 
 from __future__ import annotations
 
+from trainer.runtime.signals import watch_signals
+
+if __name__ == "__main__":
+    watch_signals()  # before anything is imported that takes a while
+
 import contextlib
 import hashlib
 import io
 import json
 import os
 import re
-import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 import psutil
 from kfp import local
@@ -39,7 +44,7 @@ from pipelines.submit import switch
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import LiquidError
 from trainer.runtime.log import log, quiet_libraries, set_up_logging
-from trainer.runtime.signals import SIGTERM_STATUS
+from trainer.runtime.signals import GRACE_SECONDS, ending_first
 from trainer.settings.flags import OneLineParser
 
 STUDENT = {"d_model": 96, "n_layers": 3, "n_heads": 4, "eval_max_tokens": 16_384}
@@ -70,7 +75,7 @@ DEMO: dict[str, Any] = {
 }
 """The default runs, at a fifth of their length or less and an eighth of their context."""
 
-_END_SECONDS = 20.0
+_END_SECONDS = GRACE_SECONDS + 2.0
 """How long a training has to save and to end before it is killed."""
 _FINISHED = re.compile(r"Task '(?P<task>[\w-]+)' finished with status (?P<status>\w+)")
 _COLOR = re.compile(r"\x1b\[\d+m")
@@ -102,17 +107,29 @@ class _Readable(io.TextIOBase):
         self._rest = ""
         self.last_error = ""
         self._traceback_indent: int | None = None
+        self._gone: set[str] = set()
 
     def write(self, text: str) -> int:
-        self.raw.write(text)
+        self._observe(self.raw.write, text, "the log file")
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
             self._line(_COLOR.sub("", line).rstrip())
         return len(text)
 
     def flush(self) -> None:
-        self.raw.flush()
-        self.shown.flush()
+        """Nothing: what is shown is flushed line by line, the log file when it is closed."""
+
+    def _show(self, line: str) -> None:
+        self._observe(partial(print, file=self.shown, flush=True), line, "the standard output")
+
+    def _observe(self, write: Callable[[str], object], text: str, name: str) -> None:
+        """Write to what is not the run; a failure is told once and does not end it."""
+        try:
+            write(text)
+        except (OSError, ValueError) as error:
+            if name not in self._gone:
+                self._gone.add(name)
+                log.warning("%s cannot be written any more: %s", name, error)
 
     def _line(self, indented: str) -> None:
         line = indented.strip()
@@ -126,14 +143,14 @@ class _Readable(io.TextIOBase):
         elif match := _FINISHED.search(line):
             title = self.titles[match["task"]]
             self.run.ran.append(title)
-            print(f"── {title}: {match['status'].lower()}", file=self.shown, flush=True)
+            self._show(f"── {title}: {match['status'].lower()}")
         elif line.startswith('{"severity"'):
             with contextlib.suppress(ValueError):
                 record = json.loads(line)
                 if record["severity"] == "ERROR":
                     self.last_error = record["message"].splitlines()[-1]
                 if not _QUIET.search(record["message"]):
-                    print(f"   {record['message']}", file=self.shown, flush=True)
+                    self._show(f"   {record['message']}")
 
 
 def run_pipeline(work: Path, parameters: dict[str, Any]) -> LocalRun:
@@ -156,7 +173,9 @@ def run_pipeline(work: Path, parameters: dict[str, Any]) -> LocalRun:
     )
     log_file = work / "pipeline.log"
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    with log_file.open("w", encoding="utf-8") as raw, warnings.catch_warnings():
+    with contextlib.ExitStack() as stack, warnings.catch_warnings():
+        raw = log_file.open("w", encoding="utf-8")
+        stack.callback(_close, raw)
         warnings.simplefilter("ignore")
         stream = _Readable(sys.stdout, raw, run)
         try:
@@ -180,6 +199,11 @@ def run_pipeline(work: Path, parameters: dict[str, Any]) -> LocalRun:
     return run
 
 
+def _close(file: TextIO) -> None:
+    with contextlib.suppress(OSError):
+        file.close()
+
+
 def code_digest() -> str:
     """A digest of all code that the stages run."""
     digest = hashlib.sha256()
@@ -191,35 +215,31 @@ def code_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-@contextlib.contextmanager
-def ending_tasks() -> Iterator[None]:
+def ending_tasks() -> contextlib.AbstractContextManager[None]:
     """End the running task together with this process, on SIGTERM and on Ctrl-C.
 
     The task's process gets neither by itself, but for a Ctrl-C typed in a terminal.
     """
-
-    def stop(*_: object) -> NoReturn:
-        _end_children()
-        log.error("stopped by SIGTERM")
-        raise SystemExit(SIGTERM_STATUS)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except KeyboardInterrupt:
-        _end_children()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return ending_first(_end_children, _kill_children, seconds=_END_SECONDS + 3.0)
 
 
 def _end_children() -> None:
     children = psutil.Process().children(recursive=True)
-    for end in (psutil.Process.terminate, psutil.Process.kill):
-        for child in children:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                end(child)
-        _, children = psutil.wait_procs(children, timeout=_END_SECONDS)
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.terminate()
+    psutil.wait_procs(children, timeout=_END_SECONDS)
+    _kill(children)
+
+
+def _kill_children() -> None:
+    _kill(psutil.Process().children(recursive=True))
+
+
+def _kill(children: list[psutil.Process]) -> None:
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 def main(argv: list[str]) -> None:

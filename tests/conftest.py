@@ -21,6 +21,7 @@ from tests.faults.server import ObjectServer
 from tests.trainer.samples import save_teacher
 from trainer import entrypoint, export_hf
 from trainer.runtime.log import log, quiet_libraries
+from trainer.runtime.signals import release_signals
 
 _numbers = itertools.count(1)
 
@@ -43,6 +44,7 @@ def log_as_it_was() -> Iterator[None]:
     try:
         yield
     finally:
+        release_signals()
         log.handlers[:], log.propagate, sys.excepthook = handlers, propagate, hook
         log.setLevel(level)
         signal.signal(signal.SIGTERM, on_sigterm)

@@ -5,6 +5,11 @@ python -m trainer.pick_best gs://BUCKET/run --metric=val_loss_student@512
 
 from __future__ import annotations
 
+from trainer.runtime.signals import watch_signals
+
+if __name__ == "__main__":
+    watch_signals()  # before anything is imported that takes a while
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

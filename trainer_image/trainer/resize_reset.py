@@ -5,6 +5,11 @@ python -m trainer.resize_reset gs://BUCKET/run/best.pt OUT.pt --block_size=1024
 
 from __future__ import annotations
 
+from trainer.runtime.signals import watch_signals
+
+if __name__ == "__main__":
+    watch_signals()  # before anything is imported that takes a while
+
 from pathlib import Path
 from typing import Any
 

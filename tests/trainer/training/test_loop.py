@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,8 @@ from trainer.data.streams import streams_for
 from trainer.loss.chunked import DistillLoss
 from trainer.models.student import Student
 from trainer.models.teacher import load_teacher, read_teacher_spec
-from trainer.runtime.errors import Preempted, TrainingError, UsageError
+from trainer.runtime.errors import Preempted, StorageError, TrainingError, UsageError
+from trainer.runtime.log import set_up_logging
 from trainer.runtime.processes import Processes
 from trainer.settings.layers import resolve
 from trainer.training import evaluation, loop, run, step
@@ -536,3 +538,149 @@ def test_scalars_go_where_vertex_says(
     assert last.step == 6
     assert last.value == pytest.approx(result.metrics["val_loss_student"], rel=1e-6)
     assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6]
+
+
+# ── what ends a run saves first
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, place: str, call: int, error: Exception) -> None:
+    """Let a method fail at one call of it."""
+    owner, name = {
+        "gradients": (TrainStep, "micro_step"),
+        "update": (TrainStep, "update"),
+        "log": (LogWindow, "means"),
+        "evaluation": (Evaluator, "metrics"),
+        "scalars": (loop.ScalarLog, "flush"),
+    }[place]
+    real, calls = getattr(owner, name), list[int]()
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            raise error
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+@pytest.mark.parametrize(
+    ("place", "call", "saved", "error"),
+    [
+        ("gradients", 9, 4, MemoryError()),
+        ("log", 5, 5, RuntimeError("a defect")),
+        ("evaluation", 2, 6, UsageError("x")),
+        ("scalars", 2, 6, KeyError("a defect")),
+    ],
+)
+def test_a_failure_saves_the_last_update_and_the_run_goes_on_bit_for_bit(
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    call: int,
+    saved: int,
+    error: Exception,
+) -> None:
+    del settings["global_batch"]
+    settings |= {"grad_accum": 2, "save_every": 1000, "train_steps": 8}
+    settings |= {"dropout": 0.1, "eval_every": 3, "log_interval": 1}
+    train(settings, local_workdir=str(tmp_path / "whole"))
+    with monkeypatch.context() as patched:
+        fail_at(patched, place, call, error)
+        with pytest.raises(type(error)) as caught:
+            train(settings)
+    assert caught.value is error
+    (snapshot,) = (tmp_path / "work").glob("ckpt_step_*.pt")
+    assert read_checkpoint(snapshot).step == saved
+    result = train(settings)
+    whole = final(tmp_path / "whole")
+    assert_same(whole, final(tmp_path / "work"))
+    assert result.best_step == whole.trainer_state["best_step"]
+    names = {path.name for path in (tmp_path / "whole").glob("ckpt_best*.pt")}
+    assert names == {path.name for path in (tmp_path / "work").glob("ckpt_best*.pt")}
+
+
+def test_a_failure_in_the_middle_of_an_update_saves_nothing(
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    set_up_logging()
+    fail_at(monkeypatch, "update", 2, RuntimeError("a defect"))
+    with pytest.raises(RuntimeError, match="a defect"):
+        train(settings)
+    assert not list((tmp_path / "work").glob("*.pt"))
+    errors = capsys.readouterr().err
+    assert "step 1 is not saved: the failure came in the middle of an update" in errors
+
+
+def test_a_failure_that_leaves_weights_not_finite_saves_nothing(
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    set_up_logging()
+    fail_at(monkeypatch, "gradients", 3, RuntimeError("a defect"))
+    monkeypatch.setattr(TrainStep, "weights_are_finite", lambda _: False)
+    with pytest.raises(RuntimeError, match="a defect"):
+        train(settings)
+    assert not list((tmp_path / "work").glob("*.pt"))
+    assert "step 2 is not saved: its weights are not finite" in capsys.readouterr().err
+
+
+def test_a_failure_of_the_storage_says_that_nothing_is_saved(
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    set_up_logging()
+    output = tmp_path / "out"
+    real = TrainStep.update
+
+    def update(self: TrainStep, learning_rate: float) -> Any:
+        if self.optimizer.state and output.exists():
+            shutil.rmtree(output)
+            output.write_text("not a directory any more")
+        return real(self, learning_rate)
+
+    monkeypatch.setattr(TrainStep, "update", update)
+    with pytest.raises(StorageError):
+        train(settings, output_gcs_uri=str(output), train_steps=20, save_every=2)
+    assert "is not saved: " in capsys.readouterr().err
+
+
+# ── what is not the run does not end it
+
+
+def test_a_scalar_directory_that_is_removed_is_told_once(
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    set_up_logging()
+    real = Evaluator.metrics
+
+    def metrics(*args: Any) -> Any:
+        shutil.rmtree(tmp_path / "work" / "tensorboard", ignore_errors=True)
+        return real(*args)
+
+    monkeypatch.setattr(Evaluator, "metrics", metrics)
+    assert train(settings).step == 6
+    assert capsys.readouterr().err.count("TensorBoard scalars are not recorded any more") == 1
+
+
+def test_a_scalar_directory_that_cannot_be_made_is_told_once(
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    set_up_logging()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("AIP_TENSORBOARD_LOG_DIR", str(tmp_path / "file" / "board"))
+    assert train(settings).step == 6
+    assert capsys.readouterr().err.count("TensorBoard scalars are not recorded any more") == 1

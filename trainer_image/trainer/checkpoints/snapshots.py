@@ -426,6 +426,11 @@ class Snapshots:
             self._uploads.submit_delete(sidecar_name(old))
             self._uploads.submit_delete(old)
 
+    def unsent(self) -> list[str]:
+        """What is queued, and not at the location yet."""
+        uploads = self._uploads
+        return uploads.unsent() if uploads is not None else []
+
     def rescue(self, reason: Exception) -> None:
         """For a run that ends badly: wait a while for what is queued, and log what is lost."""
         if self._uploads is None:

@@ -7,8 +7,19 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from trainer.runtime.log import quiet_libraries, report_failure, set_up_logging
-from trainer.runtime.signals import end_on_sigterm, ending_on_sigterm
+from trainer.runtime.log import (
+    flush_standard_streams,
+    open_standard_streams,
+    quiet_libraries,
+    report_failure,
+    set_up_logging,
+)
+from trainer.runtime.signals import (
+    end_on_signals,
+    end_with,
+    ending_on_signals,
+    tell_otherwise,
+)
 
 
 def start_stage() -> None:
@@ -17,22 +28,37 @@ def start_stage() -> None:
     A failure that nobody catches ends the process as it ends a command: in one line of the log,
     with its exit status. Cloud Logging would make an entry of each line of a traceback. SIGTERM
     ends it too.
+
+    Called before anything is imported that takes a while, signals being handled from here on.
     """
+    open_standard_streams()
     set_up_logging()
-    end_on_sigterm()
+    end_on_signals()
     quiet_libraries()
     sys.excepthook = _report_and_exit
 
 
 def _report_and_exit(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    raise SystemExit(report_failure(error))
+    raise SystemExit(end_with(_report(error)))
+
+
+def _report(error: BaseException) -> int:
+    told = tell_otherwise()
+    if isinstance(error, KeyboardInterrupt) and told:
+        return 130
+    return report_failure(error)
 
 
 def run_command(command: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
     """Run a command's body; turn its failure into one line on stderr and an exit status."""
-    try:
-        with ending_on_sigterm():
+    open_standard_streams()
+    with ending_on_signals():
+        try:
             command(sys.argv[1:] if argv is None else argv)
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - reported, or raised again
-        return report_failure(error)
-    return os.EX_OK
+            sys.stdout.flush()
+            status = os.EX_OK
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - reported, or raised again
+            status = _report(error)
+        status = end_with(status)
+        flush_standard_streams()
+    return status

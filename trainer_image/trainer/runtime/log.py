@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
+import re
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import trainer
@@ -25,11 +28,19 @@ def hide(secret: str) -> None:
         _secrets.add(secret)
 
 
+_TOKEN = re.compile(
+    r"\bhf_[A-Za-z0-9]{8,}"
+    # long and of all sorts of characters, as no name, path or digest is
+    r"|(?<![A-Za-z0-9])(?=[A-Z0-9]*[a-z])(?=[a-z0-9]*[A-Z])(?=[A-Za-z]*[0-9])[A-Za-z0-9]{24,}"
+)
+"""What looks like a token, whoever's and wherever it stands."""
+
+
 def without_secrets(text: str) -> str:
-    """The text with every hidden secret replaced."""
+    """The text with every hidden secret replaced, and what looks like one."""
     for secret in _secrets:
         text = text.replace(secret, "***")
-    return text
+    return _TOKEN.sub("***", text)
 
 
 class _JsonFormatter(logging.Formatter):
@@ -70,13 +81,104 @@ class _AboveProgressBar(logging.StreamHandler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        with tqdm.external_write_mode(file=self.stream, nolock=False):
+        with _unless_gone(), tqdm.external_write_mode(file=self.stream, nolock=False):
             super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Raise what has happened, for `emit`; logging would print it, also to a closed stream."""
+        raise
+
+
+@contextlib.contextmanager
+def _unless_gone() -> Iterator[None]:
+    """A stderr that is closed, full or without a reader ends no run; nowhere could one say so."""
+    try:
+        yield
+    except OSError:
+        return
+    except ValueError as error:
+        if "closed file" not in str(error):
+            raise
+
+
+def open_standard_streams() -> None:
+    """Let what was closed at the start be the null device.
+
+    The next file opened would else get its number, and then what native code prints.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115
+
+
+def flush_standard_streams() -> None:
+    """Write out what stdout and stderr hold back; what cannot be is dropped.
+
+    At its end the interpreter would try again, and end with status 120.
+    """
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 def on_terminal() -> bool:
     """Whether a person watches stderr."""
     return sys.stderr.isatty()
+
+
+class ProgressBar:
+    """tqdm's, on a terminal; one that cannot be drawn any more is left out.
+
+    Args:
+        what: is being done.
+        unit: of what is counted.
+        total: how many there are in all, where one knows.
+        initial: how many are done.
+        shown: False for none at all, as also where nobody watches.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        unit: str,
+        total: int | None = None,
+        initial: int = 0,
+        *,
+        shown: bool = True,
+    ) -> None:
+        from tqdm import tqdm
+
+        self._bar: tqdm[Any] | None = None
+        if shown and on_terminal():
+            with _unless_gone():
+                self._bar = tqdm(total=total, initial=initial, desc=what, unit=unit, leave=False)
+
+    def update(self, number: int = 1) -> None:
+        """So many more are done."""
+        if self._bar is not None:
+            with _unless_gone():
+                self._bar.update(number)
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
+        if self._bar is not None:
+            with _unless_gone():
+                self._bar.close()
+
+
+def write_last_line(message: str) -> None:
+    """A line of the log, written past all locks and buffers: as a signal's handler must."""
+    formatter = _TextFormatter() if os.isatty(2) else _JsonFormatter()
+    record = logging.LogRecord(log.name, logging.ERROR, "", 0, message, None, None)
+    with contextlib.suppress(OSError):
+        os.write(2, f"{formatter.format(record)}\n".encode())
 
 
 def rank_of_process() -> int:

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,14 +21,15 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from trainer.runtime.devices import choose_device, count_gpus
 from trainer.runtime.errors import LiquidError, Preempted, UsageError
 from trainer.runtime.log import log
+from trainer.runtime.signals import GRACE_SECONDS, ending_first
 
 MASTER_PORT = 29_500
 
 PATIENCE = timedelta(hours=2)
 """How long processes wait for each other: one may tokenize or upload while the others wait."""
 
-SHUTDOWN_SECONDS = 300
-"""How long a process may save and upload after a signal; many platforms allow less."""
+SHUTDOWN_SECONDS = int(GRACE_SECONDS) + 2
+"""How long torchrun's processes have to end after a signal: longer than each allows itself."""
 
 _CPU = torch.device("cpu")
 
@@ -153,8 +155,20 @@ def find_nodes(environ: Mapping[str, str] = os.environ) -> Nodes:
         raise UsageError(f"CLUSTER_SPEC cannot be understood ({error}): {text}") from None
 
 
-def launch_if_needed(module: str, argv: list[str], environ: Mapping[str, str] = os.environ) -> bool:
+def launch_if_needed(
+    module: str,
+    argv: list[str],
+    environ: Mapping[str, str] = os.environ,
+    *,
+    secrets: Mapping[str, str] | None = None,
+) -> bool:
     """Run the module through torchrun, if the job has several GPUs or several machines.
+
+    Args:
+        module: to run.
+        argv: its flags.
+        environ: tells the machines of the job.
+        secrets: further environment of the processes.
 
     Returns:
         True when the processes of this machine, one per GPU, have succeeded; False where the
@@ -189,8 +203,11 @@ def launch_if_needed(module: str, argv: list[str], environ: Mapping[str, str] = 
         *("-m", module, *argv),
     ]
     log.info("starting torchrun: %d machines with %d processes each", nodes.count, max(1, gpus))
+    os.environ.update(secrets or {})
     try:
-        run(parse_args(command))
+        # A second signal makes torchrun repeat it to its processes, which then end at once
+        with ending_first(_nothing, _tell_children, seconds=SHUTDOWN_SECONDS + 2, after_second=3.0):
+            run(parse_args(command))
     except ChildFailedError as error:
         rank, first = error.get_first_failure()
         raise LaunchError(
@@ -201,6 +218,18 @@ def launch_if_needed(module: str, argv: list[str], environ: Mapping[str, str] = 
         name = signal.Signals(error.sigval).name
         raise Preempted(f"stopped by {name}; start it again to go on", name) from None
     return True
+
+
+def _nothing() -> None:
+    """torchrun itself ends its processes."""
+
+
+def _tell_children() -> None:
+    """Pass the stop on where torchrun has not; they are in sessions of their own."""
+    for children in Path("/proc/self/task").glob("*/children"):
+        for child in children.read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(child), signal.SIGTERM)
 
 
 class LaunchError(LiquidError):

@@ -100,6 +100,11 @@ class Uploader:
             )
         self.check()
 
+    def unsent(self) -> list[str]:
+        """The names that are not written yet."""
+        with self._changed:
+            return [name for group in self._unfinished() if group.make for name in group.names]
+
     def check(self) -> None:
         """Raise the failure of an earlier upload, if there was one.
 

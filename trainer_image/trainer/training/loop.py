@@ -9,12 +9,10 @@ import sys
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import asdict
-from types import FrameType
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from trainer.checkpoints.checkpoint import Snapshot
 from trainer.checkpoints.metadata import build_meta
@@ -33,8 +31,9 @@ from trainer.data.streams import TokenStreams
 from trainer.loss.chunked import Mix
 from trainer.models.teacher import Teacher
 from trainer.runtime.errors import CheckpointError, Preempted, TrainingError
-from trainer.runtime.log import log, log_values, on_terminal, seconds_since_start
+from trainer.runtime.log import ProgressBar, log, log_values, seconds_since_start
 from trainer.runtime.processes import Processes
+from trainer.runtime.signals import saving_on_signals
 from trainer.settings.config import TrainConfig
 from trainer.settings.schedules import learning_rate, shortened
 from trainer.training.evaluation import EvaluationStopped, Evaluator, check_contexts
@@ -120,10 +119,13 @@ class TrainingLoop:
         self._counted = start.step
         """Updates that `_count_skipped` has seen."""
         self.copies = StateCopies()
-        self.stop_signal: int | None = None
+        self.stop_signal: signal.Signals | None = None
         self._next_time_snapshot = time.monotonic() + TIME_EVERY_SECONDS
         self._saved = start.step if self.continued else -1
         """The step of the newest snapshot at the run's location; -1 where there is none."""
+        self._began = start.step
+        self._whole = True
+        """Whether the weights are those of a complete update."""
 
     def run(self) -> RunResult:
         """Train to ``train_steps`` with evaluations, snapshots and log lines.
@@ -134,16 +136,25 @@ class TrainingLoop:
                 finite.
         """
         self._announce()
-        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
-        scalars = ScalarLog(self.config.local_workdir, step=self.step, enabled=self.processes.main)
-        bar = tqdm(
-            total=self.config.train_steps,
-            initial=self.step,
-            desc="training",
-            unit="step",
-            disable=not (on_terminal() and self.processes.main),
-            leave=False,
+        with saving_on_signals(self._on_signal, self._unsaved):
+            self._train()
+        if self.stop_signal is not None:  # while the end was being saved
+            raise self._preempted(self.stop_signal.name)
+        best = self.progress.best_value, self.progress.best_step
+        log.info(
+            "finished at step %d: best %s %.4f at step %d; checkpoints in %s",
+            self.step,
+            self.config.save_best_on,
+            *best,
+            self.config.uri,
         )
+        return RunResult(self.step, self.progress.metrics, *best).checked(self.config)
+
+    def _train(self) -> None:
+        """Updates and what is due after them, up to the last snapshot's arrival."""
+        main = self.processes.main
+        scalars = ScalarLog(self.config.local_workdir, step=self.step, enabled=main)
+        bar = ProgressBar("training", "step", self.config.train_steps, self.step, shown=main)
         batches = self._batches()
         try:
             self._catch_up(scalars)
@@ -154,25 +165,14 @@ class TrainingLoop:
                 bar.update()
                 self._after_update(scalars)
             self.snapshots.finish()
-        except Exception as error:  # whatever it is, the snapshots queued so far are written
+        except Exception as error:
             if not isinstance(error, Preempted):
-                self.snapshots.rescue(error)
+                self._rescue(error)
             raise
         finally:
             bar.close()
             batches.close()
             scalars.close()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-        best = self.progress.best_value, self.progress.best_step
-        log.info(
-            "finished at step %d: best %s %.4f at step %d; checkpoints in %s",
-            self.step,
-            self.config.save_best_on,
-            *best,
-            self.config.uri,
-        )
-        return RunResult(self.step, self.progress.metrics, *best).checked(self.config)
 
     def _announce(self) -> None:
         config = self.config
@@ -226,8 +226,11 @@ class TrainingLoop:
             self.window.add(output)
             if self.stop_signal is not None and self.processes.world_size == 1:
                 self._stop()
-        self.window.add_norm(self.device_step.update(self._learning_rate(self.step)))
+        self._whole = False
+        norm = self.device_step.update(self._learning_rate(self.step))
         self.step += 1
+        self._whole = True
+        self.window.add_norm(norm)
         self._count_skipped(wait=False)
 
     def _seed_dropout(self, micro_step: int) -> None:
@@ -386,7 +389,6 @@ class TrainingLoop:
         except EvaluationStopped:
             self._stop()
         eval_seconds = time.perf_counter() - began
-        self.progress.metrics, self.progress.metrics_step = metrics, self.step
         losses = {name: value for name, value in metrics.items() if "loss" in name and "@" in name}
         shown = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
         message = f"step {self.step}: {shown} ({eval_seconds:.1f} s)"
@@ -394,10 +396,13 @@ class TrainingLoop:
         scalars.add({f"eval/{name}": value for name, value in metrics.items()}, self.step)
         scalars.flush()
         value = metrics[self.config.save_best_on]
-        if not (math.isfinite(value) and value < self.progress.best_value):
-            return []
-        if self.processes.any(not self.device_step.weights_are_finite()):
+        best = math.isfinite(value) and value < self.progress.best_value
+        if best and self.processes.any(not self.device_step.weights_are_finite()):
             log.warning("step %d: weights are not finite, so this is not called best", self.step)
+            best = False
+        # Last and together: a failure before makes this an evaluation that was not
+        self.progress.metrics, self.progress.metrics_step = metrics, self.step
+        if not best:
             return []
         self.progress.best_value, self.progress.best_step = value, self.step
         return [BEST, best_name(self.step, value)]
@@ -440,22 +445,61 @@ class TrainingLoop:
             "optimizer": self.device_step.optimizer.state_dict(),
         }
 
-    # ── preemption ────────────────────────────────────────────────────────────────────────────
+    # ── a run that ends before its last step ──────────────────────────────────────────────────
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: signal.Signals) -> None:
         self.stop_signal = number
 
     def _stop(self) -> NoReturn:
         """Save the last complete update and end; started again, the run goes on from there."""
-        name = signal.Signals(self.stop_signal or signal.SIGTERM).name
+        name = (self.stop_signal or signal.SIGTERM).name
         # Writing a snapshot again leaves it incomplete for a while, and a kill may come then
         saved = self._saved == self.step
         log.warning("%s: %s step %d and stopping", name, "has" if saved else "saving", self.step)
         if not saved:
             self._save([step_name(self.step)])
         self.snapshots.finish()
-        raise Preempted(
+        raise self._preempted(name)
+
+    def _preempted(self, name: str) -> Preempted:
+        return Preempted(
             f"stopped by {name} at step {self.step}; started again with its output at"
             f" {self.config.uri}, it goes on",
             name,
         )
+
+    def _unsaved(self) -> str:
+        """What a process that ends now leaves undone; called in another thread."""
+        waiting = ", ".join(self.snapshots.unsent())
+        return "; ".join(
+            [f"step {self.step} is not saved"] * (self._saved < self.step > self._began)
+            + [f"not at {self.config.uri} yet: {waiting}"] * bool(waiting)
+        )
+
+    def _rescue(self, reason: Exception) -> None:
+        """Before a failure ends the run: save the last complete update, and wait for its arrival.
+
+        Not after updates that were skipped, or weights that are not finite: what was saved before
+        is what one goes on from.
+        """
+        trained = self.step > max(self._saved, self._began)
+        if trained and self.processes.main and not isinstance(reason, TrainingError):
+            try:
+                self._save_alone()
+                log.warning("a failure ends the run; saving step %d first", self.step)
+            except Exception as error:  # noqa: BLE001 - the first failure is the one to report
+                why = " ".join(str(error).split()) or type(error).__name__
+                log.warning("step %d is not saved: %s", self.step, why)
+        self.snapshots.rescue(reason)
+
+    def _save_alone(self) -> None:
+        """Queue a snapshot; the other processes may have gone on, or may have failed."""
+        if not self._whole:
+            raise TrainingError("the failure came in the middle of an update")
+        if self.device_step.sharded:
+            raise TrainingError("the other processes hold parts of it")
+        self._count_skipped(wait=True)
+        if not self.device_step.weights_are_finite():
+            raise TrainingError("its weights are not finite")
+        self.snapshots.save(self.snapshot(), [step_name(self.step)])
+        self._saved = self.step
