@@ -24,6 +24,7 @@ from trainer.runtime.errors import UsageError
 from trainer.settings.accumulation import accumulation
 from trainer.settings.config import REQUIRED, SETTINGS, TrainConfig, check_shapes
 from trainer.settings.layers import for_evaluation, resolve
+from trainer.settings.secret_names import shown_name, without_values
 from trainer.settings.values import given
 
 _STAGES = [stage.key for stage in STAGES.values() if stage.configurable]
@@ -89,14 +90,15 @@ def parse_parameters(text: str) -> dict[str, Any]:
     try:
         pieces = shlex.split(text)
     except ValueError as error:
-        raise UsageError(f"PARAMS={text!r}: {error}") from None
+        raise UsageError(f"PARAMS={without_values(text)!r}: {error}") from None
     parsed: dict[str, Any] = {}
     for piece in pieces:
         name, sign, value = piece.partition("=")
         if not sign:
-            raise UsageError(f"PARAMS: {piece!r} is not name=value")
+            raise UsageError(f"PARAMS: {shown_name(piece, defaults)!r} is not name=value")
         if name not in defaults:
-            raise UsageError(f"PARAMS: unknown parameter {name!r}{nearest(name, defaults)}")
+            shown = shown_name(name, defaults)
+            raise UsageError(f"PARAMS: unknown parameter {shown!r}{nearest(name, defaults)}")
         parsed[name] = _converted(name, value, type(defaults[name]))
     return parsed
 
@@ -120,7 +122,7 @@ def _converted(name: str, value: str, kind: type) -> Any:
             float: "a number is needed",
             dict: f"a JSON object is needed, quoted as in {name}='{{\"dropout\": 0.1}}'",
         }[kind]
-        raise UsageError(f"PARAMS: {name}={value!r}: {wanted}") from None
+        raise UsageError(f"PARAMS: {name}={without_values(value)!r}: {wanted}") from None
 
 
 def _no_constant(name: str) -> NoReturn:

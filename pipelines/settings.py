@@ -17,6 +17,7 @@ from typing import Any
 
 from pipelines.stages import DEFAULT_MACHINES, STAGES, Machine, described
 from trainer.runtime.errors import UsageError
+from trainer.settings.secret_names import shown_name
 from trainer.settings.text_yaml import read_settings
 
 DEFAULT_FILE = "pipeline.yaml"
@@ -308,7 +309,8 @@ def _from_file(environ: Mapping[str, str], known: Mapping[str, str]) -> dict[str
         if name in found:
             raise UsageError(f"{path}: {name} is given twice")
         if name not in known:
-            raise UsageError(f"{path}: unknown setting {key!r}{nearest(name, known)}")
+            shown = shown_name(str(key), known)
+            raise UsageError(f"{path}: unknown setting {shown!r}{nearest(name, known)}")
         if value is not None:
             found[name] = value
     return found

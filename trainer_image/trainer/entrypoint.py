@@ -10,12 +10,17 @@ Started again with the same settings, it goes on from its own newest snapshot.
 
 from __future__ import annotations
 
+from trainer.runtime.signals import watch_signals
+
+if __name__ == "__main__":
+    watch_signals()  # before anything is imported that takes a while
+
 from trainer.runtime.commands import run_command
 from trainer.runtime.log import quiet_libraries, rank_of_process, set_up_logging
-from trainer.runtime.processes import joined_processes, launch_if_needed
+from trainer.runtime.processes import joined_processes
 from trainer.settings.flags import build_parser, settings_from_args
 from trainer.settings.layers import resolve, settings_from_yaml
-from trainer.training.run import check_before_reading, run, run_on_all_gpus
+from trainer.training.run import check_before_reading, launch, run, run_on_all_gpus
 
 __all__ = ["main", "run", "run_on_all_gpus"]
 
@@ -30,7 +35,7 @@ def main(argv: list[str]) -> None:
     command_line = settings_from_args(args)
     config_file = settings_from_yaml(args.config) if "config" in args else {}
     check_before_reading(resolve(command_line, config_file))
-    if launch_if_needed("trainer.entrypoint", argv):
+    if launch(command_line):
         return
     quiet_libraries()
     with joined_processes() as processes:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
+import re
+import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from trainer.runtime.errors import UsageError
+from trainer.runtime.log import without_secrets
 from trainer.settings.config import SETTINGS
+from trainer.settings.secret_names import resembles_secret, shown_name
 from trainer.settings.values import TYPES, parse_value
 
 _SECRET_FLAGS = tuple(f"--{name}" for name, spec in SETTINGS.items() if spec.metadata["secret"])
+
+_FLAG = re.compile(r"--?[^\W\d]")
+"""How a flag begins, where a negative number does not."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -19,24 +27,40 @@ class OneLineParser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, **options: Any) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(prog, **options)
+        super().__init__(prog, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         """Raise a `UsageError` where argparse prints its usage and exits."""
-        raise UsageError(f"{message} (see --help)")
+        raise UsageError(without_secrets(f"{message} (see --help)"))
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does, but an unknown flag is named without its value."""
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if not unknown:
-            return parsed
-        first = unknown[0].partition("=")[0]
-        if not first.startswith("-"):
-            secret = any(word.startswith(_SECRET_FLAGS) for word in args or ())
-            self.error(f"unexpected argument {'***' if secret else repr(first)}")
+        """As argparse does, but what is wrong is named without its value."""
+        words = list(sys.argv[1:] if args is None else args)
         flags = [text for action in self._actions for text in action.option_strings]
-        near = difflib.get_close_matches(first, flags, 1)
-        return self.error(f"unknown flag {first}{f'; did you mean {near[0]}?' if near else ''}")
+        before_end = itertools.takewhile(lambda word: word != "--", words)
+        for word in before_end:
+            # argparse takes -hf_token_value=… for -h, and shows the rest
+            if _FLAG.match(word) and word.partition("=")[0] not in flags:
+                self._unknown(word.partition("=")[0], flags)
+        for before, word in itertools.pairwise(["", *words]):
+            name = word.partition("=")[0]
+            if before not in flags and re.fullmatch(r"\w[\w-]*", name) and name != word:
+                self._check_no_assignment(name)
+        parsed, unknown = self.parse_known_args(words, namespace)
+        if unknown:
+            secret = any(word.startswith(_SECRET_FLAGS) for word in words)
+            self.error(f"unexpected argument {'***' if secret else repr(unknown[0])}")
+        return parsed
+
+    def _check_no_assignment(self, name: str) -> None:
+        """Refuse ``token=…`` where a flag was meant; as a path it would be shown."""
+        if resembles_secret(name):
+            self.error(f"unexpected argument {shown_name(name, SETTINGS)}=***")
+
+    def _unknown(self, name: str, flags: list[str]) -> NoReturn:
+        near = difflib.get_close_matches(name, flags, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        self.error(f"unknown flag {shown_name(name, flags)}{hint}")
 
 
 def build_parser(
@@ -49,7 +73,6 @@ def build_parser(
     parser = OneLineParser(
         prog=prog,
         description=description,
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     for name in SETTINGS if only is None else only:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from trainer.runtime.errors import StorageError, UsageError
+from trainer.settings.secret_names import shown_name
 from trainer.storage.files import read_regular
 
 _LIMIT = 4 << 20
@@ -50,9 +51,8 @@ class _TextLoader(yaml.BaseLoader):
         for index, name in enumerate(names):
             if name in names[:index]:
                 mark = node.value[index][0].start_mark
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{name!r} is given twice", mark
-                )
+                problem = f"{shown_name(str(name), ())!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, mark)
         return super().construct_mapping(node, deep)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from trainer.runtime.errors import UsageError
 from trainer.settings.config import AUTO, SETTINGS, TrainConfig
+from trainer.settings.secret_names import shown_name
 
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
@@ -61,6 +62,8 @@ def as_text(name: str, value: Any) -> str:
     """A setting's value as `parse_value` reads it."""
     if (name, value) == ("micro_batch", AUTO):
         return "auto"
+    if value is None:
+        return ""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
@@ -90,4 +93,5 @@ def check_names(names: Iterable[Any], where: str = "") -> None:
         if name not in SETTINGS:
             near = difflib.get_close_matches(str(name), SETTINGS, 1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UsageError(f"{where}unknown setting {name!r}{hint}")
+            shown = shown_name(str(name), SETTINGS)
+            raise UsageError(f"{where}unknown setting {shown!r}{hint}")

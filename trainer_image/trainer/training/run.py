@@ -31,7 +31,7 @@ from trainer.settings.config import (
     check_shapes,
     require,
 )
-from trainer.settings.hf_token import find_hf_token
+from trainer.settings.hf_token import ENVIRONMENT_NAMES, find_hf_token
 from trainer.settings.layers import DEFAULT, Resolved, resolve
 from trainer.settings.schedules import shortened
 from trainer.settings.values import as_text
@@ -327,6 +327,23 @@ def _finished(own: Checkpoint, config: TrainConfig) -> RunResult:
     ).checked(config)
 
 
+def launch(settings: Mapping[str, Any]) -> bool:
+    """As `launch_if_needed`, with a run's settings as from the command line.
+
+    Any process of the machine can read a command line, so a token goes into the environment.
+    """
+    flags = [
+        f"--{name}={as_text(name, value)}"
+        for name, value in settings.items()
+        if not SETTINGS[name].metadata["secret"]
+    ]
+    token = settings.get("hf_token_value")
+    given = any(os.environ.get(name) for name in ENVIRONMENT_NAMES)
+    return launch_if_needed(
+        "trainer.entrypoint", flags, secrets={"HF_TOKEN": token} if token and not given else {}
+    )
+
+
 def run_on_all_gpus(settings: Mapping[str, Any]) -> RunResult | None:
     """Train on every GPU of the job: in this process where it is one, else through torchrun.
 
@@ -339,16 +356,7 @@ def run_on_all_gpus(settings: Mapping[str, Any]) -> RunResult | None:
     """
     if settings.get("train_steps") == 0:
         raise UsageError("--train_steps=0 trains nothing; a stage needs at least 1 update")
-    # Any process of the machine can read a command line
-    token = settings.get("hf_token_value")
-    if token:
-        os.environ.setdefault("HF_TOKEN", token)
-    flags = [
-        f"--{name}={as_text(name, value)}"
-        for name, value in settings.items()
-        if not SETTINGS[name].metadata["secret"]
-    ]
-    if launch_if_needed("trainer.entrypoint", flags):
+    if launch(settings):
         if find_nodes().index:
             return None
         config = resolve(settings, {}).config
