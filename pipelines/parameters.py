@@ -90,7 +90,8 @@ def parse_parameters(text: str) -> dict[str, Any]:
     try:
         pieces = shlex.split(text)
     except ValueError as error:
-        raise UsageError(f"PARAMS={without_values(text)!r}: {error}") from None
+        # What stands there may be a secret
+        raise UsageError(f"PARAMS is not name=value pairs in a shell's quotes: {error}") from None
     parsed: dict[str, Any] = {}
     for piece in pieces:
         name, sign, value = piece.partition("=")

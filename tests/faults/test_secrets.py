@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import google_crc32c
+import psutil
 import pytest
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import secretmanager
@@ -118,3 +122,43 @@ def test_nothing_a_run_leaves_or_prints_holds_the_token(
     contents = [path.read_bytes() for path in files if path.is_file()]
     assert len(contents) > 4
     assert not any(TOKEN.encode() in content for content in contents)
+
+
+def test_no_process_has_the_token_in_its_command_line(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """But for those that the user gave it to: the launchers of two machines."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        pools = {"workerpool0": [f"127.0.0.1:{free.getsockname()[1]}"], "workerpool1": ["x:1"]}
+    del settings["global_batch"]
+    flags = settings | {"hf_token_value": TOKEN, "train_steps": 100_000, "log_interval": 1}
+    argv = [f"--{name}={value}" for name, value in flags.items()]
+    machines = [
+        subprocess.Popen(
+            [sys.executable, "-m", "trainer.entrypoint", *argv],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ
+            | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+            | {"CLUSTER_SPEC": json.dumps({"cluster": pools, "task": {"type": kind, "index": 0}})},
+        )
+        for kind in pools
+    ]
+    try:
+        stderr = machines[0].stderr
+        assert stderr is not None
+        log = "".join(itertools.takewhile(lambda line: '"step 1/100000' not in line, stderr))
+        workers = [
+            child for machine in machines for child in psutil.Process(machine.pid).children()
+        ]
+        assert len(workers) == 2, log
+        assert not any(TOKEN in " ".join(worker.cmdline()) for worker in workers)
+        assert all(worker.environ()["HF_TOKEN"] == TOKEN for worker in workers)
+        assert "Hugging Face token taken from HF_TOKEN" in log
+    finally:
+        for machine in machines:
+            machine.send_signal(signal.SIGTERM)
+        ends = [machine.communicate(timeout=120)[1] for machine in machines]
+    assert [machine.returncode for machine in machines] == [143, 143], ends
+    assert TOKEN not in log + "".join(ends)

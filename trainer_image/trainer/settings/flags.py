@@ -18,7 +18,7 @@ from trainer.settings.values import TYPES, parse_value
 
 _SECRET_FLAGS = tuple(f"--{name}" for name, spec in SETTINGS.items() if spec.metadata["secret"])
 
-_FLAG = re.compile(r"--?[^\W\d]")
+_FLAG = re.compile(r"-+[^\W\d]")
 """How a flag begins, where a negative number does not."""
 
 

@@ -1,0 +1,257 @@
+"""Command lines, PARAMS and YAML of any kind: accepted, or one line and status 2; no secret shown.
+
+Derandomized: every run tries the same ones. ``make soak`` tries more.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipelines.parameters import check_parameters, parameter_defaults, parse_parameters
+from trainer import evaluate, export_hf, prepare_tokens, resize_reset
+from trainer.runtime.commands import run_command
+from trainer.runtime.log import log, set_up_logging
+from trainer.settings.config import SETTINGS
+from trainer.settings.flags import build_parser, settings_from_args
+from trainer.settings.layers import resolve, settings_from_yaml
+from trainer.training.run import check_before_reading
+
+SECRET = "CorrectHorseBatteryStaple"
+"""No word that anything here prints."""
+
+counts: Counter[str] = Counter()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _report() -> Iterator[None]:
+    yield
+    print(f"\ncommand lines: {dict(counts)}")
+
+
+def entrypoint(argv: list[str]) -> None:
+    """Of `trainer.entrypoint`, what comes before anything is read."""
+    args = build_parser("python -m trainer.entrypoint", "").parse_args(argv)
+    set_up_logging()
+    config_file = settings_from_yaml(args.config) if "config" in args else {}
+    resolved = resolve(settings_from_args(args), config_file)
+    check_before_reading(resolved)
+    for line in resolved.lines():
+        assert SECRET not in line or "hf_token_value" not in line
+
+
+def door(flags: list[str]) -> Callable[[list[str]], None]:
+    def parse(argv: list[str]) -> None:
+        parser = build_parser("python -m trainer.x", "", only=flags)
+        parser.add_argument("output")
+        parser.add_argument("--tokenizer", default=None)
+        args = parser.parse_args(argv)
+        resolve(settings_from_args(args), {}).config  # noqa: B018 - checks the values
+
+    return parse
+
+
+DOORS = {
+    "entrypoint": entrypoint,
+    "evaluate": door(evaluate.FLAGS),
+    "export_hf": door(export_hf.FLAGS),
+    "resize_reset": door(resize_reset.FLAGS),
+    "prepare_tokens": door(prepare_tokens.FLAGS),
+}
+
+
+def check(command: Callable[[list[str]], None], argv: list[str], *, secret: bool = False) -> int:
+    """Run it; the promise."""
+    errors, output = io.StringIO(), io.StringIO()
+    log.handlers.clear()  # of the stderr before
+    with redirect_stderr(errors), redirect_stdout(output):
+        try:
+            status = run_command(command, argv)
+        except SystemExit as end:  # --help
+            status = int(end.code or 0)
+    counts[f"status {status}"] += 1
+    said = errors.getvalue()
+    assert status in (0, 2), (argv, said)
+    assert "Traceback" not in said, argv
+    if status == 2:
+        (line,) = said.splitlines()
+        assert json.loads(line)["severity"] == "ERROR"
+    if secret:
+        assert SECRET not in said + output.getvalue(), (argv, said)
+    return status
+
+
+VALUES = """
+-1 0 1e300 -1e300 nan inf 1_000 ١٢ 0x10 true auto 0:0.7,400:0.5 0:, , : 0:nan 5:1,0:2 gs:// gs://a/..
+~ ~x/y $(date $(touch) {} 512,1024 0.9,0.95 projects/p/secrets/s
+""".split()
+anything = st.one_of(
+    st.text(max_size=20),
+    st.integers().map(str),
+    st.integers(min_value=10**30, max_value=10**40).map(str),
+    st.floats().map(str),
+    st.sampled_from(VALUES),
+    st.sampled_from(["", "\x00", "a\x00b", "\ud800", "\n", "$(date +%Y)", "0.9 0.95", "9" * 5000]),
+)
+names = st.one_of(st.sampled_from(sorted(SETTINGS)), st.text(max_size=12))
+
+
+@st.composite
+def mistyped(draw: st.DrawFn, name: str) -> str:
+    """A name with up to two letters left out, doubled, swapped, replaced or of another case."""
+    for _ in range(draw(st.integers(0, 2))):
+        at = draw(st.integers(1, max(1, len(name) - 2)))
+        name = draw(
+            st.sampled_from(
+                [
+                    name[:at] + name[at + 1 :],
+                    name[:at] + name[at : at + 1] + name[at:],
+                    name[:at] + name[at + 1 : at + 2] + name[at : at + 1] + name[at + 2 :],
+                    name[:at] + draw(st.sampled_from("abcxyz_-")) + name[at + 1 :],
+                    name.upper(),
+                    name.replace("_", "-"),
+                    name.title(),
+                ]
+            )
+        )
+    return name
+
+
+@st.composite
+def words(draw: st.DrawFn) -> list[str]:
+    name = draw(st.one_of(names, st.sampled_from(sorted(SETTINGS)).flatmap(mistyped)))
+    dashes = draw(st.sampled_from(["--", "--", "--", "-", "", "---", "–"]))
+    value = draw(anything)
+    form = draw(st.sampled_from(["=", "=", " ", "none", "glued"]))
+    if form == " ":
+        return [dashes + name, value]
+    return [dashes + name + {"=": f"={value}", "none": "", "glued": value}[form]]
+
+
+@st.composite
+def secret_words(draw: st.DrawFn) -> list[str]:
+    """The secret beside a name that is a secret's, or resembles one."""
+    name = draw(
+        st.one_of(
+            st.just("hf_token_value").flatmap(mistyped),
+            st.sampled_from(["hf_token", "token", "secret", "password", "api_key", "hf_secret"]),
+            st.sampled_from(["access_token", "HF_TOKEN", "Token", "hf_token_valeu", "htoken"]),
+        )
+    )
+    dashes = draw(st.sampled_from(["--", "--", "-", "---", ""]))
+    value = draw(st.sampled_from([SECRET, f"hf_{SECRET}", f"'{SECRET}'", f"{SECRET}=="]))
+    forms = ["=", "= ", ":"] + ["glued", " "] * bool(dashes)
+    form = draw(st.sampled_from(forms))
+    if form == " ":
+        return [dashes + name, value]
+    return [f"{dashes}{name}{'' if form == 'glued' else form}{value}"]
+
+
+lines = st.lists(words(), max_size=6).map(lambda parts: [word for part in parts for word in part])
+
+SOAK = pytest.param("soak", marks=pytest.mark.soak)
+
+
+def trying(test: Callable[[Any], object], strategy: st.SearchStrategy[Any], length: str) -> None:
+    def once(case: Any) -> None:
+        test(case)
+
+    settings(
+        max_examples=300 if length == "short" else 20_000,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )(given(strategy)(once))()
+
+
+@pytest.mark.parametrize("length", ["short", SOAK])
+@pytest.mark.parametrize("name", sorted(DOORS))
+def test_any_command_line(name: str, length: str) -> None:
+    trying(lambda argv: check(DOORS[name], argv), lines, length)
+
+
+@pytest.mark.parametrize("length", ["short", SOAK])
+@pytest.mark.parametrize("name", sorted(DOORS))
+def test_no_secret_is_shown(name: str, length: str) -> None:
+    around = st.tuples(lines, secret_words(), lines).map(
+        lambda parts: [*parts[0], *parts[1], *parts[2]]
+    )
+    trying(lambda argv: check(DOORS[name], argv, secret=True), around, length)
+
+
+@pytest.mark.parametrize("length", ["short", SOAK])
+def test_any_parameters(length: str) -> None:
+    """``PARAMS`` of a pipeline."""
+
+    def check_text(text: str) -> None:
+        def command(argv: list[str]) -> None:
+            check_parameters(parse_parameters(argv[0]))
+
+        check(command, [text], secret=True)
+
+    name = st.one_of(st.sampled_from(sorted(parameter_defaults())), st.text(max_size=8))
+    pair = st.tuples(name, st.sampled_from(["=", " = ", ""]), anything).map("".join)
+    secret = st.one_of(
+        secret_words().map(" ".join),
+        st.sampled_from(["anneal", "continue"]).map(
+            lambda stage: f'{stage}_more_settings=\'{{"hf_token_value": "{SECRET}"\''
+        ),
+        st.just(f"hf_token_value={SECRET} 'open"),
+    )
+    text = st.lists(st.one_of(pair, secret), max_size=4).map(" ".join)
+    trying(check_text, text, length)
+
+
+@pytest.mark.parametrize("length", ["short", SOAK])
+def test_any_settings_file(length: str, tmp_path: Path) -> None:
+    """A ``--config`` with names and values of all kinds; the secret's own value is never shown."""
+    path = tmp_path / "run.yaml"
+
+    def check_text(text: str) -> None:
+        path.write_text(text, encoding="utf-8", errors="surrogateescape")
+        check(entrypoint, [f"--config={path}"], secret=True)
+
+    value = anything.filter(lambda text: "\ud800" not in text)
+    pair = st.tuples(st.one_of(names, st.just("lr")), st.sampled_from([": ", ":", " "]), value)
+    secret = secret_words().map(lambda parts: parts[0].lstrip("-").replace("=", ": "))
+    line = st.one_of(pair.map("".join), secret)
+    trying(check_text, st.lists(line, max_size=5).map("\n".join), length)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [f"-hf_token_value={SECRET}"],
+        [f"--hf_token_value{SECRET}"],
+        ["--hf_token_valu", SECRET],
+        [f"hf_token_value={SECRET}"],
+        [f"--block_size=hf_{SECRET}"],
+        ["--alpha", "0.5", "--hf_token_value", "x", SECRET],
+    ],
+)
+@pytest.mark.parametrize("name", ["entrypoint", "export_hf", "pick_best"])
+def test_whole_processes(name: str, argv: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"trainer.{name}", *argv],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert json.loads(line)["severity"] == "ERROR"
+    assert SECRET not in done.stderr + done.stdout
