@@ -59,6 +59,9 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
             status = os.EX_OK
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - reported, or raised again
             status = _report(error)
+        except SystemExit as end:  # --help, or a stop
+            end_with(end.code if isinstance(end.code, int) else os.EX_OK)
+            raise
         status = end_with(status)
         flush_standard_streams()
     return status

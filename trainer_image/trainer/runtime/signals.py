@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
 
-from trainer.runtime.log import rank_of_process, write_last_line
+from trainer.runtime.log import flush_standard_streams, rank_of_process, write_last_line
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -224,12 +224,22 @@ def watch_signals() -> None:
     of a container ignores SIGTERM. Where somebody else handles or ignores a signal, and outside of
     the main thread, nothing changes.
     """
-    _watch.start()
+    if _watch.start():
+        # Registered first, it comes last; behind it the interpreter takes the handlers away, long
+        # before it has ended
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    if _watch.status is not None:
+        flush_standard_streams()
+        os._exit(_watch.status)
 
 
 def release_signals() -> None:
     """Take back `watch_signals` or `end_on_signals`."""
     atexit.unregister(_end_if_stopped)
+    atexit.unregister(_leave)
     _watch.release()
 
 
