@@ -149,9 +149,10 @@ class _Machine:
                 return
             step = _STEPS.get(code)
             if step is None:
-                opcode = _NAMES.get(code, hex(code))
-                at = f"{opcode} at byte {self._at - 1}"
-                raise _unreadable(f"its pickle has {at}, which torch.save does not write")
+                name = _NAMES.get(code, hex(code))
+                raise _unreadable(
+                    f"its pickle has {name} at byte {self._at - 1}, which torch.save does not write"
+                )
             step(self)
         raise _too_large(f"more than {_OPCODES} opcodes")
 

@@ -117,10 +117,10 @@ def run(
         spec.vocab_size if spec else None,
         config.resume_gcs_uri or "student",
     )
-    _check_metadata(config, start)
     if config.train_steps == 0:
         log.info("--train_steps=0: settings resolved and checkpoint read, nothing trained")
         return None
+    _check_metadata(config, start)
     return _train(config, start, spec, snapshots, token, processes)
 
 
