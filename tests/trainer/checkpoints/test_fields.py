@@ -42,11 +42,11 @@ STATE: dict[str, tuple[Any, ...]] = {
             | {"growth_interval": 10, "_growth_tracker": 0}
             | wrong
             for wrong in (
-                *({"scale": value} for value in ("x", 0.0, -1.0, math.inf, math.nan, True, None)),
-                *({"growth_factor": value} for value in (1.0, math.inf, "2")),
+                *({"scale": value} for value in ("x", 0.0, -1.0, 1e39, math.nan, True, None)),
+                *({"growth_factor": value} for value in (1.0, 1e300, "2")),
                 *({"backoff_factor": value} for value in (0.0, 1.0, math.nan)),
                 *({"growth_interval": value} for value in (0, 1.5, "1")),
-                *({"_growth_tracker": value} for value in (-1, 0.5, [0])),
+                *({"_growth_tracker": value} for value in (-1, 0.5, [0], 2**31)),
             )
         ),
     ),
@@ -235,6 +235,32 @@ def test_shared_storage_with_nan_in_one_view_is_found(tmp_path: Path) -> None:
     torch.save(weights_with(whole[16:]), tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="ln_f.bias has values that are not finite"):
         read_checkpoint(tmp_path / "x.pt")
+
+
+def test_messages_show_no_more_than_a_line_of_what_a_file_says(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    payload = base_package_payload(trained=24, rows=32, step=7)
+    long = "x\n\x1b[31m" * 5000
+    groups = [{"params": list(range(len(payload["model"])))}]
+    entries: list[dict[str, Any]] = [{long: long}, {long: 1.0}, {"step": long}]
+    changes: list[dict[str, Any]] = [
+        {"meta": {"step": long}},
+        {"meta": {"seed": long}},
+        {"meta": {"alpha_schedule": f"0:{long}"}},
+        {"meta": {"model": {"n_heads": long}}},
+        {"meta": {"block_size": long}},
+        {"trainer_state": {"best_step": long}},
+        {"model": {long: torch.zeros(2)}},
+        {"step": long},
+        *({"optimizer": {"state": {0: entry}, "param_groups": groups}} for entry in entries),
+    ]
+    for change in changes:
+        torch.save(payload | change, path)
+        with pytest.raises(CheckpointError) as caught:
+            read_checkpoint(path).settings, read_checkpoint(path).optimizer_by_name()
+        message = str(caught.value)
+        assert message.isprintable(), message
+        assert len(message) < 500, message
 
 
 # ── at the run's own location

@@ -23,6 +23,7 @@ from trainer.checkpoints.tensor_checks import check_moments
 from trainer.models.student import StudentConfig, expected_shapes
 from trainer.runtime.errors import CheckpointError, UsageError
 from trainer.settings.config import MAX_LAYERS, MAX_WIDTH, SETTINGS, check_values
+from trainer.settings.schedules import shortened
 from trainer.storage.files import Checksummed, atomic_write
 
 
@@ -131,7 +132,9 @@ class Checkpoint:
             values |= settings_from_meta(self.meta)
             check_values(values)
         except UsageError as error:
-            raise CheckpointError(f"{self.source}: its metadata cannot work: {error}") from None
+            raise CheckpointError(
+                f"{self.source}: its metadata cannot work: {shortened(str(error))}"
+            ) from None
         return values
 
     def student_config(self, n_heads: int | None = None) -> StudentConfig:

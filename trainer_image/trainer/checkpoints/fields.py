@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -161,13 +160,13 @@ def check_trainer_state(state: Mapping[Any, Any], step: int, source: str) -> Non
 
 
 _LOSS_SCALE = {
-    "scale": number("above 0 and finite", lambda value: 0.0 < value < math.inf),
-    "growth_factor": number("above 1 and finite", lambda value: 1.0 < value < math.inf),
+    "scale": number("above 0 and at most 2^127", lambda value: 0.0 < value <= 2.0**127),
+    "growth_factor": number("above 1 and at most 1024", lambda value: 1.0 < value <= 1024.0),
     "backoff_factor": number("above 0 and below 1", lambda value: 0.0 < value < 1.0),
-    "growth_interval": whole(1),
-    "_growth_tracker": whole(0),
+    "growth_interval": whole(1, 2**31 - 1),
+    "_growth_tracker": whole(0, 2**31 - 1),
 }
-"""Of torch.amp.GradScaler."""
+"""Of torch.amp.GradScaler, which keeps the scale in fp32 and the tracker in 32 bits."""
 
 
 def plain(meta: Mapping[Any, Any], source: str) -> dict[str, Any]:
@@ -205,6 +204,11 @@ def plain(meta: Mapping[Any, Any], source: str) -> dict[str, Any]:
         raise CheckpointError(f"{source}: its metadata has a {type(value).__name__} in it")
 
     return copied(dict(meta), 0)
+
+
+def is_name(value: Any) -> bool:
+    """Whether a key can be a parameter's name or an entry's, which messages show."""
+    return isinstance(value, str) and value.isprintable() and len(value) <= 200
 
 
 def short(value: Any) -> str:

@@ -10,7 +10,7 @@ from trainer.checkpoints.fields import is_number
 from trainer.models.student import StudentConfig
 from trainer.runtime.errors import CheckpointError, UsageError
 from trainer.settings.config import SETTINGS, TrainConfig, check_values
-from trainer.settings.schedules import learning_rate
+from trainer.settings.schedules import learning_rate, shortened
 from trainer.settings.values import parse_value
 
 FORMAT_VERSION = 1
@@ -196,7 +196,7 @@ def run_settings_of(meta: Mapping[str, Any]) -> dict[str, Any]:
         }
         check_values(parsed)
     except UsageError as error:
-        raise CheckpointError(f"its settings cannot work: {error}") from None
+        raise CheckpointError(f"its settings cannot work: {shortened(str(error))}") from None
     return parsed
 
 

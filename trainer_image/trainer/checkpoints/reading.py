@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoints.checkpoint import Checkpoint
-from trainer.checkpoints.fields import check_meta, check_trainer_state, plain, short
+from trainer.checkpoints.fields import check_meta, check_trainer_state, is_name, plain, short
 from trainer.checkpoints.metadata import current_form
 from trainer.checkpoints.pickles import PICKLE_LIMIT, check_pickle
 from trainer.checkpoints.tensor_checks import check_weights
@@ -193,7 +193,7 @@ def _interpret(payload: Any, source: str, size: int) -> Checkpoint:
     bare = all(isinstance(value, Tensor) for value in payload.values())
     weights = payload if bare else payload.get("model")
     if not isinstance(weights, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
+        is_name(name) and isinstance(value, Tensor) for name, value in weights.items()
     ):
         raise CheckpointError(f"{source} has no 'model' with named tensors")
     check_weights(weights, source, size)
@@ -210,7 +210,7 @@ def _interpret(payload: Any, source: str, size: int) -> Checkpoint:
     meta = plain(meta or {}, source)
     if meta.get("step", step) != step:
         raise CheckpointError(
-            f"{source} contradicts itself: step {step}, in its metadata {meta['step']}"
+            f"{source} contradicts itself: step {step}, in its metadata {short(meta['step'])}"
         )
     check_meta(meta, step, source)
     return Checkpoint(source, dict(weights), optimizer, step, dict(state or {}), meta)

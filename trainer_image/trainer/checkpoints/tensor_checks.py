@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.checkpoints.fields import is_number
+from trainer.checkpoints.fields import is_name, is_number
 from trainer.runtime.errors import CheckpointError
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -65,6 +65,8 @@ def check_moments(entry: Mapping[str, Any], name: str, elements: int) -> None:
     """
     if len(entry) > _ENTRIES:
         raise CheckpointError(f"{name} has {len(entry)} entries; AdamW's has 3 or 4")
+    if not all(map(is_name, entry)):
+        raise CheckpointError(f"{name} has an entry whose name is none")
     for key, value in entry.items():
         if isinstance(value, Tensor):
             if value.numel() > max(elements, 1):

@@ -17,8 +17,8 @@ _STEP_DIGITS = 12
 SCHEDULE_LIMIT = 1 << 19
 """Characters; every checkpoint has the text in it, and 20,000 entries of full precision fit."""
 
-_SHOWN = 100
-"""Characters of a schedule in a message."""
+_SHOWN = 200
+"""Characters of a text in a message."""
 
 MIN_LR_FRACTION = 0.1
 """The cosine ends at this fraction of the peak learning rate."""
