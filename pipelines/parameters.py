@@ -21,6 +21,7 @@ from pipelines.anneal import build_pipeline
 from pipelines.settings import Settings, nearest
 from pipelines.stages import STAGES
 from trainer.runtime.errors import UsageError
+from trainer.runtime.messages import brief
 from trainer.settings.accumulation import accumulation
 from trainer.settings.config import REQUIRED, SETTINGS, TrainConfig, check_shapes
 from trainer.settings.layers import for_evaluation, resolve
@@ -117,13 +118,13 @@ def _converted(name: str, value: str, kind: type) -> Any:
         if kind is int and abs(converted) > _MOST_EXACT:
             raise UsageError(f"PARAMS: {name}={value!r}: {_MOST_EXACT} is the most")
         return converted
-    except ValueError:
+    except (ValueError, RecursionError):
         wanted = {
             int: "a whole number is needed",
             float: "a number is needed",
             dict: f"a JSON object is needed, quoted as in {name}='{{\"dropout\": 0.1}}'",
         }[kind]
-        raise UsageError(f"PARAMS: {name}={without_values(value)!r}: {wanted}") from None
+        raise UsageError(f"PARAMS: {name}={brief(without_values(value))}: {wanted}") from None
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -17,8 +17,9 @@ from typing import Any
 
 from pipelines.stages import DEFAULT_MACHINES, STAGES, Machine, described
 from trainer.runtime.errors import UsageError
+from trainer.runtime.messages import brief
 from trainer.settings.secret_names import shown_name
-from trainer.settings.text_yaml import read_settings
+from trainer.settings.text_yaml import LONGEST, read_settings
 
 DEFAULT_FILE = "pipeline.yaml"
 LOCAL_IMAGE = "liquid-annealing/trainer:local"
@@ -27,6 +28,7 @@ _CPU = re.compile(r"\d+(\.\d+)?m?")
 _MEMORY = re.compile(r"[1-9]\d*([KMGTPE]i?)?")
 _CUSTOM_JOB_ONLY = ("DISK_GIB", "DISK_TYPE", "TIMEOUT_HOURS")
 """What plain tasks do not take, of any backend."""
+_LARGEST = 2**31 - 1
 _LABEL_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 _LABEL_VALUE = re.compile(r"[a-z0-9_-]{0,63}")
 
@@ -309,8 +311,10 @@ def _from_file(environ: Mapping[str, str], known: Mapping[str, str]) -> dict[str
         if name in found:
             raise UsageError(f"{path}: {name} is given twice")
         if name not in known:
-            shown = shown_name(str(key), known)
-            raise UsageError(f"{path}: unknown setting {shown!r}{nearest(name, known)}")
+            shown = brief(shown_name(str(key), known))
+            raise UsageError(f"{path}: unknown setting {shown}{nearest(name, known)}")
+        if len(str(value)) > LONGEST:
+            raise UsageError(f"{path}: {name} has more than {LONGEST} characters")
         if value is not None:
             found[name] = value
     return found
@@ -332,6 +336,9 @@ def _converted(name: str, value: Any, kind: type) -> Any:
             raise UsageError(f"{name}={text!r}: 1 or 0 is needed")
         return text.lower() in ("1", "true")
     try:
-        return kind(text)
+        converted = kind(text)
     except ValueError:
-        raise UsageError(f"{name}={text!r}: a whole number is needed") from None
+        raise UsageError(f"{name}={brief(text)}: a whole number is needed") from None
+    if kind is int and converted > _LARGEST:
+        raise UsageError(f"{name}={brief(text)} must be at most {_LARGEST}")
+    return converted

@@ -28,6 +28,7 @@ def test_parameters_given_as_text() -> None:
     for wrong, message in {
         "continue_train_step=1": "did you mean continue_train_steps?",
         "seed": "'seed' is not name=value",
+        f"anneal_more_settings={'[' * 100_000}": "[…: a JSON object is needed",
         "seed=x": "seed='x': a whole number is needed",
         "seed=9007199254740993": "9007199254740992 is the most",
         "anneal_alpha=nan": "anneal_alpha='nan': a number is needed",

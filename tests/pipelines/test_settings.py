@@ -47,6 +47,8 @@ def test_all_that_is_missing_is_named_at_once() -> None:
     [
         ({"PIPELINE_ROOT": "bucket/x"}, "PIPELINE_ROOT='bucket/x' must start with gs://"),
         ({"API_TRANSPORT": "http"}, "choose grpc or rest"),
+        ({"POLL_SECONDS": "9" * 400}, "must be at most 2147483647"),
+        ({"ANNEAL_RETRIES": "9" * 5000}, "9…: a whole number is needed"),
         ({"ANNEAL_RETRIES": "many"}, "ANNEAL_RETRIES='many': a whole number is needed"),
         ({"ANNEAL_SPOT": "perhaps"}, "ANNEAL_SPOT='perhaps': 1 or 0 is needed"),
         ({"PREPARE_ACCELERATOR_COUNT": "1"}, "without PREPARE_ACCELERATOR_TYPE"),

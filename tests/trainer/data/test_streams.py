@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import GPT2Config, PreTrainedTokenizerFast
@@ -526,3 +529,102 @@ def test_an_unreachable_hub_data_set_is_one_line(tokenizer_dir: Path, tmp_path: 
     config = config_for(Path("no-such-owner/no-such-data"), tokenizer_dir, tmp_path / "cache")
     with pytest.raises(DataError, match="'no-such-owner/no-such-data' cannot be loaded"):
         streams_for(config)
+
+
+def nested(depth: int) -> str:
+    return '{"text": ' + "[" * depth + "]" * depth + "}"
+
+
+def not_utf_8(path: Path) -> None:
+    """A parquet file whose text column says that it is UTF-8, and is Latin-1."""
+    column = pa.array(["na\xefve".encode("latin-1")] * 4, pa.binary())
+    text = pa.StringArray.from_buffers(4, *column.buffers()[1:])
+    pq.write_table(pa.table({"text": text}), path)
+
+
+@pytest.mark.parametrize("depth", [900, 5000, 100_000, 3_000_000])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_json_nested_deeply_is_one_line(
+    name: str, depth: int, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    content = nested(depth) if name == "a.jsonl" else f"[{nested(depth)}]"
+    source = write_files(tmp_path / "data", {name: content})
+    with pytest.raises(DataError, match=r"data set '.*/data'(, split 'train')?") as caught:
+        streams_for(config_for(source, tokenizer_dir, tmp_path / "cache"))
+    assert "\n" not in str(caught.value)
+    assert not any((tmp_path / "cache" / "tokens").glob("*"))
+
+
+def test_a_parquet_file_that_is_not_utf_8(tokenizer_dir: Path, tmp_path: Path) -> None:
+    source = tmp_path / "a.parquet"
+    not_utf_8(source)
+    with pytest.raises(DataError, match="UTF-?8|utf-8") as caught:
+        streams_for(config_for(source, tokenizer_dir, tmp_path / "cache"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"PAR1", b"PAR1" + b"\0" * 60 + b"PAR1", b"garbage" * 99])
+def test_a_damaged_parquet_file(content: bytes, tokenizer_dir: Path, tmp_path: Path) -> None:
+    source = tmp_path / "a.parquet"
+    source.write_bytes(content)
+    with pytest.raises(DataError, match="a.parquet' cannot be loaded: ") as caught:
+        streams_for(config_for(source, tokenizer_dir, tmp_path / "cache"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["https://example.com/a.txt", "http://example.com", "HTTPS://example.com/x", "ftp://h/a/b"],
+)
+def test_a_web_address_is_no_data_set(name: str, tokenizer_dir: Path, tmp_path: Path) -> None:
+    config = replace(config_for(tmp_path, tokenizer_dir, tmp_path / "cache"), dataset_name=name)
+    with pytest.raises(DataError, match="it is a web address; download it and give the file$"):
+        streams_for(config)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "s3://b/x", "file:///etc/passwd", "hf://a/b", "x:y"])
+def test_what_is_no_name_of_a_data_set(name: str, tokenizer_dir: Path, tmp_path: Path) -> None:
+    config = replace(config_for(tmp_path, tokenizer_dir, tmp_path / "cache"), dataset_name=name)
+    with pytest.raises(DataError, match="cannot be loaded") as caught:
+        streams_for(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_data_set_that_refers_to_the_web_is_not_fetched(
+    tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    card = "---\nconfigs:\n- config_name: default\n  data_files: https://example.com/a.jsonl\n---\n"
+    source = write_files(tmp_path / "data", {"a.jsonl": lines("x", "y"), "README.md": card})
+    with pytest.raises(DataError, match="cannot be loaded: ") as caught:
+        streams_for(config_for(source, tokenizer_dir, tmp_path / "cache"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_data_set_is_read_once(
+    tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The child process reads it, and this one takes what that has kept."""
+    source = write_files(tmp_path / "data", {"a.jsonl": lines("if", "or")})
+
+    def fail(*args: object, **options: object) -> None:
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(datasets.builder.DatasetBuilder, "_download_and_prepare", fail)
+    assert len(streams_for(config_for(source, tokenizer_dir, tmp_path / "cache")).train)
+
+
+@pytest.mark.parametrize("place", ["data/a.txt", "data/a.jsonl", "data/README.md"])
+def test_a_pipe_is_no_data_set(place: str, tokenizer_dir: Path, tmp_path: Path) -> None:
+    source = write_files(tmp_path / "data", {"b.txt": "some words of text " * 9})
+    os.mkfifo(tmp_path / place)
+    for name in (source, tmp_path / place):
+        with pytest.raises(DataError, match="no regular file"):
+            streams_for(config_for(name, tokenizer_dir, tmp_path / "cache"))
+
+
+def test_a_text_too_long_for_one_document(tokenizer_dir: Path, tmp_path: Path) -> None:
+    source = tmp_path / "a.txt"
+    with source.open("wb") as file:
+        file.truncate(1 << 40)  # a file of holes takes no space
+    with pytest.raises(DataError, match="1099511627776 bytes, and a text file is one document"):
+        streams_for(config_for(source, tokenizer_dir, tmp_path / "cache"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -193,6 +194,14 @@ def test_shapes_that_contradict_the_configuration_are_named(tmp_path: Path) -> N
         load(directory)
 
 
+def test_a_model_that_cannot_compute_is_one_line(tmp_path: Path) -> None:
+    small = GPT2Config(vocab_size=96, n_positions=128, n_embd=32, n_layer=2, n_head=4)
+    directory = saved(GPT2LMHeadModel(small), tmp_path / "teacher")
+    configure(directory, n_head=-1)
+    with pytest.raises(ModelError, match="cannot be loaded: invalid shape dimension"):
+        load(directory)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -300,3 +309,187 @@ def test_a_tokenizer_without_vocabulary_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
     with pytest.raises(ModelError, match="has an empty vocabulary"):
         load_tokenizer(str(tmp_path))
+
+
+def sharded(directory: Path) -> Path:
+    """A teacher whose weights are in several files."""
+    LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(str(directory), max_shard_size="20KB")
+    assert (directory / "model.safetensors.index.json").exists()
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index: index["weight_map"].update(x="absent.safetensors"), "names 'absent.safe"),
+        (lambda index: index["weight_map"].update(x="../x.safetensors"), "names '../x.safeten"),
+        (lambda index: index["weight_map"].update(x=5), "has no weight_map from names to files"),
+        (lambda index: index.pop("weight_map"), "has no weight_map from names to files"),
+        (lambda index: index.pop("metadata"), "cannot be loaded: "),
+        (lambda index: index.update(metadata=5), "cannot be loaded: "),
+        (lambda index: index["weight_map"].clear(), "cannot be loaded: |lacks"),
+    ],
+)
+def test_an_index_that_does_not_fit_is_one_line(
+    change: Callable[[Any], object], message: str, tmp_path: Path
+) -> None:
+    directory = sharded(tmp_path / "teacher")
+    path = directory / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=message) as caught:
+        load(directory)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [-1, 10**30, "many", None, [1]])
+def test_what_an_index_says_of_sizes_is_not_relied_on(size: object, tmp_path: Path) -> None:
+    directory = sharded(tmp_path / "teacher")
+    path = directory / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["metadata"]["total_size"] = size
+    path.write_text(json.dumps(index))
+    assert load(directory).spec.vocab_size == 96
+
+
+def change_header(path: Path, change: Callable[[Any], object]) -> None:
+    """Change the header of a safetensors file."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    described = json.loads(data[8 : 8 + length])
+    change(described)
+    text = json.dumps(described).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors["lm_head.weight"].update(shape=[10**9, 10**6]),
+        lambda tensors: tensors["lm_head.weight"].update(shape=[2**63, 2]),
+        lambda tensors: tensors["lm_head.weight"].update(shape=[-1, 32]),
+        lambda tensors: tensors["lm_head.weight"].update(data_offsets=[0, 10**15]),
+        lambda tensors: tensors["lm_head.weight"].update(dtype="F1024"),
+        lambda tensors: tensors.update(x={"dtype": "F32", "shape": [], "data_offsets": [5, 2]}),
+    ],
+)
+def test_a_header_that_claims_the_impossible_is_one_line(
+    change: Callable[[Any], object], tmp_path: Path
+) -> None:
+    directory = llama(tmp_path / "teacher")
+    change_header(directory / "model.safetensors", change)
+    with pytest.raises(ModelError, match="cannot be loaded: ") as caught:
+        load(directory)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("start", [b"\xff" * 8, (10**8).to_bytes(8, "little"), b"\0" * 8, b"x"])
+def test_a_header_of_an_impossible_length_is_one_line(start: bytes, tmp_path: Path) -> None:
+    directory = llama(tmp_path / "teacher")
+    path = directory / "model.safetensors"
+    path.write_bytes(start + path.read_bytes()[len(start) : 5000])
+    with pytest.raises(ModelError, match="cannot be loaded: "):
+        load(directory)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "size", ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "n_positions"]
+)
+@pytest.mark.parametrize("value", [10**6, 10**9, 2**63])
+def test_a_configuration_of_a_huge_model_takes_no_memory(
+    kind: str, size: str, value: int, tmp_path: Path
+) -> None:
+    if kind == "llama":
+        directory = llama(tmp_path / "teacher")
+    else:
+        small = GPT2Config(vocab_size=96, n_positions=128, n_embd=32, n_layer=2, n_head=4)
+        directory = saved(GPT2LMHeadModel(small), tmp_path / "teacher")
+        named = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer"}
+        size = named.get(size, "n_inner" if size == "intermediate_size" else size)
+    configure(directory, **{size: value})
+    if (kind, size) == ("llama", "n_positions"):
+        load(directory)  # it has no such setting
+        return
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ModelError, match="its config.json (describes|has)|cannot be") as caught:
+        load(directory)
+    assert "\n" not in str(caught.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 19, "KiB"
+
+
+def split_at(pattern: str) -> dict[str, object]:
+    return {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+
+
+def replaced(content: str) -> dict[str, object]:
+    return {"type": "Replace", "pattern": {"String": "a"}, "content": content}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"pre_tokenizer": split_at(r"(?:a|aa|a?a)+$")},
+        {"pre_tokenizer": split_at("(")},
+        {"pre_tokenizer": split_at("(?:" * 50_000 + ")" * 50_000)},
+        {"normalizer": replaced("a" * 30_000_000)},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAAAAA"}},
+        {"model": {"type": "BPE", "vocab": {"a": 2**40}, "merges": []}},
+        {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}},
+        {"model": None},
+        {"added_tokens": 5},
+        {"version": "9.0"},
+    ],
+    ids=lambda parts: str(parts)[:60],
+)
+def test_a_hostile_tokenizer_is_one_line(
+    parts: dict[str, object], tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    directory = tmp_path / "teacher"
+    shutil.copytree(tokenizer_dir, directory)
+    described = json.loads((directory / "tokenizer.json").read_text())
+    (directory / "tokenizer.json").write_text(json.dumps(described | parts))
+    with pytest.raises(ModelError, match="tokenizer of '.*/teacher' ") as caught:
+        load_tokenizer(str(directory))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("depth", [5000, 100_000])
+def test_json_nested_deeply_is_one_line(
+    name: str, depth: int, tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    directory = llama(tmp_path / "teacher")
+    shutil.copytree(tokenizer_dir, directory, dirs_exist_ok=True)
+    path = directory / name
+    path.write_text(path.read_text().rstrip()[:-1] + ', "x": ' + "[" * depth + "]" * depth + "}")
+    with pytest.raises(ModelError) as caught:
+        (read_teacher_spec if name == "config.json" else load_tokenizer)(str(directory))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_pipe_among_a_teachers_files_is_refused(
+    name: str, tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    directory = llama(tmp_path / "teacher")
+    shutil.copytree(tokenizer_dir, directory, dirs_exist_ok=True)
+    (directory / name).unlink()
+    os.mkfifo(directory / name)
+    for read in (read_teacher_spec, load_tokenizer):
+        with pytest.raises(ModelError, match=f"{name} is no regular file"):
+            read(str(directory))
+
+
+def test_a_huge_description_is_refused(tmp_path: Path) -> None:
+    directory = llama(tmp_path / "teacher")
+    with (directory / "config.json").open("r+b") as file:
+        file.truncate(1 << 40)  # a file of holes takes no space
+    with pytest.raises(ModelError, match="config.json has 1099511627776 bytes; at most"):
+        read_teacher_spec(str(directory))

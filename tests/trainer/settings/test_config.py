@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import torch
 
 from trainer.runtime.errors import UsageError
 from trainer.settings.accumulation import accumulation
@@ -160,6 +162,22 @@ def test_batch_sizes_that_do_not_fit(given: dict[str, int], message: str) -> Non
         (["--T=1e308"], "must be above 0 and at most 1000"),
         (["--eval_ctx_lens=32,9999999999999"], "'9999999999999' is not a positive whole number"),
         (["--lr=inf"], "--lr=inf must be above 0 and finite"),
+        (["--lr=1e300"], "--lr=1e+300 must be above 0 and finite, from 1e-30 to 1e+18"),
+        (["--lr=nan"], "--lr=nan must be above 0 and finite"),
+        (["--lr_peak=1e39"], "--lr_peak=1e+39 must be above 0 and finite"),
+        (["--eps=1e-60"], "--eps=1e-60 must be above 0 and finite, from 1e-30"),
+        (["--weight_decay=1e39"], "--weight_decay=1e+39 must be a number from 0 on, up to 1e+18"),
+        (["--grad_clip=1e-300"], "--grad_clip=1e-300 must be above 0 and finite"),
+        (["--rope_scale=1e-300"], "--rope_scale=1e-300 must be above 0, from 1e-06 to 1e+06"),
+        (["--T=1e-300"], "--T=1e-300 must be above 0 and at most 1000 (1e-06 is the least)"),
+        (["--temp_schedule=0:1e-300"], "the value 1e-300 must be above 0 and at most 1000 (1e-06"),
+        (["--block_size=" + "9" * 5000], "--block_size has 5000 characters; at most 4096 are"),
+        (["--block_size=" + "x" * 4000], "x…: a whole number is needed"),
+        (["--alpha_schedule=" + "0:2" * 5000], "…: entry 1 ('0:20:20:2"),
+        (["--seed=-" + "9" * 4000], "9… must be at least 0"),
+        (["--eval_ctx_lens=" + "9" * 4000], "is not a positive whole number of tokens"),
+        (["--local_workdir=a\0b"], "--local_workdir='a\\x00b' holds a NUL or half a character"),
+        (["--dataset_name=\ud83d"], "holds a NUL or half a character"),
         (["--cache_dir="], "--cache_dir must not be empty"),
         (["--local_workdir=~nobody-of-that-name/x"], "there is no such home directory"),
         (["--rope_scale=2"], "--rope_scale=2 is for rotary positions"),
@@ -219,6 +237,18 @@ def test_yaml_gives_any_setting(tmp_path: Path) -> None:
         ("? [1]\n: 2", "found unhashable key"),
         ("betas: [0.8, {a: 1, a: 2}]", "'a' is given twice"),
         ("config: other.yaml", "'config' names a file"),
+        ('cache_dir: "a\\0b"', "--cache_dir='a\\x00b' holds a NUL or half a character"),
+        ('teacher_name: "\\ud83d"', "holds a NUL or half a character"),
+        (
+            "seed: " + "[" * 100_000,
+            "YAML at line 1, column 26: it is nested more than",
+        ),
+        ("- " * 100_000, "it is nested more than 20 deep"),
+        ("\n".join(f"x{n}: 1" for n in range(40_000)), "it holds more than 10000 names and values"),
+        ("\n".join(f"x{n}: 1" for n in range(4000)) + "\nx7: 2", "'x7' is given twice"),
+        ("x" * (1 << 20) + ": 1", "cannot be read: it has more than 1048576 bytes"),
+        ("dataset_name: " + "x" * 5000, "--dataset_name has 5000 characters; at most 4096"),
+        ("? " + "x" * 100_000 + "\n: 1", "unknown setting 'xxxx"),
         ("hf_token_value: [hf_planted]", "--hf_token_value=***: one value is needed"),
     ],
 )
@@ -228,6 +258,34 @@ def test_yaml_errors(tmp_path: Path, content: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         settings_from_yaml(str(path))
     assert message in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_pipe_is_no_settings_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "run.yaml")
+    with pytest.raises(UsageError, match="run.yaml' is no regular file"):
+        settings_from_yaml(str(tmp_path / "run.yaml"))
+
+
+def test_numbers_at_the_ends_of_their_ranges_make_finite_updates() -> None:
+    """Whatever settings are accepted, torch's AdamW takes them in float32."""
+    for flags in (
+        ("--lr=1e18", "--weight_decay=1e18", "--eps=1e-30", "--grad_clip=1e18"),
+        ("--lr=1e-30", "--weight_decay=0", "--eps=1e18", "--grad_clip=1e-30"),
+    ):
+        config = resolve(parse(*flags, "--betas=0.0,0.999999"), {}).config
+        weight = torch.nn.Parameter(torch.tensor([1e-3, -1e-3]))
+        optimizer = torch.optim.AdamW(
+            [weight],
+            lr=config.peak_lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+        weight.grad = torch.tensor([1e-3, 2e-3])
+        torch.nn.utils.clip_grad_norm_([weight], config.grad_clip)
+        optimizer.step()
+        assert torch.isfinite(weight).all(), flags
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from trainer.checkpoints.sidecar import Sidecar
 from trainer.checkpoints.tensor_checks import check_moments
 from trainer.models.student import StudentConfig, expected_shapes
 from trainer.runtime.errors import CheckpointError, UsageError
+from trainer.runtime.messages import shortened
 from trainer.settings.config import MAX_LAYERS, MAX_WIDTH, SETTINGS, check_values
-from trainer.settings.schedules import shortened
 from trainer.storage.files import Checksummed, atomic_write
 
 

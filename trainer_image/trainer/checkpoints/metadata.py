@@ -9,8 +9,9 @@ from typing import Any
 from trainer.checkpoints.fields import is_number
 from trainer.models.student import StudentConfig
 from trainer.runtime.errors import CheckpointError, UsageError
+from trainer.runtime.messages import shortened
 from trainer.settings.config import SETTINGS, TrainConfig, check_values
-from trainer.settings.schedules import learning_rate, shortened
+from trainer.settings.schedules import learning_rate
 from trainer.settings.values import parse_value
 
 FORMAT_VERSION = 1

@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from trainer.data.corpus import documents, load_corpus, split_corpus
+from trainer.data.tokenizing import Encoder
 from trainer.models.hugging_face import load_tokenizer
 from trainer.runtime.errors import DataError, ModelError, StorageError
 from trainer.runtime.log import log, on_terminal
@@ -74,6 +75,8 @@ class TokenInfo:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
                 raise ValueError(f"{name} is {value!r}, not a whole number of at least {lowest}")
+        if self.eos_token_id >= self.vocab_size:
+            raise ValueError(f"eos_token_id is {self.eos_token_id}, over vocab_size")
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}, not {' or '.join(_DTYPES)}")
         for name in ("tokenizer", "fingerprint", "tokenizer_fingerprint"):
@@ -161,10 +164,11 @@ def write_streams(
     log.info("validation split of %s: %s", config.dataset_name, policy)
     dtype = np.uint16 if len(tokenizer) <= np.iinfo(np.uint16).max + 1 else np.uint32
     counts = {}
-    for split, rows in (("train", train), ("validation", validation)):
-        texts = documents(rows, config.text_column)
-        path = directory / f"{split}.bin"
-        counts[split] = _write_stream(path, texts, len(rows), tokenizer, dtype, split)
+    with Encoder(tokenizer) as encoder:
+        for split, rows in (("train", train), ("validation", validation)):
+            texts = documents(rows, config.text_column)
+            path = directory / f"{split}.bin"
+            counts[split] = _write_stream(path, texts, len(rows), encoder, tokenizer, dtype, split)
     dataset = {
         "name": config.dataset_name,
         "config": config.dataset_config,
@@ -192,6 +196,7 @@ def _write_stream(
     path: Path,
     batches: Iterator[list[str]],
     rows: int,
+    encoder: Encoder,
     tokenizer: Any,
     dtype: type[np.unsignedinteger[Any]],
     split: str,
@@ -199,19 +204,24 @@ def _write_stream(
     """Append each document's ids and an EOS; returns the number of tokens.
 
     Raises:
-        DataError: no document gives any token.
+        DataError: no document gives any token, or one cannot be tokenized.
     """
-    total = 0
+    total, of_document = 0, 0
+    end = np.asarray([tokenizer.eos_token_id], dtype=dtype).tobytes()
     bar = tqdm(
         total=rows, desc=f"tokenizing {split}", unit="doc", disable=not on_terminal(), leave=False
     )
     with path.open("wb") as file, bar:
         for number, texts in enumerate(batches):
-            for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-                if ids:
-                    # Not tofile, whose error on a full disk does not say so
-                    file.write(np.asarray([*ids, tokenizer.eos_token_id], dtype=dtype).tobytes())
-                    total += len(ids) + 1
+            for ids, last in encoder.pieces(texts):
+                _check_ids(ids, tokenizer)
+                # Not tofile, whose error on a full disk does not say so
+                file.write(ids.astype(dtype).tobytes())
+                of_document += len(ids)
+                if last and of_document:
+                    file.write(end)
+                    total += of_document + 1
+                    of_document = 0
             bar.update(len(texts))
             if not on_terminal() and number % 400 == 399:
                 log.info("tokenizing %s: %d of %d documents", split, bar.n, rows)
@@ -223,6 +233,14 @@ def _write_stream(
             f" {tokenizer.name_or_path!r}; give a teacher whose tokenizer is whole"
         )
     return total
+
+
+def _check_ids(ids: np.ndarray, tokenizer: Any) -> None:
+    if len(ids) and (largest := int(ids.max())) >= len(tokenizer):
+        raise DataError(
+            f"the tokenizer of {tokenizer.name_or_path!r} makes id {largest}, over its vocabulary"
+            f" of {len(tokenizer)}; give a teacher whose tokenizer is whole"
+        )
 
 
 def _content_fingerprint(directory: Path) -> str:
@@ -243,7 +261,7 @@ def read_info(described: bytes, directory: str) -> TokenInfo:
         content = json.loads(described)
         if content.get("format") != _FORMAT:
             raise DataError(
-                f"token streams at {directory} have format {content.get('format')!r}, not"
+                f"token streams at {directory} have format {content.get('format')!r:.80}, not"
                 f" {_FORMAT}; prepare them again"
             )
         return TokenInfo(**content)
@@ -254,8 +272,8 @@ def read_info(described: bytes, directory: str) -> TokenInfo:
 def no_streams(directory: str, reason: object) -> DataError:
     """The error for a directory that holds something else."""
     return DataError(
-        f"{directory} does not hold token streams ({INFO_NAME}: {reason}); write them with"
-        " python -m trainer.prepare_tokens"
+        f"{directory} does not hold token streams ({INFO_NAME}: {str(reason)[:300]}); write them"
+        " with python -m trainer.prepare_tokens"
     )
 
 
@@ -287,12 +305,15 @@ def open_streams(directory: Path) -> TokenStreams:
         raise no_streams(str(directory), error) from error
     info = read_info(described, str(directory))
     paths = [directory / name for name in STREAMS]
-    sizes = {path.name: path.stat().st_size for path in paths if path.exists()}
+    sizes = {path.name: path.stat().st_size for path in paths if path.is_file()}
     check_sizes(info, sizes, str(directory))
     streams = []
     for path in paths:
         with os_errors("reading", path), open_regular(path) as file:
-            streams.append(np.memmap(file, dtype=info.dtype, mode="r"))
+            try:
+                streams.append(np.memmap(file, dtype=info.dtype, mode="r"))
+            except (ValueError, OverflowError) as error:
+                raise DataError(f"{path} cannot be read: {error}") from error
         if (largest := _largest_seen(streams[-1])) >= info.vocab_size:
             raise DataError(
                 f"{path} is damaged: it has token {largest}, over a vocabulary of"

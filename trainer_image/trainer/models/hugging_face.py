@@ -9,12 +9,17 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from trainer.models.local_files import check_sizes, check_tokenizer
 from trainer.runtime.errors import ModelError
 from trainer.storage.files import check_files
 
 _TOKENIZER_FILES = re.compile(
     r"(tokenizer|vocab|merges|spiece|sentencepiece|bpe|tekken).*|.*\.(model|tiktoken|spm|bpe|vocab)"
 )
+
+
+_SHOWN = 1000
+"""Characters of a library's reason."""
 
 
 def looks_local(name: str) -> bool:
@@ -66,11 +71,14 @@ def readable_errors(what: str, name: str) -> Iterator[None]:
     except (
         OSError,
         ValueError,
-        KeyError,
+        LookupError,
         TypeError,
         AttributeError,
+        ArithmeticError,
+        AssertionError,
         EOFError,
         ImportError,
+        MemoryError,
         RuntimeError,
         pickle.UnpicklingError,
         safetensors.SafetensorError,
@@ -78,7 +86,9 @@ def readable_errors(what: str, name: str) -> Iterator[None]:
     ) as error:
         local = os.path.isdir(os.path.expanduser(name))
         hint = "" if local else "; check the name, the token and the network"
-        raise ModelError(f"{what} {name!r} cannot be loaded: {_reason(error)}{hint}") from error
+        raise ModelError(
+            f"{what} {name!r} cannot be loaded: {_reason(error)[:_SHOWN]}{hint}"
+        ) from error
 
 
 def _reason(error: Exception) -> str:
@@ -117,6 +127,9 @@ def load_tokenizer(name: str, token: str | None = None) -> Any:
             f"{name!r} has no tokenizer files (tokenizer.json, for example); save the teacher's"
             " tokenizer there"
         )
+    if os.path.isdir(location):
+        check_sizes("tokenizer of", name, location)
+        check_tokenizer(name, location)
     with readable_errors("tokenizer of", name):
         tokenizer = AutoTokenizer.from_pretrained(location, token=token, trust_remote_code=False)
     added = getattr(tokenizer, "added_tokens_decoder", {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from trainer.models.fast_bodies import FastBody, QuantizationError, family_of, quantize_teacher
 from trainer.models.hugging_face import location_of, readable_errors
+from trainer.models.local_files import check_sizes, check_weights
 from trainer.runtime.errors import ModelError
 from trainer.runtime.log import log
 
@@ -151,6 +153,8 @@ def read_teacher_spec(name: str, token: str | None = None) -> TeacherSpec:
     from transformers import AutoConfig
 
     location = location_of("teacher", name)
+    if os.path.isdir(location):
+        check_sizes("teacher", name, location)
     with readable_errors("teacher", name):
         config = AutoConfig.from_pretrained(location, token=token, trust_remote_code=False)
     config = config.get_text_config()
@@ -158,7 +162,13 @@ def read_teacher_spec(name: str, token: str | None = None) -> TeacherSpec:
     vocabulary = getattr(config, "vocab_size", None)
     if not isinstance(vocabulary, int) or vocabulary < 1:
         raise ModelError(
-            f"teacher {name!r} has vocab_size {vocabulary!r} in its configuration; give a causal LM"
+            f"teacher {name!r} has vocab_size {vocabulary!r:.100} in its configuration; give a"
+            " causal LM"
+        )
+    if not isinstance(longest, int | None):
+        raise ModelError(
+            f"teacher {name!r} has max_position_embeddings {longest!r:.100} in its configuration;"
+            " give a whole number"
         )
     return TeacherSpec(name, longest, vocabulary)
 
@@ -172,9 +182,13 @@ def load_teacher(
         ModelError: the weights cannot be loaded, are of other shapes than the configuration says,
             or are not those of a causal LM that computes finite logits.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     location = location_of("teacher", spec.name)
+    if os.path.isdir(location):
+        with readable_errors("teacher", spec.name):
+            config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+            check_weights(spec.name, location, config)
     with readable_errors("teacher", spec.name):
         model, info = AutoModelForCausalLM.from_pretrained(
             location,
@@ -186,7 +200,9 @@ def load_teacher(
             ignore_mismatched_sizes=True,
         )
     _check_whole(spec.name, info)
-    teacher = Teacher(model.to(device), spec)
+    model = model.to(device)
+    with readable_errors("teacher", spec.name):
+        teacher = Teacher(model, spec)
     parameters = sum(p.numel() for p in model.parameters())
     log.info("teacher %s: %.1f M parameters in %s", spec.name, parameters / 1e6, dtype)
     return teacher

@@ -8,7 +8,6 @@ applies that order and records which layer it was.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
@@ -34,9 +33,14 @@ DEFAULT_MICRO_BATCH = 8
 
 MAX_LAYERS, MAX_WIDTH = 512, 1 << 20
 """Of a student; beyond any that is known, and its checkpoints can still be read."""
+_MOST_DIGITS = 100
+"""Of a whole number; Python refuses thousands of them with a message of its own."""
 
 _LARGEST_COUNT, _LARGEST_SEED = 2**31 - 1, 2**64 - 1
 """What 32 bits count; what torch's generators take."""
+
+_SMALLEST, _LARGEST = 1e-30, 1e18
+"""Between them, products and quotients of two settings are neither 0 nor infinite in float32."""
 
 _Check = Callable[[str, Any], None]
 """Takes the name and the value of a setting; raises `UsageError`."""
@@ -44,10 +48,10 @@ _Check = Callable[[str, Any], None]
 
 def _whole(low: int, unit: str = "", high: int = _LARGEST_COUNT) -> _Check:
     def check(name: str, value: int) -> None:
+        shown = f"{str(value)[:24]}…" if len(str(value)) > 24 else value
         if value < low:
-            raise UsageError(f"--{name}={value} must be at least {low}{unit}")
+            raise UsageError(f"--{name}={shown} must be at least {low}{unit}")
         if value > high:
-            shown = f"{str(value)[:24]}…" if len(str(value)) > 24 else value
             raise UsageError(f"--{name}={shown} must be at most {high}{unit}")
 
     return check
@@ -84,17 +88,23 @@ _INTERVAL, _UPDATES = _whole(1, " updates"), _whole(0, " updates")
 _ALPHA = _number(ALPHA_RANGE.__contains__, str(ALPHA_RANGE))
 _TEMPERATURE = _number(TEMPERATURE_RANGE.__contains__, str(TEMPERATURE_RANGE))
 _ALPHAS, _TEMPERATURES = _schedule(ALPHA_RANGE), _schedule(TEMPERATURE_RANGE)
-_DECAY = _number(lambda value: 0.0 <= value < math.inf, "a number from 0 on")
+_DECAY = _number(lambda value: 0.0 <= value <= _LARGEST, f"a number from 0 on, up to {_LARGEST:g}")
 _PROBABILITY = _number(lambda value: 0.0 <= value < 1.0, "at least 0 and below 1")
-_POSITIVE = _number(lambda value: 0.0 < value < math.inf, "above 0 and finite")
+_POSITIVE = _number(
+    lambda value: _SMALLEST <= value <= _LARGEST,
+    f"above 0 and finite, from {_SMALLEST:g} to {_LARGEST:g}",
+)
+_SCALE = _number(lambda value: 1e-6 <= value <= 1e6, "above 0, from 1e-06 to 1e+06")
 
 
 def _contexts(text: str) -> tuple[int, ...]:
     lengths: list[int] = []
     for piece in text.split(","):
-        if not (piece.strip().isdecimal() and 0 < int(piece) <= _LARGEST_COUNT):
+        digits = piece.strip()
+        known = digits.isdecimal() and len(digits) <= _MOST_DIGITS
+        if not (known and 0 < int(digits) <= _LARGEST_COUNT):
             raise UsageError(
-                f"--eval_ctx_lens={text!r}: {piece.strip()!r} is not a positive whole number of"
+                f"--eval_ctx_lens={text[:200]!r}: {digits[:24]!r} is not a positive whole number of"
                 " tokens; write for example 512,1024"
             )
         lengths.append(int(piece))
@@ -225,7 +235,7 @@ class TrainConfig:
         "how a learned position table is stretched to a longer context",
         choices=tuple(RESIZE_METHODS),
     )
-    rope_scale: float = setting(1.0, "divides the positions of a rotary student", _POSITIVE)
+    rope_scale: float = setting(1.0, "divides the positions of a rotary student", _SCALE)
     trained_positions: int | None = setting(
         None,
         "rows of the checkpoint's position table that were trained, in place of what its metadata"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from trainer.runtime.errors import UsageError
+from trainer.runtime.messages import brief
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 
@@ -17,8 +18,7 @@ _STEP_DIGITS = 12
 SCHEDULE_LIMIT = 1 << 19
 """Characters; every checkpoint has the text in it, and 20,000 entries of full precision fit."""
 
-_SHOWN = 200
-"""Characters of a text in a message."""
+_STEP_ABOVE = 1e-6
 
 MIN_LR_FRACTION = 0.1
 """The cosine ends at this fraction of the peak learning rate."""
@@ -26,19 +26,22 @@ MIN_LR_FRACTION = 0.1
 
 @dataclass(frozen=True)
 class Range:
-    """The values a schedule may take; ``low_open`` excludes ``low`` itself."""
+    """The values a schedule may take; ``low_open`` excludes ``low`` itself and what is next to it.
+
+    A number is divided by such a value, and the quotient must be finite in float32.
+    """
 
     low: float
     high: float
     low_open: bool = False
 
     def __contains__(self, value: float) -> bool:
-        above = value > self.low if self.low_open else value >= self.low
+        above = value >= self.low + _STEP_ABOVE if self.low_open else value >= self.low
         return math.isfinite(value) and above and value <= self.high
 
     def __str__(self) -> str:
         if self.low_open:
-            return f"above {self.low:g} and at most {self.high:g}"
+            return f"above {self.low:g} and at most {self.high:g} ({_STEP_ABOVE:g} is the least)"
         return f"between {self.low:g} and {self.high:g}"
 
 
@@ -89,7 +92,7 @@ def schedule_entries(text: str, name: str, allowed: Range) -> tuple[tuple[int, f
     Raises:
         UsageError: naming the entry (counted from 1) and the character where it went wrong.
     """
-    given = f"--{name}={shortened(text)!r}"
+    given = f"--{name}={brief(text)}"
     if len(text) > SCHEDULE_LIMIT:
         raise UsageError(
             f"{given} has {len(text)} characters; {SCHEDULE_LIMIT} fit into a checkpoint, give"
@@ -107,16 +110,11 @@ def schedule_entries(text: str, name: str, allowed: Range) -> tuple[tuple[int, f
         elif entries and step < entries[-1][0]:
             problem = f"step {step} comes after step {entries[-1][0]}; sort by step"
         if problem:
-            entry = shortened(piece.strip())
-            raise UsageError(f"{given}: entry {number} ({entry!r}): {problem}")
+            entry = brief(piece.strip())
+            raise UsageError(f"{given}: entry {number} ({entry}): {problem}")
         entries.append((step, value))
         offset += len(piece) + 1
     return tuple(entries)
-
-
-def shortened(text: str) -> str:
-    """A text for a message: whole, or its beginning."""
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def _parse_entry(piece: str, offset: int, number: int, given: str) -> tuple[int, float]:
@@ -126,9 +124,7 @@ def _parse_entry(piece: str, offset: int, number: int, given: str) -> tuple[int,
         shown = piece[column : column + 1]
         at = f"{shown!r} at" if shown else "the end of the entry,"
         at += f" character {offset + column + 1}"
-        return UsageError(
-            f"{given}: entry {number} ({shortened(piece.strip())!r}), {at}: {problem}"
-        )
+        return UsageError(f"{given}: entry {number} ({brief(piece.strip())}), {at}: {problem}")
 
     start = len(piece) - len(piece.lstrip())
     colon = piece.find(":")

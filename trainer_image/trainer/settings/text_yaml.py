@@ -12,11 +12,9 @@ from typing import Any
 import yaml
 
 from trainer.runtime.errors import StorageError, UsageError
+from trainer.runtime.messages import brief
 from trainer.settings.secret_names import shown_name
 from trainer.storage.files import read_regular
-
-_LIMIT = 4 << 20
-"""Bytes; a schedule with an entry for each of 200,000 updates is shorter."""
 
 _NULL = ("", "~", "null", "Null", "NULL")
 
@@ -26,6 +24,12 @@ _TAGS = {
     "mapping": ("map",),
 }
 
+_LARGEST = 2 << 20
+"""Bytes of a file: schedules with an entry for each update have some hundred thousand."""
+_MOST_VALUES, _DEEPEST = 10_000, 20
+LONGEST = 4096
+"""Characters of a value that is no schedule: those of Linux's longest path."""
+
 
 class _TextLoader(yaml.BaseLoader):
     """Text, lists and dicts; refuses what settings do not need: aliases and other types' tags.
@@ -33,13 +37,31 @@ class _TextLoader(yaml.BaseLoader):
     A few lines of aliases can stand for more than any memory holds.
     """
 
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._values = 0
+        self._depth = 0
+
     def compose_node(self, parent: yaml.Node | None, index: int) -> Any:
+        self._values += 1
+        self._depth += 1
+        node = self._composed(parent, index)
+        self._depth -= 1
+        return node
+
+    def _composed(self, parent: yaml.Node | None, index: int) -> Any:
         mark = self.peek_event().start_mark
+        if self._depth > _DEEPEST:
+            problem = f"it is nested more than {_DEEPEST} deep"
+            raise yaml.composer.ComposerError(None, None, problem, mark)
+        if self._values > _MOST_VALUES:
+            problem = f"it holds more than {_MOST_VALUES} names and values"
+            raise yaml.composer.ComposerError(None, None, problem, mark)
         if self.check_event(yaml.AliasEvent):
             raise yaml.composer.ComposerError(None, None, "aliases are not allowed here", mark)
         node: Any = super().compose_node(parent, index)
         if node.tag.removeprefix("tag:yaml.org,2002:") not in _TAGS[node.id]:
-            problem = f"the tag {node.tag!r} is not allowed here"
+            problem = f"the tag {brief(node.tag)} is not allowed here"
             raise yaml.composer.ComposerError(None, None, problem, mark)
         return node
 
@@ -47,12 +69,13 @@ class _TextLoader(yaml.BaseLoader):
         return None if node.style is None and node.value in _NULL else node.value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [self.construct_object(key) for key, _ in node.value]
-        for index, name in enumerate(names):
-            if name in names[:index]:
-                mark = node.value[index][0].start_mark
-                problem = f"{shown_name(str(name), ())!r} is given twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, mark)
+        seen: set[str | None] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            name = self.construct_scalar(key)
+            if name in seen:
+                problem = f"{brief(shown_name(str(name), ()))} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(name)
         return super().construct_mapping(node, deep)
 
 
@@ -68,9 +91,9 @@ def read_settings(path: str | Path, name: str) -> dict[str, Any]:
             else than such lines.
     """
     try:
-        text = read_regular(path, limit=_LIMIT).decode("utf-8")
+        text = read_regular(path, limit=_LARGEST).decode("utf-8")
         content = yaml.load(text, Loader=_TextLoader)  # noqa: S506 - constructs only text
-    except (OSError, StorageError, UnicodeDecodeError) as error:
+    except (OSError, StorageError, ValueError) as error:
         raise UsageError(f"{name} cannot be read: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import os
 import typing
 from collections.abc import Iterable
 from typing import Any
 
 from trainer.runtime.errors import UsageError
+from trainer.runtime.messages import brief
 from trainer.settings.config import AUTO, SETTINGS, TrainConfig
 from trainer.settings.secret_names import shown_name
+from trainer.settings.text_yaml import LONGEST
+
+_MOST_BITS = 1024
+"""Of a whole number, which Python does not write out where it is very long."""
 
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
@@ -24,6 +30,20 @@ def _boolean(text: str) -> bool:
 TYPES = typing.get_type_hints(TrainConfig)
 
 
+def _check_text(name: str, text: str, *, secret: bool) -> None:
+    """Refuse what no path, name or number is: very long, or not to be told to the system."""
+    if len(text) > LONGEST and not name.endswith("_schedule"):
+        raise UsageError(f"--{name} has {len(text)} characters; at most {LONGEST} are expected")
+    try:
+        os.fsencode(text)
+        usable = "\0" not in text
+    except UnicodeEncodeError:
+        usable = False
+    if not usable:
+        shown = "***" if secret else brief(text)
+        raise UsageError(f"--{name}={shown} holds a NUL or half a character; leave it out")
+
+
 def parse_value(name: str, value: Any) -> Any:
     """A setting's value from text (command line) or from a YAML scalar or list.
 
@@ -36,25 +56,28 @@ def parse_value(name: str, value: Any) -> Any:
         kind = options[0]
     secret = spec.metadata["secret"]
     if isinstance(value, dict) or (isinstance(value, list) and not spec.metadata["parse"]):
-        shown = "***" if secret else repr(value)
+        shown = "***" if secret else brief(value)
         raise UsageError(f"--{name}={shown}: one value is needed, not a {type(value).__name__}")
     if value == "" and type(None) in typing.get_args(TYPES[name]):
         return None
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        raise UsageError(f"--{name}: a number of {value.bit_length()} bits is out of range")
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)  # JSON and YAML know one kind of number
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    _check_text(name, text, secret=secret)
     parse = spec.metadata["parse"] or (_boolean if kind is bool else kind)
     try:
         parsed = parse(text)
     except ValueError as error:
         wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, error)
-        shown = "***" if secret else repr(text)
+        shown = "***" if secret else brief(text)
         raise UsageError(f"--{name}={shown}: {wanted} is needed") from None
     choices = spec.metadata["choices"]
     if choices and parsed not in choices:
         near = difflib.get_close_matches(text, choices, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UsageError(f"--{name}={text!r}: choose one of {', '.join(choices)}{hint}")
+        raise UsageError(f"--{name}={brief(text)}: choose one of {', '.join(choices)}{hint}")
     return parsed
 
 
@@ -93,5 +116,5 @@ def check_names(names: Iterable[Any], where: str = "") -> None:
         if name not in SETTINGS:
             near = difflib.get_close_matches(str(name), SETTINGS, 1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            shown = shown_name(str(name), SETTINGS)
-            raise UsageError(f"{where}unknown setting {shown!r}{hint}")
+            shown = brief(shown_name(str(name), SETTINGS))
+            raise UsageError(f"{where}unknown setting {shown}{hint}")

@@ -32,10 +32,11 @@ from trainer.loss.chunked import Mix
 from trainer.models.teacher import Teacher
 from trainer.runtime.errors import CheckpointError, Preempted, TrainingError
 from trainer.runtime.log import ProgressBar, log, log_values, seconds_since_start
+from trainer.runtime.messages import shortened
 from trainer.runtime.processes import Processes
 from trainer.runtime.signals import saving_on_signals
 from trainer.settings.config import TrainConfig
-from trainer.settings.schedules import learning_rate, shortened
+from trainer.settings.schedules import learning_rate
 from trainer.training.evaluation import EvaluationStopped, Evaluator, check_contexts
 from trainer.training.log_window import LogWindow
 from trainer.training.precision import Precision

@@ -20,6 +20,7 @@ from trainer.models.teacher import Teacher, TeacherSpec, load_teacher, read_teac
 from trainer.runtime.devices import choose_device
 from trainer.runtime.errors import CheckpointError, UsageError
 from trainer.runtime.log import log, log_values
+from trainer.runtime.messages import shortened
 from trainer.runtime.processes import Processes, find_nodes, launch_if_needed
 from trainer.settings.accumulation import accumulation, with_accumulation
 from trainer.settings.config import (
@@ -33,7 +34,6 @@ from trainer.settings.config import (
 )
 from trainer.settings.hf_token import ENVIRONMENT_NAMES, find_hf_token
 from trainer.settings.layers import DEFAULT, Resolved, resolve
-from trainer.settings.schedules import shortened
 from trainer.settings.values import as_text
 from trainer.training.loop import TrainingLoop
 from trainer.training.micro_batch import resolve_micro_batch
