@@ -27,7 +27,7 @@ from transformers import (
 
 from trainer.models.hugging_face import load_tokenizer
 from trainer.models.teacher import TeacherSpec, load_teacher, read_teacher_spec
-from trainer.runtime.errors import ModelError
+from trainer.runtime.errors import ModelError, StorageError
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -483,7 +483,7 @@ def test_a_pipe_among_a_teachers_files_is_refused(
     (directory / name).unlink()
     os.mkfifo(directory / name)
     for read in (read_teacher_spec, load_tokenizer):
-        with pytest.raises(ModelError, match=f"{name} is no regular file"):
+        with pytest.raises(StorageError, match=f"{name}' failed: it is a pipe, not a file"):
             read(str(directory))
 
 

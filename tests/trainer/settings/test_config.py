@@ -246,7 +246,7 @@ def test_yaml_gives_any_setting(tmp_path: Path) -> None:
         ("- " * 100_000, "it is nested more than 20 deep"),
         ("\n".join(f"x{n}: 1" for n in range(40_000)), "it holds more than 10000 names and values"),
         ("\n".join(f"x{n}: 1" for n in range(4000)) + "\nx7: 2", "'x7' is given twice"),
-        ("x" * (1 << 20) + ": 1", "cannot be read: it has more than 1048576 bytes"),
+        ("x" * (2 << 20) + ": 1", "bytes; at most 2097152 are expected here"),
         ("dataset_name: " + "x" * 5000, "--dataset_name has 5000 characters; at most 4096"),
         ("? " + "x" * 100_000 + "\n: 1", "unknown setting 'xxxx"),
         ("hf_token_value: [hf_planted]", "--hf_token_value=***: one value is needed"),
@@ -263,7 +263,7 @@ def test_yaml_errors(tmp_path: Path, content: str, message: str) -> None:
 
 def test_a_pipe_is_no_settings_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "run.yaml")
-    with pytest.raises(UsageError, match="run.yaml' is no regular file"):
+    with pytest.raises(UsageError, match="run.yaml' cannot be read: it is a pipe, not a file"):
         settings_from_yaml(str(tmp_path / "run.yaml"))
 
 

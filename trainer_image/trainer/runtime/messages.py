@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-_SHOWN = 200
+_SHOWN = 160
 """Characters."""
 
 

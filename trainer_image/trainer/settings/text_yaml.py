@@ -94,7 +94,8 @@ def read_settings(path: str | Path, name: str) -> dict[str, Any]:
         text = read_regular(path, limit=_LARGEST).decode("utf-8")
         content = yaml.load(text, Loader=_TextLoader)  # noqa: S506 - constructs only text
     except (OSError, StorageError, ValueError) as error:
-        raise UsageError(f"{name} cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{name} cannot be read: {reason}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
