@@ -334,6 +334,7 @@ def mutate_archive(draw: st.DrawFn, path: Path) -> str:
 HOSTILE: list[Any] = [
     *(None, True, 0, -1, 1, 7, 2**31, 2**63, 2**64, 10**400, 0.5, -0.0, math.nan, math.inf),
     *("", "x", "0", "nan", "1e999", "a\nb", "\x1b[31m", "x" * 5000, "../../x", "\ud800"),
+    *(1e300, 1e39, -1e-300, 2**31 - 1),
     *([], [1], {}, {"a": 1}, {"": {}}, [[[[]]]], ["x"] * 3000, {"step": -1}),
 ]
 
@@ -357,26 +358,23 @@ def places(tree: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def change(tree: Any, place: tuple[Any, ...], how: str, value: Any) -> None:
-    for key in place[:-1]:
-        if not isinstance(tree, dict | list) or (isinstance(tree, list) and key >= len(tree)):
-            return
-        if isinstance(tree, dict) and key not in tree:
-            return
-        tree = tree[key]
-    if isinstance(tree, dict) and place[-1] in tree:
-        if how == "drop":
-            del tree[place[-1]]
-        elif how == "rename":
-            tree[value if isinstance(value, str | int) else "x"] = tree.pop(place[-1])
+    """Change what an earlier change has left there, if anything."""
+    *way, last = place
+    with contextlib.suppress(KeyError, IndexError, TypeError):
+        for key in way:
+            tree = tree[key]
+        old = tree[last]
+        if how == "set" or not isinstance(tree, dict):
+            tree[last] = value
         else:
-            tree[place[-1]] = value
-    elif isinstance(tree, list) and place[-1] < len(tree):
-        tree[place[-1]] = value
+            del tree[last]
+            if how == "rename":
+                tree[value if isinstance(value, str | int) else "x"] = old
 
 
 def hostile_changes(tree: Any, values: list[Any]) -> st.SearchStrategy[Any]:
     ways = st.sampled_from(["set", "set", "set", "drop", "rename"])
-    one = st.tuples(st.sampled_from(places(tree)), ways, st.sampled_from(values))
+    one = st.tuples(st.sampled_from(places(tree)), ways, st.integers(0, len(values) - 1))
     return st.lists(one, min_size=1, max_size=3)
 
 
@@ -385,8 +383,9 @@ def mutate_content(draw: st.DrawFn, path: Path) -> str:
     if "model" in payload and draw(st.booleans()):
         payload.pop(draw(st.sampled_from(["optimizer", "scheduler"])), None)
     payload = {key: dict(v) if isinstance(v, dict) else v for key, v in payload.items()}
-    for where, how, value in draw(hostile_changes(payload, HOSTILE + TENSORS)):
-        change(payload, where, how, value)
+    values = HOSTILE + TENSORS
+    for where, how, index in draw(hostile_changes(payload, values)):
+        change(payload, where, how, copy.deepcopy(values[index]))
     buffer = io.BytesIO()
     try:
         torch.save(payload, buffer)
@@ -402,8 +401,8 @@ def mutate_content(draw: st.DrawFn, path: Path) -> str:
 def mutate_sidecar(draw: st.DrawFn, path: Path) -> str:
     meta = valid_payloads()[0]["meta"]
     content = json.loads(Sidecar("best.pt", 123, "AAAA", meta).dump())
-    for where, how, value in draw(hostile_changes(content, HOSTILE)):
-        change(content, where, how, value)
+    for where, how, index in draw(hostile_changes(content, HOSTILE)):
+        change(content, where, how, copy.deepcopy(HOSTILE[index]))
     data = bytearray(json.dumps(content).encode())
     if draw(st.booleans()):
         at = draw(st.integers(0, len(data)))
