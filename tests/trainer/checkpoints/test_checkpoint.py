@@ -368,6 +368,8 @@ def test_optimizer_state_of_another_student_is_refused(tmp_path: Path) -> None:
         (lambda o: o["state"][0].update(step="x"), "step is a str, not a number"),
         (lambda o: o["state"][0].update(step=-1), "step is -1, which cannot be"),
         (lambda o: o["state"][0].update(step=math.nan), "step is nan, which cannot be"),
+        (lambda o: o["state"][0].update(step=1e300), r"step is 1e\+300, which cannot be"),
+        (lambda o: o["state"][0].update(exp_avg=math.nan), "exp_avg is nan, which cannot be"),
         (lambda o: o["state"][0]["exp_avg_sq"].neg_().sub_(1), "exp_avg_sq is -.*, which cannot"),
         (
             lambda o: o["state"][0].update(exp_avg=torch.full((2,), 1e300, dtype=torch.float64)),

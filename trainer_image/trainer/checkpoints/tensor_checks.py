@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,9 @@ from trainer.checkpoints.fields import is_name, is_number
 from trainer.runtime.errors import CheckpointError
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+_LARGEST = torch.finfo(torch.float32).max
+"""What training keeps them in."""
 
 _PIECE = 1 << 22
 """Elements looked through at a time: looking takes several times their memory."""
@@ -79,5 +81,5 @@ def check_moments(entry: Mapping[str, Any], name: str, elements: int) -> None:
             lowest = float(value)
         else:
             raise CheckpointError(f"{name}: {key} is a {type(value).__name__}, not a number")
-        if not math.isfinite(lowest) or (key in ("step", "exp_avg_sq") and lowest < 0):
+        if not abs(lowest) <= _LARGEST or (key in ("step", "exp_avg_sq") and lowest < 0):
             raise CheckpointError(f"{name}: {key} is {lowest:g}, which cannot be")
