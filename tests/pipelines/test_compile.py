@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -277,3 +278,10 @@ def test_the_documentation_describes_this_pipeline() -> None:
     assert up_to_date(text.replace("| `seed` |", "| `sed` |")) == text
     with pytest.raises(LiquidError, match="has no place for machines"):
         up_to_date(text.replace("<!-- machines -->", ""))
+
+
+@pytest.mark.timeout(120)
+def test_a_pipe_is_no_file_to_compile_to(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipeline.yaml")
+    with pytest.raises(UsageError, match="give a path that ends with"):
+        compile_to(tmp_path / "pipeline.yaml", load_settings({}), "vertex")

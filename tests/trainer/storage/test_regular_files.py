@@ -180,7 +180,7 @@ def test_a_link_to_a_file_is_followed(tmp_path: Path) -> None:
     assert read_regular(tmp_path / "link", limit=7) == b"content"
     (tmp_path / "empty").write_bytes(b"")
     assert read_regular(tmp_path / "empty", limit=0) == b""
-    check_files(tmp_path)
+    check_files(*tmp_path.iterdir())
     assert open_location(str(tmp_path)).read_bytes("link", limit=7) == b"content"
 
 
@@ -206,6 +206,11 @@ def test_what_it_is_instead_is_told(kind: str, words: str, tmp_path: Path) -> No
         open_location(str(tmp_path)).read_bytes("best.pt", limit=10)
     assert str(tmp_path / "best.pt") in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_path_with_a_nul_is_no_path() -> None:
+    with pytest.raises(OSError, match="its path has a NUL character"):
+        open_regular("a\0b")
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "socket"])

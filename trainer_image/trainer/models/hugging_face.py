@@ -7,11 +7,12 @@ import os
 import pickle
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from trainer.models.local_files import check_sizes, check_tokenizer
 from trainer.runtime.errors import ModelError
-from trainer.storage.files import check_files
+from trainer.storage.files import check_files, os_errors
 
 _TOKENIZER_FILES = re.compile(
     r"(tokenizer|vocab|merges|spiece|sentencepiece|bpe|tekken).*|.*\.(model|tiktoken|spm|bpe|vocab)"
@@ -48,7 +49,9 @@ def location_of(what: str, name: str) -> str:
     """
     path = os.path.expanduser(name)
     if os.path.isdir(path):
-        check_files(path)  # `transformers` would wait at a pipe, and read a device for ever
+        with os_errors("reading", path):
+            # `transformers` would wait at a pipe, and read a device for ever
+            check_files(*Path(path).iterdir())
         return path
     if os.path.exists(path):
         raise ModelError(

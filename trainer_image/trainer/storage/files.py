@@ -63,7 +63,10 @@ def open_regular(path: str | os.PathLike[str], *, limit: int | None = None) -> B
         check_regular(os.stat(name))  # before opening, which is enough to make some devices act
         return os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
-    file = open(path, "rb", opener=opened)  # noqa: SIM115
+    try:
+        file = open(path, "rb", opener=opened)  # noqa: SIM115
+    except ValueError:
+        raise OSError(errno.EINVAL, "its path has a NUL character") from None
     try:
         status = os.fstat(file.fileno())
         check_regular(status)
@@ -106,13 +109,13 @@ def check_regular(status: os.stat_result) -> None:
         raise OSError(*_KINDS.get(kind, (errno.EINVAL, "it is no file")))
 
 
-def check_files(source: str | os.PathLike[str]) -> None:
-    """Check that libraries may open a path, and whatever is below it where it is a directory.
+def check_files(*paths: Path) -> None:
+    """Check that libraries may open these paths, of which some may be directories.
 
     Raises:
-        StorageError: names the pipe, socket or device that it is, or that is there.
+        StorageError: names the pipe, socket or device among them.
     """
-    for path in (Path(source), *Path(source).rglob("*")):
+    for path in paths:
         # A link to nothing cannot be opened, so that nobody waits at it
         if path.exists() and not path.is_dir():
             with os_errors("reading", path):

@@ -257,7 +257,7 @@ def _is_file(item: os.DirEntry[str]) -> bool:
     """
     if item.is_file():
         return True
-    if not item.is_dir():
+    if not (item.name.startswith(".") or item.is_dir()):
         with contextlib.suppress(StorageMissingError), os_errors("reading", item.path):
             check_regular(item.stat())
     return False

@@ -4,7 +4,8 @@
 name holds its old content or all of the new), checked by CRC32C, and conditional: a location
 remembers what each name held when the job first looked and what the job wrote since, and refuses
 to replace anything else. Two jobs that share one output therefore cannot silently overwrite each
-other; the second ends with a `StorageConflictError` that names the first.
+other; the second ends with a `StorageConflictError` that names the first. Before each snapshot a
+job claims its location, which decides between two that write in turns.
 
 A sidecar names the size and CRC32C of its weights and is written after them (see
 `trainer.checkpoints.snapshots`). A reader that finds them different
