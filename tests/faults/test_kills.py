@@ -181,8 +181,6 @@ def test_a_run_whose_sidecars_are_all_gone_loses_nothing(
 ) -> None:
     uri = f"{gcs_bucket}/run"
     lost = job | {"output_gcs_uri": uri, "local_workdir": str(tmp_path / "work")}
-    unbroken = job | {"local_workdir": str(tmp_path / "unbroken")}
-    finish(unbroken)
     process = start(lost)
     if ended:
         process.communicate(timeout=240)
@@ -203,8 +201,10 @@ def test_a_run_whose_sidecars_are_all_gone_loses_nothing(
     assert reached is not None
     assert int(reached[1]) >= step  # weights may have come before their sidecar
     again = open_location(uri)
-    if ended:
-        assert contents == {name: again.read_bytes(name, limit=1 << 20) for name in before}
     (tmp_path / "scratch").mkdir()
     check_whole(uri, tmp_path / "scratch")
+    if ended:
+        assert contents == {name: again.read_bytes(name, limit=1 << 20) for name in before}
+        return
+    finish(job | {"local_workdir": str(tmp_path / "unbroken")})
     assert_equal_ends(uri, str(tmp_path / "unbroken"), tmp_path / "scratch")

@@ -292,8 +292,11 @@ def test_a_final_checkpoint_is_at_the_end(run: Place, sidecar: bool) -> None:
         run.newest()
     run.put(of_a_run(24), step_name(24))
     assert run.newest() == 24
-    run.put(of_a_run(40), FINAL, sidecar=sidecar)
-    assert run.newest() == 40
+    for name in (step_name(40), FINAL):
+        run.put(of_a_run(40), name, sidecar=sidecar)
+    found = run.open().newest()
+    assert found is not None
+    assert found.source == f"{run.uri}/{FINAL}"
 
 
 def test_what_a_kill_leaves_of_a_removal_is_removed_at_the_next_start(run: Place) -> None:

@@ -327,7 +327,7 @@ class Snapshots:
                 refused[name] = str(error)
                 continue
             self._undescribed.append(sidecar)
-            if found is None or checkpoint.step > found.step:
+            if found is None or (checkpoint.step, name == FINAL) > (found.step, False):
                 found = checkpoint
         if found is None and unreadable and not refused:
             raise unreadable[0]
