@@ -111,6 +111,10 @@ CHANGES = st.lists(
 )
 
 
+MOST = 4 << 20
+"""Characters of a changed file: more than is ever read of one."""
+
+
 def changed(text: str, changes: list[tuple[str, int, Any]]) -> bytes:
     for kind, place, value in changes:
         lines = text.split("\n")
@@ -130,7 +134,7 @@ def changed(text: str, changes: list[tuple[str, int, Any]]) -> bytes:
             lines[at] = f"{name}{colon} {'[' * value}{old}{']' * value}"
         elif kind == "many":
             lines += [f"x{number}: {number}" for number in range(value)]
-        text = "\n".join(lines)
+        text = "\n".join(lines)[:MOST]
         if kind == "insert":
             text = text[:place] + value + text[place:]
         elif kind == "replace":
