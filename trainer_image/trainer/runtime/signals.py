@@ -68,7 +68,6 @@ class _Watch:
         self.status: int | None = None
         """Of a command that has ended."""
         self._pipe: tuple[int, int] | None = None
-        self._releasing = threading.Lock()
         self._handlers: dict[signal.Signals, Any] = {}
         self._unraisable: Any = None
         self._deadline = float("inf")
@@ -96,7 +95,7 @@ class _Watch:
         if other != -1:
             signal.set_wakeup_fd(other)  # somebody else's event loop is woken by signals
         threading.Thread(
-            target=self._watch, args=(self._pipe[0],), name="signals", daemon=True
+            target=self._watch, args=(self._pipe,), name="signals", daemon=True
         ).start()
         return True
 
@@ -107,17 +106,19 @@ class _Watch:
         current = signal.set_wakeup_fd(-1)
         if current != self._pipe[1]:
             signal.set_wakeup_fd(current)
-        with self._releasing:
-            self._reached = True
+        with _releasing:
+            pipe, self._pipe = self._pipe, None
         for number, handler in self._handlers.items():
             if signal.getsignal(number) == self._on_signal:
                 signal.signal(number, handler)
         sys.unraisablehook = self._unraisable
-        os.close(self._pipe[1])  # ends the thread
+        os.close(pipe[1])  # ends the thread
         self.__init__()  # type: ignore[misc]
 
     def forget_in_child(self) -> None:
-        """After a fork: the pipe and its thread are the parent's."""
+        """After a fork: the pipe and its thread are the parent's, and so is who holds the lock."""
+        global _releasing
+        _releasing = threading.Lock()
         if self._pipe is not None:
             os.close(self._pipe[0])
             self.release()
@@ -165,37 +166,42 @@ class _Watch:
 
     # ── in the watching thread ────────────────────────────────────────────────────────────────
 
-    def _watch(self, pipe: int) -> None:
+    def _watch(self, pipe: tuple[int, int]) -> None:
         while True:
-            left = self._deadline - time.monotonic()
-            if left <= 0:
+            with _releasing:
+                released = self._pipe is not pipe
+                left = self._deadline - time.monotonic()
+            if not released and left <= 0:
                 self._end()
-            ready, _, _ = select.select([pipe], [], [], None if left == float("inf") else left)
+            wait = None if released or left == float("inf") else left
+            ready, _, _ = select.select([pipe[0]], [], [], wait)
             if not ready:
                 continue
-            numbers = os.read(pipe, 64)
-            if not numbers:  # released
-                os.close(pipe)
+            numbers = os.read(pipe[0], 64)
+            if not numbers:
+                os.close(pipe[0])
                 return
             for number in numbers:
                 if number in SIGNALS:
-                    self._note(signal.Signals(number))
+                    self._note(signal.Signals(number), pipe)
 
-    def _note(self, number: signal.Signals) -> None:
+    def _note(self, number: signal.Signals, pipe: tuple[int, int]) -> None:
         now = time.monotonic()
-        self.stop = self.stop or number
-        if self._first == float("inf"):
-            self._first, self._deadline = now, now + self.phase.seconds
-            self._interrupt_main(number)
-        elif now - self._first > _AGAIN_SECONDS:
-            self._deadline = min(self._deadline, now + self.phase.after_second)
-
-    def _interrupt_main(self, number: signal.Signals) -> None:
-        """Wake the main thread where the system has given the signal to another one."""
-        time.sleep(_NOTICED_SECONDS)
-        with self._releasing:
-            if not self._reached:
-                signal.pthread_kill(threading.main_thread().ident or 0, number)
+        with _releasing:
+            if self._pipe is not pipe:
+                return
+            self.stop = self.stop or number
+            first = self._first == float("inf")
+            if first:
+                self._first, self._deadline = now, now + self.phase.seconds
+            elif now - self._first > _AGAIN_SECONDS:
+                self._deadline = min(self._deadline, now + self.phase.after_second)
+        if first:
+            time.sleep(_NOTICED_SECONDS)
+            with _releasing:
+                # Where the system has given the signal to another thread, main has not woken
+                if self._pipe is pipe and not self._reached:
+                    signal.pthread_kill(threading.main_thread().ident or 0, number)
 
     def _end(self) -> NoReturn:
         # In a thread of its own: a reader of the log that has stopped must not keep the process
@@ -207,6 +213,9 @@ class _Watch:
             speaker.join(1.0)
         os._exit(self.status if self.status is not None else 128 + int(self.stop or 0))
 
+
+_releasing = threading.Lock()
+"""Held while the watch is given up, and while its thread acts on it."""
 
 _watch = _Watch()
 os.register_at_fork(
