@@ -102,7 +102,6 @@ def test_the_process_that_starts_torchrun_builds_none_before_it(
         raise LiquidError("launched")
 
     monkeypatch.setattr(run, "launch_if_needed", launch)
-    monkeypatch.setattr(entrypoint, "launch_if_needed", launch)
     with pytest.raises(LiquidError, match="launched"):
         entrypoint.run_on_all_gpus(settings)
     argv = [f"--{name}={value}" for name, value in settings.items()]

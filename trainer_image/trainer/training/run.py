@@ -338,10 +338,9 @@ def launch(settings: Mapping[str, Any]) -> bool:
         if not SETTINGS[name].metadata["secret"]
     ]
     token = settings.get("hf_token_value")
-    given = any(os.environ.get(name) for name in ENVIRONMENT_NAMES)
-    return launch_if_needed(
-        "trainer.entrypoint", flags, secrets={"HF_TOKEN": token} if token and not given else {}
-    )
+    if token and not any(os.environ.get(name) for name in ENVIRONMENT_NAMES):
+        return launch_if_needed("trainer.entrypoint", flags, secrets={"HF_TOKEN": token})
+    return launch_if_needed("trainer.entrypoint", flags)
 
 
 def run_on_all_gpus(settings: Mapping[str, Any]) -> RunResult | None:
