@@ -107,8 +107,8 @@ def test_a_signal_to_the_parent_ends_both(tmp_path: Path) -> None:
     code = """
         import signal, sys
         from trainer.runtime.bounded import BoundedProcess
-        from trainer.runtime.signals import end_on_sigterm
-        end_on_sigterm()
+        from trainer.runtime.signals import end_on_signals
+        end_on_signals()
         with BoundedProcess("answers_of_a_test:answer") as child:
             print(child._process.pid, flush=True)
             child.ask(b"spin", seconds=3000)
