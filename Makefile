@@ -64,7 +64,7 @@ test: lint ## lint, then the tests that need no GPU, but for soak (JOBS=2 at a t
 	@$(BIN)/python -m pytest -q -m 'not soak' -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: soak
-soak: $(STAMP) ## the long fault tests: 50 kills, 1,000 storage faults, 50 races
+soak: $(STAMP) ## the long fault tests: kills, storage faults, races, stops, fuzzers
 	@$(BIN)/python -m pytest -q -m soak
 
 .PHONY: clean
