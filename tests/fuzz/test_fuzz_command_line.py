@@ -169,7 +169,7 @@ def trying(test: Callable[[Any], object], strategy: st.SearchStrategy[Any], leng
         test(case)
 
     settings(
-        max_examples=300 if length == "short" else 20_000,
+        max_examples=100 if length == "short" else 20_000,
         derandomize=True,
         deadline=None,
         database=None,
