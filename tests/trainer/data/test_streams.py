@@ -20,7 +20,7 @@ from trainer import prepare_tokens
 from trainer.data.batches import IGNORED, BatchSampler, evaluation_batches, window_count
 from trainer.data.streams import _largest_seen, open_streams, streams_for, tokenizer_fingerprint
 from trainer.models.hugging_face import load_tokenizer
-from trainer.runtime.errors import DataError, UsageError
+from trainer.runtime.errors import DataError, LiquidError, UsageError
 from trainer.settings.config import TrainConfig
 
 STREAM = np.arange(1000, dtype=np.uint16)
@@ -627,4 +627,16 @@ def test_a_text_too_long_for_one_document(tokenizer_dir: Path, tmp_path: Path) -
     with source.open("wb") as file:
         file.truncate(1 << 40)  # a file of holes takes no space
     with pytest.raises(DataError, match="1099511627776 bytes, and a text file is one document"):
+        streams_for(config_for(source, tokenizer_dir, tmp_path / "cache"))
+
+
+def test_a_data_sets_card_is_not_read_whole_before_its_size_is_known(
+    tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "corpus"
+    source.mkdir()
+    (source / "TEXT.TXT").write_text("Some words of text. " * 500)
+    with (source / "README.md").open("wb") as card:
+        card.truncate(17 << 20)  # a file of holes takes no space
+    with pytest.raises(LiquidError, match=r"README\.md has 17825792 bytes; at most 16777216"):
         streams_for(config_for(source, tokenizer_dir, tmp_path / "cache"))

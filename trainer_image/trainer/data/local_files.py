@@ -14,6 +14,7 @@ from typing import Any
 
 from trainer.runtime.bounded import MEMORY, SECONDS, BoundedError, BoundedProcess
 from trainer.runtime.errors import DataError, UsageError
+from trainer.storage.files import read_regular
 
 _BUILDERS = {
     ".txt": "text",
@@ -28,6 +29,8 @@ _LOADER_SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 
 _MEMORY_PER_BYTE = 8
 """Of the largest file: whole text files are in memory as bytes, as text and as Arrow."""
+_CARD_LIMIT = 16 << 20
+"""Bytes of a data set's README.md."""
 _LARGEST_TEXT = (1 << 31) - 1
 """Bytes of a text in Arrow."""
 _BYTES_PER_SECOND = 1 << 20
@@ -201,7 +204,8 @@ def _describes_files(directory: Path) -> bool:
     """Whether the data set itself says which files are which split."""
     card = directory / "README.md"
     return (directory / ".huggingface.yaml").exists() or (
-        card.is_file() and bool(re.search(rb"^configs:", card.read_bytes(), re.MULTILINE))
+        card.is_file()
+        and bool(re.search(rb"^configs:", read_regular(card, limit=_CARD_LIMIT), re.MULTILINE))
     )
 
 
