@@ -20,7 +20,7 @@ from trainer import prepare_tokens
 from trainer.data.batches import IGNORED, BatchSampler, evaluation_batches, window_count
 from trainer.data.streams import _largest_seen, open_streams, streams_for, tokenizer_fingerprint
 from trainer.models.hugging_face import load_tokenizer
-from trainer.runtime.errors import DataError, LiquidError, UsageError
+from trainer.runtime.errors import DataError, LiquidError, StorageError, UsageError
 from trainer.settings.config import TrainConfig
 
 STREAM = np.arange(1000, dtype=np.uint16)
@@ -618,7 +618,7 @@ def test_a_pipe_is_no_data_set(place: str, tokenizer_dir: Path, tmp_path: Path) 
     source = write_files(tmp_path / "data", {"b.txt": "some words of text " * 9})
     os.mkfifo(tmp_path / place)
     for name in (source, tmp_path / place):
-        with pytest.raises(DataError, match="no regular file"):
+        with pytest.raises(StorageError, match="failed: it is a pipe, not a file"):
             streams_for(config_for(name, tokenizer_dir, tmp_path / "cache"))
 
 

@@ -32,6 +32,7 @@ def load_corpus(config: TrainConfig, token: str | None = None) -> Any:
 
     Raises:
         DataError: it cannot be found or read.
+        StorageError: a file of it is a pipe, a socket or a device.
         UsageError: a configuration is asked for of what has none.
     """
     import datasets

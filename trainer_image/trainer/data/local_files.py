@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import stat
 import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ from typing import Any
 
 from trainer.runtime.bounded import MEMORY, SECONDS, BoundedError, BoundedProcess
 from trainer.runtime.errors import DataError, UsageError
-from trainer.storage.files import read_regular
+from trainer.storage.files import check_files, read_regular
 
 _BUILDERS = {
     ".txt": "text",
@@ -101,9 +100,12 @@ def load_bounded(data: LocalData) -> Any:
     Raises:
         BoundedError: reading it takes too much, or crashes.
         DataError: it cannot be read.
+        StorageError: a file of it is a pipe, a socket or a device.
         UsageError: a configuration is asked for of what has none.
     """
-    sizes = [_size(file, data.name) for file in _every_file(Path(data.path))]
+    files = _every_file(Path(data.path))
+    check_files(*files)
+    sizes = [file.stat().st_size for file in files]
     memory = MEMORY + _MEMORY_PER_BYTE * max(sizes, default=0)
     with BoundedProcess(f"{__name__}:answer", memory=memory) as child:
         request = json.dumps(asdict(data)).encode()
@@ -115,13 +117,6 @@ def _every_file(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     return [file for file in path.rglob("*") if not file.is_dir() and file.exists()]
-
-
-def _size(file: Path, name: str) -> int:
-    status = file.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise DataError(f"data set {name!r} cannot be loaded: {file.name} is no regular file")
-    return status.st_size
 
 
 def answer(request: bytes) -> bytes:
