@@ -8,6 +8,8 @@ import json
 import math
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -102,7 +104,8 @@ def test_a_written_checkpoint_loads_with_stock_torch_and_its_sidecar_describes_i
     parsed = Sidecar.parse((tmp_path / "best.pt.meta.json").read_bytes(), "best.pt")
     assert parsed == sidecar
     assert parsed.size == path.stat().st_size
-    verify_file(path, parsed)
+    with path.open("rb") as file:
+        verify_file(file, parsed)
     read = read_checkpoint(path)
     assert (read.step, read.meta["metrics"]) == (7, {"val_loss_student": 3.5})
     assert sorted(os.listdir(tmp_path)) == ["best.pt", "best.pt.meta.json"]
@@ -113,11 +116,11 @@ def test_a_file_that_its_sidecar_does_not_describe_is_noticed(tmp_path: Path) ->
     sidecar = snapshot().write(path)
     whole = path.read_bytes()
     path.write_bytes(whole[:-10])
-    with pytest.raises(CheckpointError, match="but its sidecar says"):
-        verify_file(path, sidecar)
+    with path.open("rb") as file, pytest.raises(CheckpointError, match="but its sidecar says"):
+        verify_file(file, sidecar)
     path.write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
-    with pytest.raises(CheckpointError, match="has checksum"):
-        verify_file(path, sidecar)
+    with path.open("rb") as file, pytest.raises(CheckpointError, match="has checksum"):
+        verify_file(file, sidecar)
 
 
 # ── the base package's layout
@@ -304,6 +307,17 @@ def test_a_fault_of_the_machine_is_no_damage(tmp_path: Path) -> None:
         read_checkpoint(loop)
     with pytest.raises(CheckpointError, match="does not exist"):
         read_checkpoint(tmp_path / "absent.pt")
+    # In a process of its own: this one would wait for a writer
+    os.mkfifo(tmp_path / "pipe.pt")
+    code = "import pathlib, sys; from trainer.checkpoints.reading import read_checkpoint as read"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; read(pathlib.Path(sys.argv[1]))", tmp_path / "pipe.pt"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "StorageError: reading" in done.stderr
+    assert "it is a pipe, not a file" in done.stderr
 
 
 @pytest.mark.parametrize(

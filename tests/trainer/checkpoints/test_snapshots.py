@@ -7,11 +7,14 @@ import socket
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from trainer.checkpoints import snapshots
 from trainer.checkpoints.checkpoint import Snapshot
 from trainer.checkpoints.names import (
     BEST,
@@ -415,3 +418,37 @@ def test_the_rolling_best_is_the_best_again_after_a_kill(
     second.restore_best(6)  # of which there is none
     assert read_from(f"{uri}/{BEST}", tmp_path / "second").step == 4
     assert f"of step 6, is gone from {uri}; best.pt is of step 4" in caplog.text
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_what_is_read_is_the_file_that_was_checked(
+    described: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another job renames its own over it in between."""
+    path = tmp_path / "best.pt"
+    sidecar = snapshot(1).write(path)
+    other = tmp_path / "other"
+    other.mkdir()
+    Snapshot({"weight": torch.zeros(9)}, None, {}, 1, {}, sidecar.meta).write(other / "best.pt")
+
+    def renamed(inner: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            result = inner(*arguments)
+            (other / "best.pt").replace(path)
+            return result
+
+        return call
+
+    if described:
+        monkeypatch.setattr(snapshots, "verify_file", renamed(snapshots.verify_file))
+        assert read_from(str(path), tmp_path).weights["weight"].shape == (4,)
+    else:
+        whole = path.read_bytes()
+        (tmp_path / "best.pt.meta.json").unlink()
+        monkeypatch.setattr(
+            snapshots, "read_open_checkpoint", renamed(snapshots.read_open_checkpoint)
+        )
+        location = open_location(str(tmp_path))
+        checkpoint, made = snapshots._describe(location, "best.pt", tmp_path)
+        assert checkpoint.weights["weight"].shape == (4,)
+        assert made.size == len(whole)

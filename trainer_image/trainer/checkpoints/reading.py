@@ -7,6 +7,8 @@ import os
 import pickle
 import re
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,24 +21,63 @@ from trainer.checkpoints.metadata import current_form
 from trainer.checkpoints.pickles import PICKLE_LIMIT, check_pickle
 from trainer.checkpoints.tensor_checks import check_weights
 from trainer.runtime.errors import CheckpointError, StorageError
-from trainer.storage.files import os_errors
+from trainer.storage.base import StorageMissingError
+from trainer.storage.files import open_regular, os_errors
 
 _DIRECTORY_LIMIT = 16 << 20
 """Bytes of an archive's directory; a record takes about 100."""
+
+
+@contextmanager
+def open_checkpoint(path: Path, source: str) -> Iterator[BinaryIO]:
+    """A checkpoint's file, opened once for all that looks at it.
+
+    What another job puts under its name meanwhile is another file.
+
+    Args:
+        path: the file.
+        source: what messages call it.
+
+    Raises:
+        StorageError: it does not exist, is something else than a file, or cannot be read.
+    """
+    with os_errors("reading", source):
+        file = open_regular(path)
+    with file:
+        yield file
 
 
 def read_checkpoint(path: Path, source: str | None = None) -> Checkpoint:
     """Read a checkpoint file without running any code it may carry.
 
     Raises:
+        CheckpointError: it does not exist, or as `read_open_checkpoint` does.
+        StorageError: as that and `open_checkpoint` do.
+    """
+    source = source or str(path)
+    try:
+        with open_checkpoint(path, source) as file:
+            return read_open_checkpoint(file, source)
+    except StorageMissingError:
+        raise CheckpointError(f"{source} does not exist") from None
+
+
+def read_open_checkpoint(file: BinaryIO, source: str) -> Checkpoint:
+    """The checkpoint of an open file; runs no code that it may carry.
+
+    Args:
+        file: of `open_checkpoint`.
+        source: what messages call it.
+
+    Raises:
         CheckpointError: it is truncated, not a checkpoint, carries code, claims more memory than
             it has bytes, or holds weights that are not finite.
         StorageError: this machine cannot read it, or has too little memory for it.
     """
-    source = source or str(path)
     try:
-        with os_errors("reading", source), _opened(path, source) as file:
+        with os_errors("reading", source):
             size = os.fstat(file.fileno()).st_size
+            file.seek(0)
             _check_archive(file, size, source)
             file.seek(0)
             return _interpret(_load(file, source), source, size)
@@ -47,13 +88,6 @@ def read_checkpoint(path: Path, source: str | None = None) -> Checkpoint:
             f"reading {source!r} failed: out of memory{_first_line(error, ' ({})')}; stop what else"
             " takes memory on this machine, or take one with more"
         ) from None
-
-
-def _opened(path: Path, source: str) -> BinaryIO:
-    try:
-        return open(path, "rb")
-    except FileNotFoundError:
-        raise CheckpointError(f"{source} does not exist") from None
 
 
 def _load(file: BinaryIO, source: str) -> Any:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from trainer.checkpoints.fields import are_metrics, check_meta, plain, short
 from trainer.checkpoints.metadata import current_form
@@ -96,24 +96,24 @@ class Sidecar:
         return cls(name, content["size"], content["crc32c"], meta, described_file)
 
 
-def verify_file(path: Path, sidecar: Sidecar, crc32c: str | None = None) -> None:
+def verify_file(file: BinaryIO, sidecar: Sidecar, crc32c: str | None = None) -> None:
     """Check a checkpoint file against its sidecar.
 
     Args:
-        path: the file.
+        file: open for reading.
         sidecar: what it is checked against.
         crc32c: the file's checksum where it has been computed already.
 
     Raises:
         CheckpointError: size or checksum differ.
     """
-    size = path.stat().st_size
+    size = os.fstat(file.fileno()).st_size
     if size != sidecar.size:
         raise CheckpointError(
             f"{sidecar.name} has {size} bytes, but its sidecar says {sidecar.size}: it was"
             " cut short or belongs to another sidecar"
         )
-    crc32c = crc32c or crc32c_of(path)
+    crc32c = crc32c or crc32c_of(file)
     if crc32c != sidecar.crc32c:
         raise CheckpointError(
             f"{sidecar.name} has checksum {crc32c}, but its sidecar says {sidecar.crc32c}"

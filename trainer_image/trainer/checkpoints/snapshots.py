@@ -21,7 +21,7 @@ from trainer.checkpoints.names import (
     outdated_at,
     sidecar_name,
 )
-from trainer.checkpoints.reading import read_checkpoint
+from trainer.checkpoints.reading import open_checkpoint, read_checkpoint, read_open_checkpoint
 from trainer.checkpoints.sidecar import SIDECAR_LIMIT, Sidecar, verify_file
 from trainer.runtime.errors import CheckpointError, LiquidError, UsageError
 from trainer.runtime.log import log
@@ -105,12 +105,14 @@ def _describe(location: Location, name: str, workdir: Path) -> tuple[Checkpoint,
     uri = location.child(name)
     with scratch_directory("fetch", workdir) as scratch:
         path, crc32c = fetch(uri, Path(scratch), limit=_MEMORY)
-        checkpoint = read_checkpoint(path, uri)
-        with os_errors("reading", uri), zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+        with open_checkpoint(path, uri) as file:
+            checkpoint = read_open_checkpoint(file, uri)
+            with os_errors("reading", uri), zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+            size, crc32c = os.fstat(file.fileno()).st_size, crc32c or crc32c_of(file)
         if damaged is not None:
             raise CheckpointError(f"{uri} is damaged: {damaged} in it is not what was written")
-        sidecar = Sidecar(name, path.stat().st_size, crc32c or crc32c_of(path), checkpoint.meta)
+        sidecar = Sidecar(name, size, crc32c, checkpoint.meta)
     return checkpoint, sidecar
 
 
@@ -157,8 +159,9 @@ def read_verified(location: Location, sidecar: Sidecar, workdir: Path) -> Checkp
     uri = location.child(sidecar.name)
     with scratch_directory("fetch", workdir) as scratch:
         path, crc32c = fetch(uri, Path(scratch), limit=_MEMORY)
-        verify_file(path, sidecar, crc32c)
-        checkpoint = read_checkpoint(path, uri)
+        with open_checkpoint(path, uri) as file:
+            verify_file(file, sidecar, crc32c)
+            checkpoint = read_open_checkpoint(file, uri)
     if checkpoint.step != sidecar.step:
         raise CheckpointError(
             f"{uri} is at step {checkpoint.step}, but its sidecar says {sidecar.step}"
