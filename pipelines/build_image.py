@@ -7,6 +7,11 @@ With Cloud Build, or here with ``BUILDER=docker``; ``DRY_RUN=1`` prints the comm
 
 from __future__ import annotations
 
+from trainer.runtime.signals import watch_signals
+
+if __name__ == "__main__":
+    watch_signals()  # before anything is imported that takes a while
+
 import os
 import shlex
 import shutil

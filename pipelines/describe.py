@@ -5,6 +5,11 @@ python -m pipelines.describe
 
 from __future__ import annotations
 
+from trainer.runtime.signals import watch_signals
+
+if __name__ == "__main__":
+    watch_signals()  # before anything is imported that takes a while
+
 from dataclasses import fields
 from pathlib import Path
 from typing import Any

@@ -12,6 +12,11 @@ does all this: ``make run-local PARAMS=…``.)
 
 from __future__ import annotations
 
+from trainer.runtime.signals import watch_signals
+
+if __name__ == "__main__":
+    watch_signals()  # before anything is imported that takes a while
+
 import os
 import re
 import sys

@@ -10,6 +10,11 @@ the request and send nothing) and ``CACHE=0`` (run every task again).
 
 from __future__ import annotations
 
+from trainer.runtime.signals import watch_signals
+
+if __name__ == "__main__":
+    watch_signals()  # before anything is imported that takes a while
+
 import json
 import os
 import sys
