@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
 
+from trainer.runtime.errors import signal_status
 from trainer.runtime.log import (
     flush_standard_streams,
     open_standard_streams,
@@ -45,7 +47,7 @@ def _report_and_exit(kind: type[BaseException], error: BaseException, trace: Any
 def _report(error: BaseException) -> int:
     told = tell_otherwise()
     if isinstance(error, KeyboardInterrupt) and told:
-        return 130
+        return signal_status(signal.SIGINT)
     return report_failure(error)
 
 

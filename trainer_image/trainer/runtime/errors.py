@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+
+
+def signal_status(number: int) -> int:
+    """The exit status of a process that a signal ended, by the shell's convention."""
+    return 128 + number
+
 
 class LiquidError(Exception):
     """A failure with a message for the user; ends a command with status 1."""
@@ -44,5 +51,4 @@ class Preempted(LiquidError):
 
     def __init__(self, message: str, signal_name: str = "SIGTERM") -> None:
         super().__init__(message)
-        # The shell's convention for a process ended by a signal
-        self.exit_status = 128 + (2 if signal_name == "SIGINT" else 15)
+        self.exit_status = signal_status(signal.Signals[signal_name])

@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import trainer
-from trainer.runtime.errors import LiquidError, Preempted
+from trainer.runtime.errors import LiquidError, Preempted, signal_status
 from trainer.runtime.strict_json import dumps
 
 log = logging.getLogger("trainer")
@@ -226,7 +227,7 @@ def report_failure(error: BaseException) -> int:
         set_up_logging()
     if isinstance(error, KeyboardInterrupt):
         log.error("interrupted")
-        return 130
+        return signal_status(signal.SIGINT)
     if isinstance(error, Preempted) and rank_of_process() > 0:
         return error.exit_status  # rank 0 says it for all
     if isinstance(error, LiquidError):

@@ -21,12 +21,10 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
 
+from trainer.runtime.errors import signal_status
 from trainer.runtime.log import flush_standard_streams, rank_of_process, write_last_line
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-SIGTERM_STATUS = 128 + signal.SIGTERM
-"""The shell's convention for a process ended by a signal."""
 
 GRACE_SECONDS = 25.0
 """How long a run may save and upload after a signal. Vertex AI and Kubernetes kill after 30 s."""
@@ -148,12 +146,12 @@ class _Watch:
         self.tell()
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        raise SystemExit(128 + number)
+        raise SystemExit(signal_status(number))
 
     def end_at_once(self, number: signal.Signals) -> NoReturn:
         """Say so and end, with nothing to clean up."""
         self.tell()
-        os._exit(128 + number)
+        os._exit(signal_status(number))
 
     def tell(self, more: str = "") -> None:
         """Say once that the process was stopped."""
@@ -211,7 +209,7 @@ class _Watch:
         if self.status is None:
             speaker.start()
             speaker.join(1.0)
-        os._exit(self.status if self.status is not None else 128 + int(self.stop or 0))
+        os._exit(signal_status(self.stop or 0) if self.status is None else self.status)
 
 
 _releasing = threading.Lock()
@@ -331,7 +329,7 @@ def saving_on_signals(
     """
     before: dict[signal.Signals, Any] = {}
     if _watch.stop:
-        raise SystemExit(128 + _watch.stop)
+        raise SystemExit(signal_status(_watch.stop))
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         _watch.saw(signal.Signals(number))
@@ -369,6 +367,6 @@ def end_with(status: int) -> int:
     """
     if _watch.stop and status == os.EX_OK:
         _watch.tell()
-        status = 128 + _watch.stop
+        status = signal_status(_watch.stop)
     _watch.status = status
     return status
