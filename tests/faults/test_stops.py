@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -230,13 +231,18 @@ def test_stops_all_through_the_last_save(
 def test_a_stop_while_documents_are_tokenized(
     door: str, number: signal.Signals, settings: Settings, texts: list[str], tmp_path: Path
 ) -> None:
-    """Where a library's callback swallows what a handler raises."""
-    source = tmp_path / "large"
+def with_large_corpus(settings: Settings, texts: list[str], directory: Path) -> Settings:
+    """With a data set that takes some seconds, and no cache."""
+    source = directory / "large"
     source.mkdir()
     line = json.dumps({"text": "\n".join(texts)})
     for name, lines in (("train", 60), ("validation", 1)):
         (source / f"{name}.jsonl").write_text(f"{line}\n" * lines)
-    large = settings | {"dataset_name": str(source), "cache_dir": str(tmp_path / "cache")}
+    return settings | {"dataset_name": str(source), "cache_dir": str(directory / "cache")}
+
+
+    """Where a library's callback swallows what a handler raises."""
+    large = with_large_corpus(settings, texts, tmp_path)
     if door == "prepare_tokens":
         large = {n: large[n] for n in ("teacher_name", "dataset_name", "local_workdir")}
     output = [str(tmp_path / "tokens")] if door == "prepare_tokens" else []
@@ -287,7 +293,10 @@ def test_a_storage_that_stalls_does_not_keep_the_process(
 # ── observers
 
 
-def test_a_terminal_that_goes_away_does_not_end_the_run(settings: Settings) -> None:
+@pytest.mark.parametrize("shown", [b"step 4/200", b"tokenizing train:  "])
+def test_a_terminal_that_goes_away_does_not_end_the_run(
+    shown: bytes, settings: Settings, texts: list[str], tmp_path: Path
+) -> None:
     ours, theirs = os.openpty()
     settings |= {"train_steps": 200, "eval_every": 200, "save_every": 200}
     process = subprocess.Popen(
@@ -299,14 +308,17 @@ def test_a_terminal_that_goes_away_does_not_end_the_run(settings: Settings) -> N
     )
     os.close(theirs)
     seen = b""
-    while b"step 4/200" not in seen:
+    while shown not in seen:
         seen += os.read(ours, 4096)
     os.close(ours)
     assert process.wait(timeout=120) == 0
     assert (Path(str(settings["local_workdir"])) / "final.pt").exists()
 
 
+    termios.tcsetwinsize(theirs, (24, 80))  # a bar needs a width
 @pytest.mark.parametrize("how", ["closed", "gone", "full"])
+    if b"tokenizing" in shown:
+        settings = with_large_corpus(settings | {"train_steps": 2}, texts, tmp_path)
 def test_a_log_that_cannot_be_written_does_not_end_the_run(how: str, settings: Settings) -> None:
     command = [sys.executable, "-m", "trainer.entrypoint", *flags(settings)]
     if how != "gone":

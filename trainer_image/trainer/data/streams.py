@@ -7,6 +7,7 @@ tokens, one starting every ``block_size`` tokens, so the stream does not depend 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from trainer.data.corpus import documents, load_corpus, split_corpus
 from trainer.data.tokenizing import Encoder
 from trainer.models.hugging_face import load_tokenizer
 from trainer.runtime.errors import DataError, ModelError, StorageError
-from trainer.runtime.log import log, on_terminal
+from trainer.runtime.log import ProgressBar, log, on_terminal
 from trainer.runtime.strict_json import dumps
 from trainer.settings.config import TrainConfig
 from trainer.storage.files import open_regular, os_errors, read_regular
@@ -206,12 +206,10 @@ def _write_stream(
     Raises:
         DataError: no document gives any token, or one cannot be tokenized.
     """
-    total, of_document = 0, 0
+    total, of_document, read = 0, 0, 0
     end = np.asarray([tokenizer.eos_token_id], dtype=dtype).tobytes()
-    bar = tqdm(
-        total=rows, desc=f"tokenizing {split}", unit="doc", disable=not on_terminal(), leave=False
-    )
-    with path.open("wb") as file, bar:
+    bar = ProgressBar(f"tokenizing {split}", "doc", rows)
+    with path.open("wb") as file, contextlib.closing(bar):
         for number, texts in enumerate(batches):
             for ids, last in encoder.pieces(texts):
                 _check_ids(ids, tokenizer)
@@ -224,7 +222,7 @@ def _write_stream(
                     of_document = 0
             bar.update(len(texts))
             if not on_terminal() and number % 400 == 399:
-                log.info("tokenizing %s: %d of %d documents", split, bar.n, rows)
+                log.info("tokenizing %s: %d of %d documents", split, read, rows)
         file.flush()
         os.fsync(file.fileno())
     if not total:
