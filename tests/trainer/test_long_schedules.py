@@ -32,6 +32,8 @@ def test_an_entry_for_every_update_is_saved_and_read_by_every_command(
     assert max(map(len, schedules.values())) < SCHEDULE_LIMIT
     settings |= schedules | {"train_steps": 4, "save_every": 2, "eval_every": 2}
     first = entrypoint.run(settings)
+    lines = list(resolve(settings, {}).lines())
+    assert max(map(len, lines)) < 1100, "the log shows where they begin"
     work = tmp_path / "work"
     sidecar = work / "final.pt.meta.json"
     assert sidecar.stat().st_size < SIDECAR_LIMIT

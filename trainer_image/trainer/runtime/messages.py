@@ -8,9 +8,9 @@ _SHOWN = 160
 """Characters."""
 
 
-def shortened(text: str) -> str:
-    """A text: whole, or its beginning."""
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+def shortened(text: str, most: int = _SHOWN) -> str:
+    """A text: whole, or its beginning of ``most`` characters."""
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def brief(value: Any) -> str:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from trainer.runtime.messages import brief, shortened
 from trainer.runtime.errors import UsageError
 from trainer.settings.config import AUTO, DEFAULT_MICRO_BATCH, SETTINGS, TrainConfig, check_values
 from trainer.settings.dates import expand_dates
@@ -16,6 +17,9 @@ from trainer.settings.text_yaml import read_settings
 from trainer.settings.values import check_names, given
 
 COMMAND_LINE, CONFIG_FILE, CHECKPOINT, DEFAULT = "command line", "--config", "checkpoint", "default"
+
+_SHOWN = 1000
+"""Characters of a value in the log; metadata keeps all."""
 
 DERIVED = "derived"
 """The source of a value that follows from others."""
@@ -52,12 +56,15 @@ class Resolved:
         )
 
     def lines(self) -> Iterable[str]:
-        """``name = value (source)`` for every setting; secrets are not shown."""
+        """``name = value (source)`` for every setting; secrets are not shown, long values in part.
+
+        A schedule may have an entry for every update.
+        """
         for name, value in self.values.items():
             shown = "auto" if (name, value) == ("micro_batch", AUTO) else repr(value)
             if SETTINGS[name].metadata["secret"] and value is not None:
                 shown = "***"
-            yield f"{name} = {shown} ({self.sources[name]})"
+            yield f"{name} = {shortened(shown, _SHOWN)} ({self.sources[name]})"
 
 
 def settings_from_yaml(path: str) -> dict[str, Any]:
