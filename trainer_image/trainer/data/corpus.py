@@ -16,6 +16,7 @@ from trainer.models.hugging_face import bucket_advice, looks_local
 from trainer.runtime.errors import DataError
 from trainer.runtime.log import log
 from trainer.settings.config import TrainConfig
+from trainer.storage.files import in_home
 
 VALIDATION_FRACTION = 0.01
 
@@ -38,11 +39,11 @@ def load_corpus(config: TrainConfig, token: str | None = None) -> Any:
     import datasets
 
     name = str(config.dataset_name)
-    path = os.path.expanduser(name)
+    path = in_home(name)
     datasets.disable_progress_bars()
     with readable_errors(name):
         if os.path.exists(path):
-            cache = str(Path(config.cache_dir).expanduser() / "datasets")
+            cache = str(Path(in_home(config.cache_dir)) / "datasets")
             loaded = load_bounded(LocalData(path, name, config.dataset_config, cache))
         elif looks_local(name):
             raise DataError(

@@ -17,6 +17,7 @@ from trainer.data.streams import (
 )
 from trainer.runtime.errors import DataError
 from trainer.settings.config import TrainConfig
+from trainer.storage.files import in_home
 from trainer.storage.places import is_empty, open_location
 
 
@@ -28,7 +29,7 @@ def find_streams(output: str) -> TokenInfo | None:
     """
     if is_empty(output):
         return None
-    if Path(output).is_file():
+    if Path(in_home(output)).is_file():
         raise DataError(f"{output} is a file; give a new directory for the token streams")
     location = open_location(output)
     sizes = {entry.name: entry.size for entry in location.list()}

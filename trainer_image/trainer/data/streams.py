@@ -25,7 +25,7 @@ from trainer.runtime.errors import DataError, ModelError, StorageError
 from trainer.runtime.log import ProgressBar, log, on_terminal
 from trainer.runtime.strict_json import dumps
 from trainer.settings.config import TrainConfig
-from trainer.storage.files import open_regular, os_errors, read_regular
+from trainer.storage.files import in_home, open_regular, os_errors, read_regular
 from trainer.storage.places import fetch_directory
 from trainer.storage.publish import publishing
 
@@ -107,7 +107,7 @@ def cache_key(config: TrainConfig, tokenizer: Any) -> str:
         config.text_column,
         tokenizer_fingerprint(tokenizer),
     ]
-    path = Path(str(config.dataset_name)).expanduser()
+    path = Path(in_home(str(config.dataset_name)))
     if path.exists():
         every = sorted(path.rglob("*")) if path.is_dir() else [path]
         for file in every:
@@ -221,6 +221,7 @@ def _write_stream(
                     total += of_document + 1
                     of_document = 0
             bar.update(len(texts))
+            read += len(texts)
             if not on_terminal() and number % 400 == 399:
                 log.info("tokenizing %s: %d of %d documents", split, read, rows)
         file.flush()
@@ -349,7 +350,7 @@ def streams_for(config: TrainConfig, token: str | None = None) -> TokenStreams:
         _check_tokenizer(streams.info, config, token)
         return streams
     tokenizer = load_tokenizer(config.teacher, token)
-    directory = Path(config.cache_dir).expanduser() / "tokens" / cache_key(config, tokenizer)
+    directory = Path(in_home(config.cache_dir)) / "tokens" / cache_key(config, tokenizer)
     if (directory / INFO_NAME).exists():
         log.info("token streams reused from %s", directory)
     else:

@@ -12,7 +12,7 @@ from typing import Any
 
 from trainer.models.local_files import check_sizes, check_tokenizer
 from trainer.runtime.errors import ModelError
-from trainer.storage.files import check_files, os_errors
+from trainer.storage.files import check_files, in_home, os_errors
 
 _TOKENIZER_FILES = re.compile(
     r"(tokenizer|vocab|merges|spiece|sentencepiece|bpe|tekken).*|.*\.(model|tiktoken|spm|bpe|vocab)"
@@ -46,8 +46,9 @@ def location_of(what: str, name: str) -> str:
     Raises:
         ModelError: a path that is no directory; `transformers` would look for it on the hub.
         StorageError: the directory holds a pipe, a socket or a device.
+        UsageError: there is no such home directory.
     """
-    path = os.path.expanduser(name)
+    path = in_home(name)
     if os.path.isdir(path):
         with os_errors("reading", path):
             # `transformers` would wait at a pipe, and read a device for ever
@@ -87,8 +88,7 @@ def readable_errors(what: str, name: str) -> Iterator[None]:
         safetensors.SafetensorError,
         huggingface_hub.errors.StrictDataclassError,
     ) as error:
-        local = os.path.isdir(os.path.expanduser(name))
-        hint = "" if local else "; check the name, the token and the network"
+        hint = "" if os.path.isdir(in_home(name)) else "; check the name, the token and the network"
         raise ModelError(
             f"{what} {name!r} cannot be loaded: {_reason(error)[:_SHOWN]}{hint}"
         ) from error

@@ -257,8 +257,6 @@ def _reason(error: BaseException) -> str:
             f"out of memory: {first.partition('. ')[0]}; give a smaller --micro_batch, or"
             " --micro_batch=auto, --activation_checkpointing, or a smaller model"
         )
-    if isinstance(error, RuntimeError) and "home directory" in first:
-        return f"{first} Write the path out instead of ~NAME"
     if isinstance(error, MemoryError):
         return f"out of memory{': ' * bool(first)}{first}"
     return ""

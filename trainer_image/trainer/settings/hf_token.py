@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from trainer.runtime.errors import LiquidError, StorageError, UsageError
 from trainer.runtime.log import hide, log
 from trainer.settings.config import TrainConfig
-from trainer.storage.files import read_regular
+from trainer.storage.files import in_home, read_regular
 from trainer.storage.places import read_bytes
 
 _LIMIT = 4096
@@ -50,14 +49,15 @@ def find_hf_token(config: TrainConfig, environ: Mapping[str, str] = os.environ) 
 
 
 def _from_file(path: str) -> str:
+    named = f"--hf_token_file={path!r}"
     try:
-        token = read_regular(Path(path).expanduser(), limit=_LIMIT).decode("utf-8").strip()
+        token = read_regular(in_home(path, named), limit=_LIMIT).decode("utf-8").strip()
     except StorageError as error:
         raise UsageError(f"--hf_token_file: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
-        raise UsageError(f"--hf_token_file={path!r} cannot be read: {reason}") from None
-    return _not_empty(token, f"--hf_token_file={path!r}")
+        raise UsageError(f"{named} cannot be read: {reason}") from None
+    return _not_empty(token, named)
 
 
 def _from_object(uri: str) -> str:

@@ -6,15 +6,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from trainer.runtime.messages import brief, shortened
 from trainer.runtime.errors import UsageError
+from trainer.runtime.messages import brief, shortened
 from trainer.settings.config import AUTO, DEFAULT_MICRO_BATCH, SETTINGS, TrainConfig, check_values
 from trainer.settings.dates import expand_dates
 from trainer.settings.text_yaml import read_settings
 from trainer.settings.values import check_names, given
+from trainer.storage.files import in_home
 
 COMMAND_LINE, CONFIG_FILE, CHECKPOINT, DEFAULT = "command line", "--config", "checkpoint", "default"
 
@@ -73,8 +73,9 @@ def settings_from_yaml(path: str) -> dict[str, Any]:
     Raises:
         UsageError: the file cannot be read, is not a mapping, or has an unknown key.
     """
-    content = read_settings(path, f"--config={path!r}")
-    check_names(content, where=f"--config={path!r}: ")
+    named = f"--config={path!r}"
+    content = read_settings(in_home(path, named), named)
+    check_names(content, where=f"{named}: ")
     return given(**content)
 
 
@@ -90,7 +91,8 @@ def resolve(
     ``now`` is the time that ``$(date …)`` stands for, in seconds since 1970; default this moment.
 
     Raises:
-        UsageError: a value is out of its setting's range, or two exclude each other.
+        UsageError: a value is out of its setting's range, two exclude each other, or there is no
+            such home directory.
     """
     values: dict[str, Any] = {name: spec.default for name, spec in SETTINGS.items()}
     sources = dict.fromkeys(SETTINGS, DEFAULT)
@@ -118,18 +120,11 @@ def resolve(
     moment = None if now is None else datetime.fromtimestamp(now, UTC)
     for name in ("output_gcs_uri", "local_workdir", "cache_dir"):
         if sources[name] != DEFAULT and values[name]:
-            values[name] = _in_home(name, values[name])
+            values[name] = in_home(values[name], f"--{name}={brief(values[name])}")
             if name != "cache_dir":
                 values[name] = expand_dates(values[name], flag=name, now=moment)
     check_values(values)
     return Resolved(values, sources)
-
-
-def _in_home(name: str, path: str) -> str:
-    try:
-        return str(Path(path).expanduser()) if path.startswith("~") else path
-    except RuntimeError:
-        raise UsageError(f"--{name}={path!r}: there is no such home directory") from None
 
 
 def for_evaluation(config: TrainConfig, *required: str) -> TrainConfig:

@@ -18,8 +18,9 @@ from typing import BinaryIO
 
 import google_crc32c
 
-from trainer.runtime.errors import StorageError
+from trainer.runtime.errors import StorageError, UsageError
 from trainer.runtime.log import log
+from trainer.runtime.messages import brief
 from trainer.storage.base import MIB, StorageMissingError, too_large
 
 BLOCK = 4 * MIB
@@ -46,6 +47,27 @@ _KINDS = {
 
 def open_regular(path: str | os.PathLike[str], *, limit: int | None = None) -> BinaryIO:
     """Open a stored file for reading; a link to one is followed.
+
+def in_home(path: str, named: str | None = None) -> str:
+    """A path with ``~`` and ``~NAME`` written out.
+
+    Args:
+        path: as a user gives it.
+        named: what the message calls it; default is the path itself.
+
+    Raises:
+        UsageError: there is no such home directory.
+    """
+    try:
+        expanded = os.path.expanduser(path)
+    except ValueError:  # no user's name has such characters
+        expanded = path
+    if expanded.startswith("~"):
+        raise UsageError(
+            f"{named or brief(path)}: there is no such home directory; write the path out"
+        )
+    return expanded
+
 
     Pipes, sockets, devices and what the system makes up as it is read are refused, without waiting
     for a writer and before anything is read.

@@ -32,6 +32,7 @@ from trainer.storage.files import (
     check_regular,
     crc32c_of,
     directory_to_disk,
+    in_home,
     lock_file,
     open_regular,
     os_errors,
@@ -51,7 +52,7 @@ class LocalLocation:
     """A directory. Writers lock its hidden ``.writers.json``, which says who wrote what."""
 
     def __init__(self, uri: str) -> None:
-        self._root = Path(uri).expanduser()
+        self._root = Path(in_home(uri))
         self._sightings = Sightings()
         self._claimed = False
         self._former: str | None = None

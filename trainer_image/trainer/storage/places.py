@@ -24,7 +24,7 @@ from pathlib import Path
 from trainer.runtime.errors import StorageError, UsageError
 from trainer.runtime.log import log
 from trainer.storage.base import Location, TransferPolicy, check_name
-from trainer.storage.files import open_regular, os_errors
+from trainer.storage.files import in_home, open_regular, os_errors
 from trainer.storage.local import LocalLocation
 from trainer.storage.scratch import remove_abandoned_scratch, scratch_directory
 
@@ -81,7 +81,7 @@ def check_output(uri: str) -> None:
     if is_remote(uri):
         open_location(uri).check_writable()
         return
-    directory = Path(uri)
+    directory = Path(in_home(uri))
     while not os.path.lexists(directory) and directory != directory.parent:
         directory = directory.parent  # what is missing is made when it is needed
     open_location(str(directory)).check_writable()
@@ -121,7 +121,7 @@ def fetch(uri: str, destination: Path, *, limit: int | None = None) -> tuple[Pat
     """
     parent, name = split_uri(uri)
     if not is_remote(uri):
-        path = Path(uri).expanduser()
+        path = Path(in_home(uri))
         with os_errors("reading", path), open_regular(path, limit=limit):
             return path, None
     if destination.is_dir():
@@ -142,7 +142,7 @@ def fetch_directory(uri: str, names: Sequence[str], workdir: Path, *, limit: int
         StorageError: a file cannot be read, or its copy not be written.
     """
     if not is_remote(uri):
-        return Path(uri).expanduser()
+        return Path(in_home(uri))
     location = open_location(uri)
     version = location.read_bytes(names[-1], limit=limit)
     of_this = f"fetched-{hashlib.sha256(uri.encode()).hexdigest()[:8]}"
@@ -175,7 +175,7 @@ def is_empty(uri: str) -> bool:
     check_scheme(uri)
     if is_remote(uri):
         return not open_location(uri).list()
-    directory = Path(uri).expanduser()
+    directory = Path(in_home(uri))
     return not directory.exists() or (directory.is_dir() and not any(directory.iterdir()))
 
 
@@ -189,7 +189,7 @@ def check_output_file(uri: str) -> None:
     parent, name = split_uri(uri)
     if is_remote(uri):
         check_name(name)
-    elif Path(uri).is_dir():
+    elif Path(in_home(uri)).is_dir():
         raise UsageError(f"{uri!r} is a directory; give the path of the file to write")
     check_output(parent)
 
@@ -200,7 +200,7 @@ def working_directory(uri: str, workdir: Path) -> Path:
     For a directory that is the directory itself: its files only need a rename, and the disk that
     fills up is the one that is named.
     """
-    return workdir if is_remote(uri) else Path(uri).expanduser()
+    return workdir if is_remote(uri) else Path(in_home(uri))
 
 
 def read_bytes(uri: str, *, limit: int) -> bytes:

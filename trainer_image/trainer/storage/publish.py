@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trainer.runtime.errors import StorageError
-from trainer.storage.files import directory_to_disk, os_errors
+from trainer.storage.files import directory_to_disk, in_home, os_errors
 from trainer.storage.places import is_empty, is_remote, open_location
 from trainer.storage.scratch import remove_abandoned_scratch, scratch_directory
 
@@ -31,7 +31,7 @@ def publishing(output: str, *, last: str, workdir: Path, replacing: bool = False
     Raises:
         StorageError: something cannot be written, or somebody else has written there.
     """
-    target = Path(output).expanduser()
+    target = Path(in_home(output))
     if not (replacing or is_remote(output) or is_empty(output)):
         raise StorageError(f"{output} is not empty; give a new directory")
     parent = workdir if is_remote(output) else target if replacing else target.parent
