@@ -18,6 +18,7 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 from pipelines import embedded
 from trainer import prepare_tokens
 from trainer.data.batches import IGNORED, BatchSampler, evaluation_batches, window_count
+from trainer.data.local_files import LocalData, load
 from trainer.data.streams import _largest_seen, open_streams, streams_for, tokenizer_fingerprint
 from trainer.models.hugging_face import load_tokenizer
 from trainer.runtime.errors import DataError, LiquidError, StorageError, UsageError
@@ -622,11 +623,23 @@ def test_a_pipe_is_no_data_set(place: str, tokenizer_dir: Path, tmp_path: Path) 
             streams_for(config_for(name, tokenizer_dir, tmp_path / "cache"))
 
 
-def test_a_text_too_long_for_one_document(tokenizer_dir: Path, tmp_path: Path) -> None:
+def test_a_text_too_long_for_one_document(tmp_path: Path) -> None:
     source = tmp_path / "a.txt"
     with source.open("wb") as file:
         file.truncate(1 << 40)  # a file of holes takes no space
+    data = LocalData(str(source), "a.txt", None, str(tmp_path / "cache"))
     with pytest.raises(DataError, match="1099511627776 bytes, and a text file is one document"):
+        load(data)  # a file of holes is otherwise refused for these
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt", "a.parquet", "data.arrow"])
+def test_files_of_holes_are_refused_before_anything_is_read(
+    name: str, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    source = write_files(tmp_path / "data", {"b.jsonl": lines("x", "y"), name: lines("x", "y")})
+    with (source / name).open("ab") as file:
+        file.truncate(1 << 42)
+    with pytest.raises(StorageError, match="most of its 4398046511104 bytes were never written"):
         streams_for(config_for(source, tokenizer_dir, tmp_path / "cache"))
 
 
@@ -636,7 +649,6 @@ def test_a_data_sets_card_is_not_read_whole_before_its_size_is_known(
     source = tmp_path / "corpus"
     source.mkdir()
     (source / "TEXT.TXT").write_text("Some words of text. " * 500)
-    with (source / "README.md").open("wb") as card:
-        card.truncate(17 << 20)  # a file of holes takes no space
+    (source / "README.md").write_bytes(b"#" * (17 << 20))
     with pytest.raises(LiquidError, match=r"README\.md has 17825792 bytes; at most 16777216"):
         streams_for(config_for(source, tokenizer_dir, tmp_path / "cache"))

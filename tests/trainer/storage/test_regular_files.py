@@ -118,8 +118,11 @@ BOUNDED = (
     *("sidecar of a run", "sidecar of a file", "sidecar to pick", "weights of a run"),
     *("weights of a file", "checkpoint", "tokens.json", "settings", "token file", "token object"),
 )
-OTHERS = ("train.bin", "data set", "file of a data set", "teacher", "tokenizer", "list of writers")
-"""Readers that take files of any size."""
+WRITTEN = ("data set", "file of a data set", "teacher", "tokenizer")
+"""Readers that take files of any size that is not made of holes."""
+
+OTHERS = ("train.bin", "list of writers")
+"""Readers that read no more than a piece."""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of the address space")
@@ -160,7 +163,7 @@ def test_every_reader_refuses_what_is_no_file_in_one_line(kind: str, tmp_path: P
     (tmp_path / "work").mkdir()
     make(tmp_path / "thing.jsonl")
     (tmp_path / "thing").symlink_to("thing.jsonl")
-    readers = BOUNDED if kind == "large" else (*BOUNDED, *OTHERS)
+    readers = (*BOUNDED, *WRITTEN, *(() if kind == "large" else OTHERS))
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(READERS), str(tmp_path), *readers],
         capture_output=True,
@@ -206,6 +209,20 @@ def test_what_it_is_instead_is_told(kind: str, words: str, tmp_path: Path) -> No
         open_location(str(tmp_path)).read_bytes("best.pt", limit=10)
     assert str(tmp_path / "best.pt") in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_files_of_holes_are_told_from_small_ones(tmp_path: Path) -> None:
+    (tmp_path / "written").write_bytes(b"x" * 100_000)
+    (tmp_path / "empty").write_bytes(b"")
+    with (tmp_path / "half").open("wb") as file:
+        file.write(b"x" * 100_000)
+        file.truncate(150_000)
+    check_files(*tmp_path.iterdir())
+    with (tmp_path / "holes").open("wb") as file:
+        file.write(b"x" * 100_000)
+        file.truncate(250_000)
+    with pytest.raises(StorageError, match="holes' failed: most of its 250000 bytes were never"):
+        check_files(*tmp_path.iterdir())
 
 
 def test_a_path_with_a_nul_is_no_path() -> None:

@@ -31,6 +31,9 @@ _TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
 # is still between creating it and locking it
 _ABANDONED_AFTER = 60.0
 
+_STATUS_BLOCK = 512
+"""Bytes of a block as stat(2) counts them."""
+
 _FICLONE = 0x40049409
 """Linux's request for a reflink, ioctl_ficlone(2); Python names it from 3.12 on."""
 
@@ -44,9 +47,6 @@ _KINDS = {
 }
 """What else a path may lead to, and the error for it."""
 
-
-def open_regular(path: str | os.PathLike[str], *, limit: int | None = None) -> BinaryIO:
-    """Open a stored file for reading; a link to one is followed.
 
 def in_home(path: str, named: str | None = None) -> str:
     """A path with ``~`` and ``~NAME`` written out.
@@ -68,6 +68,9 @@ def in_home(path: str, named: str | None = None) -> str:
         )
     return expanded
 
+
+def open_regular(path: str | os.PathLike[str], *, limit: int | None = None) -> BinaryIO:
+    """Open a stored file for reading; a link to one is followed.
 
     Pipes, sockets, devices and what the system makes up as it is read are refused, without waiting
     for a writer and before anything is read.
@@ -134,14 +137,32 @@ def check_regular(status: os.stat_result) -> None:
 def check_files(*paths: Path) -> None:
     """Check that libraries may open these paths, of which some may be directories.
 
+    Files of holes are refused: they take no space and claim any size, by which the libraries'
+    memory and time are bounded.
+
     Raises:
-        StorageError: names the pipe, socket or device among them.
+        StorageError: names the pipe, socket, device or file of holes among them.
     """
     for path in paths:
         # A link to nothing cannot be opened, so that nobody waits at it
         if path.exists() and not path.is_dir():
             with os_errors("reading", path):
-                check_regular(path.stat())
+                status = path.stat()
+                check_regular(status)
+                _check_holes(path, status)
+
+
+def _check_holes(path: Path, status: os.stat_result) -> None:
+    if status.st_blocks * _STATUS_BLOCK * 2 >= status.st_size:
+        return
+    with open_regular(path) as file:
+        # A file system that compresses has fewer blocks too, but no holes
+        if os.lseek(file.fileno(), 0, os.SEEK_HOLE) < status.st_size:
+            raise OSError(
+                errno.EINVAL,
+                f"most of its {status.st_size} bytes were never written (it is sparse); write it"
+                " anew, or give another",
+            )
 
 
 class Checksummed:
