@@ -22,6 +22,9 @@ _FLAG = re.compile(r"-+[^\W\d]")
 """How a flag begins, where a negative number does not."""
 
 
+_ASSIGNMENT = re.compile(r"(\w[\w-]*)([=:])")
+
+
 class OneLineParser(argparse.ArgumentParser):
     """argparse, with errors in one line that shows no value of a secret."""
 
@@ -42,20 +45,21 @@ class OneLineParser(argparse.ArgumentParser):
             # argparse takes -hf_token_value=… for -h, and shows the rest
             if _FLAG.match(word) and word.partition("=")[0] not in flags:
                 self._unknown(word.partition("=")[0], flags)
+        taking = {text for a in self._actions if a.nargs is None for text in a.option_strings}
         for before, word in itertools.pairwise(["", *words]):
-            name = word.partition("=")[0]
-            if before not in flags and re.fullmatch(r"\w[\w-]*", name) and name != word:
-                self._check_no_assignment(name)
+            assignment = _ASSIGNMENT.match(word)
+            if assignment and before not in taking:
+                self._check_no_assignment(assignment[1], assignment[2])
         parsed, unknown = self.parse_known_args(words, namespace)
         if unknown:
             secret = any(word.startswith(_SECRET_FLAGS) for word in words)
             self.error(f"unexpected argument {'***' if secret else repr(unknown[0])}")
         return parsed
 
-    def _check_no_assignment(self, name: str) -> None:
+    def _check_no_assignment(self, name: str, sign: str) -> None:
         """Refuse ``token=…`` where a flag was meant; as a path it would be shown."""
         if resembles_secret(name):
-            self.error(f"unexpected argument {shown_name(name, SETTINGS)}=***")
+            self.error(f"unexpected argument {shown_name(name, SETTINGS)}{sign}***")
 
     def _unknown(self, name: str, flags: list[str]) -> NoReturn:
         near = difflib.get_close_matches(name, flags, 1)
