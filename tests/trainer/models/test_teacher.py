@@ -245,6 +245,53 @@ def test_weights_that_carry_code_are_refused_and_do_not_run(tmp_path: Path) -> N
     assert canary.exists(), "the payload was live"
 
 
+def pickled(model: Any, directory: Path, name: str = "pytorch_model.bin") -> Path:
+    """A teacher whose weights `torch.save` has written; returns their file."""
+    saved(model, directory)
+    (directory / "model.safetensors").unlink()
+    torch.save(model.state_dict(), directory / name)
+    return directory / name
+
+
+def test_pickled_weights_are_walked_through_first(tmp_path: Path) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    weights = pickled(model, tmp_path / "teacher")
+    found = load(tmp_path / "teacher").head
+    assert torch.equal(found, model.lm_head.weight)
+    # What torch's own reader takes: a group of groups of references, each of a few bytes
+    value: Any = ["x" * 1000]
+    for _ in range(20):
+        value = [value] * 10
+    torch.save(model.state_dict() | {"more": value}, weights)
+    with pytest.raises(
+        ModelError, match=r"pytorch_model.bin is refused: .*; save its weights anew"
+    ):
+        load(tmp_path / "teacher")
+    torch.save(model.state_dict(), weights, _use_new_zipfile_serialization=False)
+    with pytest.raises(ModelError, match="is not a checkpoint of torch.save.* as safetensors$"):
+        load(tmp_path / "teacher")
+
+
+@pytest.mark.parametrize("index", ["pytorch_model.bin.index.json", "model.safetensors.index.json"])
+def test_pickles_that_an_index_names_are_walked_through(index: str, tmp_path: Path) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    weights = pickled(model, tmp_path / "teacher", "shard.pt")
+    content = {"metadata": {}, "weight_map": dict.fromkeys(model.state_dict(), "shard.pt")}
+    (tmp_path / "teacher" / index).write_text(json.dumps(content))
+    load(tmp_path / "teacher")
+    torch.save(model.state_dict() | {"more": [10**300]}, weights)
+    with pytest.raises(ModelError, match=r"cannot be loaded: shard.pt is refused: "):
+        load(tmp_path / "teacher")
+
+
+@pytest.mark.parametrize("named", ["adapter_model.bin", "../x.bin", ["x"], 7])
+def test_a_configuration_may_not_name_pickles(named: object, tmp_path: Path) -> None:
+    directory = llama(tmp_path / "teacher")
+    configure(directory, transformers_weights=named)
+    with pytest.raises(ModelError, match="its config.json names weights in .*; give safetensors"):
+        load(directory)
+
+
 @pytest.mark.parametrize("content", [b"", b"garbage" * 100])
 def test_damaged_weights_are_one_line(content: bytes, tmp_path: Path) -> None:
     directory = llama(tmp_path / "teacher")

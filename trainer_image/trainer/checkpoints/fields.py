@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer.checkpoints.pickles import TEXT_LIMIT
 from trainer.runtime.errors import CheckpointError
+from trainer.runtime.pickles import TEXT_LIMIT
 
 METADATA_LIMIT = 8 << 20
 """Characters of all texts, each counted once, and 8 for every value."""

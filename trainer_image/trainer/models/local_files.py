@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.runtime.bounded import MEMORY, BoundedError, BoundedProcess
-from trainer.runtime.errors import ModelError
+from trainer.runtime.errors import CheckpointError, ModelError
+from trainer.runtime.messages import brief
+from trainer.storage.files import open_regular, os_errors
 
 _TOKENIZER = "tokenizer.json"
 
@@ -23,6 +25,8 @@ _MEMORY_PER_BYTE = 16
 
 _MOST = {"num_hidden_layers": 2000, "num_experts": 4096, "num_local_experts": 4096}
 """More than any model has; each is a module that takes its time to make."""
+
+_INDEX = ".safetensors.index.json"
 
 _QUANTIZED = 8
 """Parameters to a byte of weights that are quantized."""
@@ -92,11 +96,16 @@ def answer(request: bytes) -> bytes:
 def check_weights(name: str, directory: str, config: Any) -> None:
     """Refuse a configuration of a far larger model than the weights beside it are of.
 
+    Weights that are pickles are walked through, as those of checkpoints are.
+
     Raises:
-        ModelError: naming what is out of proportion, or a file that the index of the weights names
-            and that is not there.
+        ModelError: naming what is out of proportion, a file that the index of the weights names
+            and that is not there, or a pickle that holds more than tensors.
+        StorageError: the weights cannot be read.
     """
-    _check_index(name, Path(directory))
+    for file in _weights(name, Path(directory), config):
+        if file.suffix != ".safetensors":
+            _check_pickled(name, file)
     text = config.get_text_config()
     for key, most in _MOST.items():
         value = getattr(text, key, None)
@@ -129,25 +138,49 @@ def _parameters(config: Any) -> int:
     return sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
 
 
-def _check_index(name: str, directory: Path) -> None:
-    for single, index in (
-        ("model.safetensors", "model.safetensors.index.json"),
-        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-    ):
-        if (directory / single).is_file():
-            return
-        if not (directory / index).is_file():
-            continue
-        content = json.loads((directory / index).read_bytes())
-        files = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
+def _weights(name: str, directory: Path, config: Any) -> list[Path]:
+    """The files that `transformers` takes for the weights; none where there are none."""
+    named = getattr(config, "transformers_weights", None)
+    if named is not None:
+        if not str(named).endswith((".safetensors", _INDEX)):
             raise ModelError(
-                f"teacher {name!r} cannot be loaded: {index} has no weight_map from names to files"
+                f"teacher {name!r} cannot be loaded: its config.json names weights in"
+                f" {brief(named)}; give safetensors"
             )
-        for file in sorted(set(files.values())):
-            if os.path.basename(file) != file or not (directory / file).is_file():
-                raise ModelError(
-                    f"teacher {name!r} cannot be loaded: {index} names {file[:200]!r}, and no such"
-                    " file is beside it"
-                )
-        return
+        index = str(named).endswith(_INDEX)
+        return _indexed(name, directory, str(named)) if index else [directory / str(named)]
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if (directory / single).is_file():
+            return [directory / single]
+        if (directory / f"{single}.index.json").is_file():
+            return _indexed(name, directory, f"{single}.index.json")
+    return []
+
+
+def _indexed(name: str, directory: Path, index: str) -> list[Path]:
+    content = json.loads((directory / index).read_bytes())
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
+        raise ModelError(
+            f"teacher {name!r} cannot be loaded: {index} has no weight_map from names to files"
+        )
+    for file in sorted(set(files.values())):
+        if os.path.basename(file) != file or not (directory / file).is_file():
+            raise ModelError(
+                f"teacher {name!r} cannot be loaded: {index} names {file[:200]!r}, and no such"
+                " file is beside it"
+            )
+    return [directory / file for file in sorted(set(files.values()))]
+
+
+def _check_pickled(name: str, path: Path) -> None:
+    # It needs torch, which the child process that loads tokenizers does without
+    from trainer.runtime.archives import check_archive
+
+    try:
+        with os_errors("reading", path), open_regular(path) as file:
+            check_archive(file, path.name)
+    except CheckpointError as error:
+        raise ModelError(
+            f"teacher {name!r} cannot be loaded: {error}; save its weights anew, as safetensors"
+        ) from None
