@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from trainer.models.hugging_face import load_tokenizer
+from trainer.models.local_files import check_sizes
 from trainer.models.teacher import TeacherSpec, load_teacher, read_teacher_spec
 from trainer.runtime.errors import ModelError, StorageError
 
@@ -534,9 +535,14 @@ def test_a_pipe_among_a_teachers_files_is_refused(
             read(str(directory))
 
 
-def test_a_huge_description_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "vocab.bpe"]
+)
+def test_a_huge_description_is_refused(name: str, tmp_path: Path) -> None:
     directory = llama(tmp_path / "teacher")
-    with (directory / "config.json").open("r+b") as file:
-        file.truncate(1 << 40)  # a file of holes takes no space
-    with pytest.raises(ModelError, match="config.json has 1099511627776 bytes; at most"):
+    with (directory / name).open("ab") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(StorageError, match=f"{name}' failed: most of its 1099511627776 bytes"):
         read_teacher_spec(str(directory))
+    with pytest.raises(ModelError, match=f"{name} has 1099511627776 bytes; at most"):
+        check_sizes("teacher", "x", str(directory))  # as if it had no holes

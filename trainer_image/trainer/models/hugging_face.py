@@ -10,14 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.models.local_files import check_sizes, check_tokenizer
+from trainer.models.local_files import TOKENIZER_FILES, check_sizes, check_tokenizer
 from trainer.runtime.errors import ModelError
 from trainer.storage.files import check_files, in_home, os_errors
-
-_TOKENIZER_FILES = re.compile(
-    r"(tokenizer|vocab|merges|spiece|sentencepiece|bpe|tekken).*|.*\.(model|tiktoken|spm|bpe|vocab)"
-)
-
 
 _SHOWN = 1000
 """Characters of a library's reason."""
@@ -124,7 +119,7 @@ def load_tokenizer(name: str, token: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     location = location_of("tokenizer of", name)
-    if os.path.isdir(location) and not any(map(_TOKENIZER_FILES.fullmatch, os.listdir(location))):
+    if os.path.isdir(location) and not any(map(TOKENIZER_FILES.fullmatch, os.listdir(location))):
         # For some models, `transformers` would then make an empty tokenizer
         raise ModelError(
             f"{name!r} has no tokenizer files (tokenizer.json, for example); save the teacher's"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,12 @@ from trainer.storage.files import open_regular, os_errors
 
 _TOKENIZER = "tokenizer.json"
 
-_LARGEST = {_TOKENIZER: 256 << 20}
+TOKENIZER_FILES = re.compile(
+    r"(tokenizer|vocab|merges|spiece|sentencepiece|bpe|tekken).*|.*\.(model|tiktoken|spm|bpe|vocab)"
+)
+
+_LARGEST_TOKENIZER = 256 << 20
+"""Bytes."""
 _LARGEST_JSON = 32 << 20
 """Bytes; what Python makes of it may take twenty times as many."""
 
@@ -56,8 +62,10 @@ def check_sizes(what: str, name: str, directory: str) -> None:
             continue  # what links to nothing is missing, and told as that where it is needed
         if stat.S_ISDIR(status.st_mode):
             continue
-        largest = _LARGEST.get(path.name, _LARGEST_JSON)
-        if path.suffix in (".json", ".jinja", ".txt") and status.st_size > largest:
+        text = path.suffix in (".json", ".jinja", ".txt") and path.name != _TOKENIZER
+        largest = _LARGEST_JSON if text else _LARGEST_TOKENIZER
+        expected = text or TOKENIZER_FILES.fullmatch(path.name)
+        if expected and status.st_size > largest:
             raise ModelError(
                 f"{what} {name!r} cannot be loaded: {path.name} has {status.st_size} bytes; at"
                 f" most {largest} are expected"
