@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import itertools
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+from google.cloud.aiplatform.initializer import global_config
 
+from pipelines import submit
 from tests.faults.server import ObjectServer
 from tests.interrupts import with_interrupts
 from tests.pipelines.loopback import Loopback
+from trainer.runtime.commands import run_command
+from trainer.runtime.log import log
 
 IMAGE = "europe-docker.pkg.dev/p/r/trainer@sha256:" + "0" * 64
 _numbers = itertools.count(1)
@@ -54,22 +64,51 @@ def environment(vertex: Loopback, tmp_path: Path, object_server: ObjectServer) -
     }
 
 
-def run(
-    module: str, environment: dict[str, str], *argv: str, cwd: Path | None = None
-) -> subprocess.CompletedProcess[str]:
+Done = subprocess.CompletedProcess[str]
+
+ROOT = Path(__file__).parents[2]
+
+
+def around(environment: dict[str, str]) -> dict[str, str]:
+    """The environment with what any process needs."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    root = Path(__file__).parents[2]
+    return kept | {"PYTHONPATH": f"{ROOT}:{ROOT / 'trainer_image'}"} | environment
+
+
+def run_process(
+    module: str, environment: dict[str, str], *argv: str, cwd: Path | None = None
+) -> Done:
+    """The command as a user starts it."""
     return subprocess.run(
         [sys.executable, "-m", f"pipelines.{module}", *argv],
         capture_output=True,
         text=True,
-        cwd=cwd or root,
-        env=kept | {"PYTHONPATH": f"{root}:{root / 'trainer_image'}"} | environment,
+        cwd=cwd or ROOT,
+        env=around(environment),
         timeout=120,
     )
 
 
-def last_message(done: subprocess.CompletedProcess[str]) -> str:
+def run(module: str, environment: dict[str, str], *argv: str) -> Done:
+    """The same within this process, which has imported the clients already: that takes seconds."""
+    command = importlib.import_module(f"pipelines.{module}").main
+    output, errors = io.StringIO(), io.StringIO()
+    level = logging.getLogger().level
+    log.handlers.clear()  # they write to the stderr of before
+    vars(global_config).update(vars(type(global_config)()))  # it keeps credentials
+    with (
+        warnings.catch_warnings(),
+        patch.dict(os.environ, around(environment), clear=True),
+        contextlib.chdir(ROOT),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(errors),
+    ):
+        status = run_command(command, list(argv))
+    logging.getLogger().setLevel(level)
+    return subprocess.CompletedProcess(argv, status, output.getvalue(), errors.getvalue())
+
+
+def last_message(done: Done) -> str:
     lines = done.stderr.strip().splitlines()
     assert "Traceback" not in done.stderr, done.stderr
     return str(json.loads(lines[-1])["message"])
@@ -84,7 +123,8 @@ def test_the_request_to_vertex(vertex: Loopback, environment: dict[str, str]) ->
         "CONTINUE_REPLICAS": "2",
         "PREPARE_CPU": "16",
     }
-    done = run("submit", environment | machines | {"PARAMS": params, "CACHE": "0"}, "vertex")
+    given = environment | machines | {"PARAMS": params, "CACHE": "0"}
+    done = run_process("submit", given, "vertex")
     assert done.returncode == 0, done.stderr
     assert "https://console.cloud.google.com/vertex-ai/locations/europe-west4/" in done.stdout
     (request,) = [entry for entry in vertex.requests if entry[0] == "POST"]
@@ -144,15 +184,12 @@ def test_who_stops_waiting_is_told_that_the_run_goes_on(
     vertex: Loopback, environment: dict[str, str]
 ) -> None:
     vertex.looks = -1000
-    root = Path(__file__).parents[2]
     following = subprocess.Popen(
         [sys.executable, "-m", "pipelines.submit", "vertex"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ
-        | {"PYTHONPATH": f"{root}:{root / 'trainer_image'}", "WAIT": "1"}
-        | environment,
+        env=around(environment | {"WAIT": "1"}),
         preexec_fn=with_interrupts,
     )
     assert following.stdout is not None
@@ -187,7 +224,7 @@ def test_what_is_missing_is_named_at_once_before_anything_is_sent(
 ) -> None:
     for name in ("PROJECT", "PIPELINE_ROOT", "TRAINER_IMAGE"):
         del environment[name]
-    done = run("submit", environment, "vertex", cwd=tmp_path)
+    done = run_process("submit", environment, "vertex", cwd=tmp_path)
     assert done.returncode == 2
     message = last_message(done)
     assert all(name in message for name in ("PROJECT", "PIPELINE_ROOT", "TRAINER_IMAGE"))
@@ -226,7 +263,10 @@ def test_refusals_are_one_line(
     assert text in message
 
 
-def test_a_run_is_followed_over_outages(vertex: Loopback, environment: dict[str, str]) -> None:
+def test_a_run_is_followed_over_outages(
+    vertex: Loopback, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submit, "_PATIENCE", 2)
     vertex.outages = 2
     done = run("submit", environment | {"WAIT": "1"}, "vertex")
     assert done.returncode == 0, done.stderr
@@ -334,7 +374,7 @@ def test_rerun_repeats_a_stage_and_what_follows(
     original = finished_run(vertex, environment)
     vertex.requests.clear()
     given = {"RUN": original, "STAGE": "continue", "PARAMS": "continue_train_steps=8000"}
-    done = run("rerun", environment | given)
+    done = run_process("rerun", environment | given)
     assert done.returncode == 0, done.stderr
     (request,) = [entry for entry in vertex.requests if entry[0] == "POST"]
     _, path, body = request
@@ -502,7 +542,7 @@ def test_submission_to_kubeflow(kubeflow: Loopback) -> None:
         "WAIT": "1",
         "PIPELINE_ROOT": "gs://bucket/root",
     }
-    done = run("submit", given, "kfp")
+    done = run_process("submit", given, "kfp")
     assert done.returncode == 0, done.stderr
     assert f"{kubeflow.url}/#/runs/details/r1" in done.stdout
     assert "run: succeeded" in done.stdout
@@ -529,7 +569,7 @@ def test_submission_to_kubeflow(kubeflow: Loopback) -> None:
 def test_a_kubeflow_of_several_users(kubeflow: Loopback, tmp_path: Path) -> None:
     kubeflow.multi_user = True
     given = {"HOST": kubeflow.url, "TRAINER_IMAGE": IMAGE, "HOME": str(tmp_path)}
-    done = run("submit", given, "kfp")
+    done = run_process("submit", given, "kfp")  # the client remembers a namespace at home
     assert done.returncode == 2
     assert last_message(done).startswith("missing: NAMESPACE (your profile's: http://localhost:")
     assert [method for method, _, _ in kubeflow.requests if method == "POST"] == []
@@ -575,10 +615,12 @@ def test_a_dry_run_for_kubeflow_prints_all_that_would_be_sent(kubeflow: Loopback
 def test_what_kubeflow_misses_is_named_at_once(
     kubeflow: Loopback, tmp_path: Path, missing: tuple[str, ...]
 ) -> None:
+    (tmp_path / "none.yaml").write_text("")
     given = {"TRAINER_IMAGE": IMAGE, "HOST": kubeflow.url}
+    given["SETTINGS"] = str(tmp_path / "none.yaml")
     for name in missing:
         del given[name]
-    done = run("submit", given, "kfp", cwd=tmp_path)
+    done = run("submit", given, "kfp")
     assert done.returncode == 2
     named = last_message(done).partition(". Set")[0]
     assert {name for name in ("HOST", "TRAINER_IMAGE") if f"{name} (" in named} == set(missing)
@@ -622,7 +664,10 @@ def test_an_unreachable_kubeflow(host: str, status: int, message: str) -> None:
     assert message in last_message(done)
 
 
-def test_a_kubeflow_run_is_followed_over_outages(kubeflow: Loopback) -> None:
+def test_a_kubeflow_run_is_followed_over_outages(
+    kubeflow: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submit, "_PATIENCE", 2)
     given = {"TRAINER_IMAGE": IMAGE, "HOST": kubeflow.url, "WAIT": "1", "POLL_SECONDS": "1"}
     kubeflow.outages, kubeflow.run_state = 2, "CANCELED"
     done = run("submit", given, "kfp")
