@@ -25,6 +25,7 @@ from tests.interrupts import with_interrupts
 from tests.trainer.storage.test_locations import mounted, needs_namespaces
 from trainer import entrypoint
 from trainer.checkpoints.snapshots import read_sidecars
+from trainer.runtime.signals import GRACE_SECONDS
 from trainer.storage.places import open_location
 
 Settings = dict[str, Any]
@@ -33,8 +34,12 @@ EVERY = float(os.environ.get("SWEEP_SECONDS", "0.5"))
 
 
 def begin(door: str, *argv: str, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    return begin_with([*before, sys.executable, "-m", f"trainer.{door}", *argv])
+
+
+def begin_with(command: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*before, sys.executable, "-m", f"trainer.{door}", *argv],
+        command,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -226,11 +231,6 @@ def test_stops_all_through_the_last_save(
 # ── while the first documents are tokenized
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("door", ["entrypoint", "prepare_tokens"])
-def test_a_stop_while_documents_are_tokenized(
-    door: str, number: signal.Signals, settings: Settings, texts: list[str], tmp_path: Path
-) -> None:
 def with_large_corpus(settings: Settings, texts: list[str], directory: Path) -> Settings:
     """With a data set that takes some seconds, and no cache."""
     source = directory / "large"
@@ -241,6 +241,11 @@ def with_large_corpus(settings: Settings, texts: list[str], directory: Path) -> 
     return settings | {"dataset_name": str(source), "cache_dir": str(directory / "cache")}
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("door", ["entrypoint", "prepare_tokens"])
+def test_a_stop_while_documents_are_tokenized(
+    door: str, number: signal.Signals, settings: Settings, texts: list[str], tmp_path: Path
+) -> None:
     """Where a library's callback swallows what a handler raises."""
     large = with_large_corpus(settings, texts, tmp_path)
     if door == "prepare_tokens":
@@ -270,13 +275,25 @@ def own_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Obje
     server.close()
 
 
-@pytest.mark.parametrize("signals", [1, 2])
+WITH_GRACE = """
+import runpy, sys
+from trainer.runtime import signals
+
+signals.GRACE_SECONDS = float(sys.argv.pop(1))
+runpy.run_module("trainer.entrypoint", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("signals", "grace"),
+    [(1, 3.0), (2, GRACE_SECONDS), pytest.param(1, GRACE_SECONDS, marks=pytest.mark.soak)],
+)
 def test_a_storage_that_stalls_does_not_keep_the_process(
-    signals: int, settings: Settings, own_server: ObjectServer
+    signals: int, grace: float, settings: Settings, own_server: ObjectServer
 ) -> None:
     stalled = settings | {"output_gcs_uri": "gs://stalled/run", "train_steps": 100_000}
     stalled |= {"save_every": 100_000, "eval_every": 100_000, "log_interval": 1}
-    process = begin("entrypoint", *flags(stalled))
+    process = begin_with([sys.executable, "-c", WITH_GRACE, str(grace), *flags(stalled)])
     read_until(process, '"step 3/100000')
     own_server._process.send_signal(signal.SIGSTOP)
     process.send_signal(signal.SIGTERM)
@@ -298,7 +315,10 @@ def test_a_terminal_that_goes_away_does_not_end_the_run(
     shown: bytes, settings: Settings, texts: list[str], tmp_path: Path
 ) -> None:
     ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))  # a bar needs a width
     settings |= {"train_steps": 200, "eval_every": 200, "save_every": 200}
+    if b"tokenizing" in shown:
+        settings = with_large_corpus(settings | {"train_steps": 2}, texts, tmp_path)
     process = subprocess.Popen(
         [sys.executable, "-m", "trainer.entrypoint", *flags(settings)],
         stderr=theirs,
@@ -315,10 +335,7 @@ def test_a_terminal_that_goes_away_does_not_end_the_run(
     assert (Path(str(settings["local_workdir"])) / "final.pt").exists()
 
 
-    termios.tcsetwinsize(theirs, (24, 80))  # a bar needs a width
 @pytest.mark.parametrize("how", ["closed", "gone", "full"])
-    if b"tokenizing" in shown:
-        settings = with_large_corpus(settings | {"train_steps": 2}, texts, tmp_path)
 def test_a_log_that_cannot_be_written_does_not_end_the_run(how: str, settings: Settings) -> None:
     command = [sys.executable, "-m", "trainer.entrypoint", *flags(settings)]
     if how != "gone":
