@@ -6,6 +6,8 @@ import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -506,6 +508,45 @@ def test_a_hostile_tokenizer_is_one_line(
     with pytest.raises(ModelError, match="tokenizer of '.*/teacher' ") as caught:
         load_tokenizer(str(directory))
     assert "\n" not in str(caught.value)
+
+
+def in_hub_cache(directory: Path, cache: Path, name: str) -> None:
+    """Lay a model's files out as `huggingface_hub` keeps those that it has fetched."""
+    kept = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(directory, kept / "snapshots" / ("0" * 40))
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("0" * 40)
+
+
+def test_a_hostile_tokenizer_of_the_hub_is_one_line(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """It ends the child process that loads it first, and not this one."""
+    hostile = llama(tmp_path / "teacher")
+    shutil.copytree(tokenizer_dir, hostile, dirs_exist_ok=True)
+    in_hub_cache(hostile, tmp_path, "o/whole")
+    described = json.loads((hostile / "tokenizer.json").read_text())
+    described["pre_tokenizer"] = split_at("(?:" * 50_000 + ")" * 50_000)
+    (hostile / "tokenizer.json").write_text(json.dumps(described))
+    in_hub_cache(hostile, tmp_path, "o/hostile")
+    code = (
+        "import sys; from trainer.models.hugging_face import load_tokenizer as load\n"
+        "from trainer.runtime.errors import ModelError\n"
+        "print(len(load('o/whole')))\n"
+        "for name in ('o/hostile', 'o/absent'):\n"
+        "    try: load(name)\n"
+        "    except ModelError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    whole, refused, absent = done.stdout.splitlines()
+    assert whole == "512"
+    assert refused.startswith("tokenizer of 'o/hostile' cannot be loaded: tokenizer.json: ")
+    assert absent.startswith("tokenizer of 'o/absent' cannot be loaded: ")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.models.local_files import TOKENIZER_FILES, check_sizes, check_tokenizer
+from trainer.models.local_files import TOKENIZER, TOKENIZER_FILES, check_sizes, check_tokenizer
 from trainer.runtime.errors import ModelError
 from trainer.storage.files import check_files, in_home, os_errors
 
@@ -109,6 +109,17 @@ def _reason(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def _fetched(name: str, token: str | None) -> str | None:
+    """The local copy of a model on the hub, with its tokenizer's file; None where it has none."""
+    from transformers.utils import cached_file
+
+    with readable_errors("tokenizer of", name):
+        path = cached_file(
+            name, TOKENIZER, token=token, _raise_exceptions_for_missing_entries=False
+        )
+    return None if path is None else os.path.dirname(path)
+
+
 def load_tokenizer(name: str, token: str | None = None) -> Any:
     """The tokenizer of a model.
 
@@ -125,9 +136,10 @@ def load_tokenizer(name: str, token: str | None = None) -> Any:
             f"{name!r} has no tokenizer files (tokenizer.json, for example); save the teacher's"
             " tokenizer there"
         )
-    if os.path.isdir(location):
-        check_sizes("tokenizer of", name, location)
-        check_tokenizer(name, location)
+    directory = location if os.path.isdir(location) else _fetched(name, token)
+    if directory is not None:
+        check_sizes("tokenizer of", name, directory)
+        check_tokenizer(name, directory)
     with readable_errors("tokenizer of", name):
         tokenizer = AutoTokenizer.from_pretrained(location, token=token, trust_remote_code=False)
     added = getattr(tokenizer, "added_tokens_decoder", {})

@@ -15,7 +15,7 @@ from trainer.runtime.errors import CheckpointError, ModelError
 from trainer.runtime.messages import brief
 from trainer.storage.files import open_regular, os_errors
 
-_TOKENIZER = "tokenizer.json"
+TOKENIZER = "tokenizer.json"
 
 TOKENIZER_FILES = re.compile(
     r"(tokenizer|vocab|merges|spiece|sentencepiece|bpe|tekken).*|.*\.(model|tiktoken|spm|bpe|vocab)"
@@ -62,7 +62,7 @@ def check_sizes(what: str, name: str, directory: str) -> None:
             continue  # what links to nothing is missing, and told as that where it is needed
         if stat.S_ISDIR(status.st_mode):
             continue
-        text = path.suffix in (".json", ".jinja", ".txt") and path.name != _TOKENIZER
+        text = path.suffix in (".json", ".jinja", ".txt") and path.name != TOKENIZER
         largest = _LARGEST_JSON if text else _LARGEST_TOKENIZER
         expected = text or TOKENIZER_FILES.fullmatch(path.name)
         if expected and status.st_size > largest:
@@ -78,7 +78,7 @@ def check_tokenizer(name: str, directory: str) -> None:
     Raises:
         ModelError: that takes too much, or crashes.
     """
-    path = Path(directory, _TOKENIZER)
+    path = Path(directory, TOKENIZER)
     if path.is_file():
         status = path.stat()
         _check_tokenizer(name, str(path), status.st_size, status.st_mtime_ns)
@@ -90,7 +90,7 @@ def _check_tokenizer(name: str, path: str, size: int, changed: int) -> None:
         with BoundedProcess(f"{__name__}:answer", memory=MEMORY + _MEMORY_PER_BYTE * size) as child:
             child.ask(os.fsencode(path))
     except BoundedError as error:
-        raise ModelError(f"tokenizer of {name!r} cannot be loaded: {_TOKENIZER}: {error}") from None
+        raise ModelError(f"tokenizer of {name!r} cannot be loaded: {TOKENIZER}: {error}") from None
 
 
 def answer(request: bytes) -> bytes:
