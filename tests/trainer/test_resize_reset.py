@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,9 @@ def test_a_rotary_student_has_no_table(tmp_path: Path) -> None:
 
 def test_outputs_that_cannot_be_written_are_told_first(tmp_path: Path, gcs_bucket: str) -> None:
     (tmp_path / "file").write_text("mine")
+    os.mkfifo(tmp_path / "pipe")
     for output, message in (
+        (str(tmp_path / "pipe"), "pipe' failed: it is a pipe, not a file"),
         (str(tmp_path), "is a directory; give the path of the file to write"),
         (f"{tmp_path}/new/", "names no file"),
         (str(tmp_path / "file" / "o.pt"), "a file is in the way"),
@@ -109,4 +112,4 @@ def test_outputs_that_cannot_be_written_are_told_first(tmp_path: Path, gcs_bucke
     ):
         with pytest.raises(LiquidError, match=message):
             resize_reset.run("absent.pt", output, 64, workdir=str(tmp_path / "w"))
-    assert {path.name for path in tmp_path.iterdir()} == {"file"}
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "pipe"}

@@ -24,7 +24,7 @@ from pathlib import Path
 from trainer.runtime.errors import StorageError, UsageError
 from trainer.runtime.log import log
 from trainer.storage.base import Location, TransferPolicy, check_name
-from trainer.storage.files import in_home, open_regular, os_errors
+from trainer.storage.files import check_regular, in_home, open_regular, os_errors
 from trainer.storage.local import LocalLocation
 from trainer.storage.scratch import remove_abandoned_scratch, scratch_directory
 
@@ -184,13 +184,17 @@ def check_output_file(uri: str) -> None:
 
     Raises:
         UsageError: the URI is malformed, or a directory's.
-        StorageError: the file has no possible name, or its directory cannot be written.
+        StorageError: the file has no possible name, a pipe or a device has it, or its directory
+            cannot be written.
     """
     parent, name = split_uri(uri)
     if is_remote(uri):
         check_name(name)
-    elif Path(in_home(uri)).is_dir():
+    elif (path := Path(in_home(uri))).is_dir():
         raise UsageError(f"{uri!r} is a directory; give the path of the file to write")
+    elif path.exists():
+        with os_errors("writing to", path):
+            check_regular(path.stat())  # a file would take the place of a device
     check_output(parent)
 
 
