@@ -159,9 +159,9 @@ def secret_words(draw: st.DrawFn) -> list[str]:
             st.sampled_from(["access_token", "HF_TOKEN", "Token", "hf_token_valeu", "htoken"]),
         )
     )
-    dashes = draw(st.sampled_from(["--", "--", "-", "---", ""]))
+    dashes = draw(st.sampled_from(["--", "--", "-", "---", "", "—", "––"]))
     value = draw(st.sampled_from([SECRET, f"hf_{SECRET}", f"'{SECRET}'", f"{SECRET}=="]))
-    forms = ["=", "= ", ":"] + ["glued", " "] * bool(dashes)
+    forms = ["=", "= ", ":"] + ["glued", " "] * dashes.startswith("-")
     form = draw(st.sampled_from(forms))
     if form == " ":
         return [dashes + name, value]
@@ -367,6 +367,8 @@ def test_any_settings_file(length: str, tmp_path: Path) -> None:
         ["--hf_token_valu", SECRET],
         [f"hf_token_value={SECRET}"],
         ["out", "x", f"hf_token_value:{SECRET}"],
+        ["out", "x", f"—hf_token_value={SECRET}"],
+        ["out", "x", f"--output_gcs_uri=https://me:{SECRET}@host/x"],
         [f"--block_size=hf_{SECRET}"],
         ["--alpha", "0.5", "--hf_token_value", "x", SECRET],
     ],

@@ -33,6 +33,16 @@ def test_numbers_that_are_not_finite_are_standard_json(capsys: pytest.CaptureFix
     assert record["nested"] == {"x": [None, 1.5]}
 
 
+def test_no_password_of_an_address_is_shown() -> None:
+    hidden = {
+        "'https://me:secret@host/x' is": "'https://***@host/x' is",
+        "http://token@host": "http://***@host",
+        "https://host/a@b and gs://b/x@1": "https://host/a@b and gs://b/x@1",
+    }
+    for text, shown in hidden.items():
+        assert log.without_secrets(text) == shown
+
+
 def failure_of(path: Path) -> OSError:
     with pytest.raises(NotADirectoryError) as caught:
         path.mkdir()

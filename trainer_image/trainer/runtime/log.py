@@ -33,6 +33,8 @@ _TOKEN = re.compile(
     r"\bhf_[A-Za-z0-9]{8,}"
     # long and of all sorts of characters, as no name, path or digest is
     r"|(?<![A-Za-z0-9])(?=[A-Z0-9]*[a-z])(?=[a-z0-9]*[A-Z])(?=[A-Za-z]*[0-9])[A-Za-z0-9]{24,}"
+    # a user's name and password in an address
+    r"|(?<=://)[^\s/@'\"]+(?=@)"
 )
 """What looks like a token, whoever's and wherever it stands."""
 

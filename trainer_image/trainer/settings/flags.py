@@ -22,7 +22,8 @@ _FLAG = re.compile(r"-+[^\W\d]")
 """How a flag begins, where a negative number does not."""
 
 
-_ASSIGNMENT = re.compile(r"(\w[\w-]*)([=:])")
+_ASSIGNMENT = re.compile("[\u2010-\u2015\u2212'\"]{0,4}(\\w[\\w-]*)([=:])")
+"""Also behind the long dashes into which an editor turns two short ones."""
 
 
 class OneLineParser(argparse.ArgumentParser):
