@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.checkpoints.metadata import metric_of
-from trainer.checkpoints.snapshots import read_sidecars, without_sidecar
+from trainer.checkpoints.sidecar import read_sidecars, without_sidecar
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import CheckpointError
 from trainer.runtime.log import log, set_up_logging

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from trainer.runtime.errors import CheckpointError
-from trainer.runtime.pickles import TEXT_LIMIT
+from trainer.runtime.limits import TEXT_LIMIT
 
 METADATA_LIMIT = 8 << 20
 """Characters of all texts, each counted once, and 8 for every value."""
@@ -177,11 +176,12 @@ def plain(meta: Mapping[Any, Any], source: str) -> dict[str, Any]:
             than a run's.
     """
     room, seen = METADATA_LIMIT, set[str]()
+    torch = sys.modules.get("torch")  # of JSON, which needs no torch, come no tensors
 
     def copied(value: Any, depth: int) -> Any:
         nonlocal room
-        if isinstance(value, Tensor) and value.device.type == "cpu" and value.numel() == 1:
-            value = value.item()
+        if torch and isinstance(value, torch.Tensor) and value.device.type == "cpu":
+            value = value.item() if value.numel() == 1 else value
         room -= _ITEM
         long = False
         if isinstance(value, str) and value not in seen:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.checkpoints.fields import is_number
-from trainer.models.student import StudentConfig
 from trainer.runtime.errors import CheckpointError, UsageError
 from trainer.runtime.messages import shortened
 from trainer.settings.config import SETTINGS, TrainConfig, check_values
 from trainer.settings.schedules import learning_rate
 from trainer.settings.values import parse_value
+
+if TYPE_CHECKING:
+    from trainer.models.student import StudentConfig
 
 FORMAT_VERSION = 1
 

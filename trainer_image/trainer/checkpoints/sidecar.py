@@ -1,4 +1,7 @@
-"""The sidecar beside a checkpoint: its metadata, with the size and checksum of the file."""
+"""The sidecar beside a checkpoint: its metadata, with the size and checksum of the file.
+
+Reading sidecars needs no torch, so picking a checkpoint does not wait for its import.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from trainer.checkpoints.fields import are_metrics, check_meta, plain, short
-from trainer.checkpoints.metadata import current_form
+from trainer.checkpoints.metadata import NewerFormatError, current_form
+from trainer.checkpoints.names import is_checkpoint_name, sidecar_name
 from trainer.runtime.errors import CheckpointError
+from trainer.runtime.log import log
 from trainer.runtime.strict_json import dumps
+from trainer.storage.base import Location, StorageMissingError, StorageTooLargeError
 from trainer.storage.files import crc32c_of
 
 SIDECAR_LIMIT = 8 << 20
@@ -118,3 +124,48 @@ def verify_file(file: BinaryIO, sidecar: Sidecar, crc32c: str | None = None) -> 
         raise CheckpointError(
             f"{sidecar.name} has checksum {crc32c}, but its sidecar says {sidecar.crc32c}"
         )
+
+
+def read_sidecars(location: Location) -> list[Sidecar]:
+    """The sidecars of every checkpoint at a location that has one; damaged ones are logged.
+
+    Raises:
+        CheckpointError: one is of a newer format, which is no damage.
+        StorageError: the location cannot be listed or read. A run that took that for an empty one
+            would start over on top of what is there.
+    """
+    return read_sidecars_of(location, {entry.name for entry in location.list()})[0]
+
+
+def read_sidecars_of(location: Location, names: set[str]) -> tuple[list[Sidecar], dict[str, str]]:
+    """Also the checkpoints whose sidecars cannot be used, and why."""
+    found: list[Sidecar] = []
+    refused: dict[str, str] = {}
+    for name in sorted(names):
+        if not is_checkpoint_name(name) or sidecar_name(name) not in names:
+            continue
+        try:
+            data = location.read_bytes(sidecar_name(name), limit=SIDECAR_LIMIT)
+            found.append(_of_its_own(Sidecar.parse(data, name)))
+        except NewerFormatError:
+            raise  # not damaged: an older program must not go on behind it
+        except (CheckpointError, StorageMissingError, StorageTooLargeError) as error:
+            log.warning("%s is passed over: %s", name, error)
+            if not isinstance(error, StorageMissingError):  # which was removed meanwhile
+                refused[name] = str(error)
+    return found, refused
+
+
+def _of_its_own(sidecar: Sidecar) -> Sidecar:
+    """The sidecar, unless it came with another checkpoint's name."""
+    if sidecar.file not in (None, sidecar.name):
+        raise CheckpointError(
+            f"sidecar of {sidecar.name} is of {str(sidecar.file)[:200]!r}: somebody copied or"
+            " renamed the pair; move it away, or give it its name again"
+        )
+    return sidecar
+
+
+def without_sidecar(names: set[str]) -> list[str]:
+    """Of the names at a location the checkpoints that have no sidecar beside them, sorted."""
+    return sorted(n for n in names if is_checkpoint_name(n) and sidecar_name(n) not in names)

@@ -22,10 +22,17 @@ from trainer.checkpoints.names import (
     sidecar_name,
 )
 from trainer.checkpoints.reading import open_checkpoint, read_checkpoint, read_open_checkpoint
-from trainer.checkpoints.sidecar import SIDECAR_LIMIT, Sidecar, verify_file
+from trainer.checkpoints.sidecar import (
+    SIDECAR_LIMIT,
+    Sidecar,
+    read_sidecars,
+    read_sidecars_of,
+    verify_file,
+    without_sidecar,
+)
 from trainer.runtime.errors import CheckpointError, LiquidError, UsageError
 from trainer.runtime.log import log
-from trainer.storage.base import Entry, Location, StorageMissingError, StorageTooLargeError
+from trainer.storage.base import Entry, Location, StorageMissingError
 from trainer.storage.files import crc32c_of, os_errors
 from trainer.storage.places import fetch, open_location, split_uri, working_directory
 from trainer.storage.scratch import remove_abandoned_scratch, scratch_directory
@@ -38,51 +45,6 @@ _MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 _IN_FLIGHT = 8
 """Files and removals that may still be queued when a new snapshot comes: those of about one."""
-
-
-def read_sidecars(location: Location) -> list[Sidecar]:
-    """The sidecars of every checkpoint at a location that has one; damaged ones are logged.
-
-    Raises:
-        CheckpointError: one is of a newer format, which is no damage.
-        StorageError: the location cannot be listed or read. A run that took that for an empty one
-            would start over on top of what is there.
-    """
-    return _read_sidecars(location, {entry.name for entry in location.list()})[0]
-
-
-def _read_sidecars(location: Location, names: set[str]) -> tuple[list[Sidecar], dict[str, str]]:
-    """Also the checkpoints whose sidecars cannot be used, and why."""
-    found: list[Sidecar] = []
-    refused: dict[str, str] = {}
-    for name in sorted(names):
-        if not is_checkpoint_name(name) or sidecar_name(name) not in names:
-            continue
-        try:
-            data = location.read_bytes(sidecar_name(name), limit=SIDECAR_LIMIT)
-            found.append(_of_its_own(Sidecar.parse(data, name)))
-        except NewerFormatError:
-            raise  # not damaged: an older program must not go on behind it
-        except (CheckpointError, StorageMissingError, StorageTooLargeError) as error:
-            log.warning("%s is passed over: %s", name, error)
-            if not isinstance(error, StorageMissingError):  # which was removed meanwhile
-                refused[name] = str(error)
-    return found, refused
-
-
-def _of_its_own(sidecar: Sidecar) -> Sidecar:
-    """The sidecar, unless it came with another checkpoint's name."""
-    if sidecar.file not in (None, sidecar.name):
-        raise CheckpointError(
-            f"sidecar of {sidecar.name} is of {str(sidecar.file)[:200]!r}: somebody copied or"
-            " renamed the pair; move it away, or give it its name again"
-        )
-    return sidecar
-
-
-def without_sidecar(names: set[str]) -> list[str]:
-    """Of the names at a location the checkpoints that have no sidecar beside them, sorted."""
-    return sorted(n for n in names if is_checkpoint_name(n) and sidecar_name(n) not in names)
 
 
 def _without_weights(names: set[str]) -> dict[str, str]:
@@ -263,7 +225,7 @@ class Snapshots:
             StorageError: the location or this machine keeps one from being read.
         """
         names = {entry.name for entry in self.location.list()}
-        candidates, unreadable = _read_sidecars(self.location, names)
+        candidates, unreadable = read_sidecars_of(self.location, names)
         with os_errors("making", self.workdir):
             self.workdir.mkdir(parents=True, exist_ok=True)
         remove_abandoned_scratch(self.workdir)

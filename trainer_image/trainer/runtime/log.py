@@ -199,16 +199,26 @@ def set_up_logging(*, rank: int = 0) -> None:
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
-def quiet_libraries() -> None:
-    """Keep the libraries' progress bars and notices out of the log."""
-    import datasets
-    import transformers
+_QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    # transformers' loading bars come through tqdm's own switch in some releases
+
+def quiet_libraries() -> None:
+    """Keep the libraries' progress bars and notices out of the log.
+
+    Those that are not imported yet are told by the environment: not every command needs them.
+    """
+    os.environ.update(_QUIET)
+    if transformers := sys.modules.get("transformers"):
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+    if datasets := sys.modules.get("datasets"):
+        datasets.logging.set_verbosity_error()
+        datasets.disable_progress_bars()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 

@@ -21,12 +21,10 @@ from typing import Any
 import torch
 
 from trainer.runtime.errors import CheckpointError
+from trainer.runtime.limits import TEXT_LIMIT
 
 PICKLE_LIMIT = 16 << 20
 """Bytes; that of a student of 100 blocks has about one MiB, and long schedules add another."""
-
-TEXT_LIMIT = 1 << 20
-"""Bytes of one text."""
 
 _OPCODES, _TENSORS = 1_000_000, 50_000
 """A student of 512 blocks with its moments takes about 900,000 and 25,000."""

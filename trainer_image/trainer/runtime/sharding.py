@@ -1,27 +1,50 @@
-"""Tensors and modules spread over processes: DDP and FSDP2."""
+"""Tensors and modules spread over processes: DDP and FSDP2.
+
+A process that has not imported torch's packages for that, which takes a while, has none of them.
+"""
 
 from __future__ import annotations
 
+import sys
+from typing import TYPE_CHECKING, TypeGuard
+
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trainer.runtime.processes import Processes
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+
+def is_sharded(value: Tensor) -> TypeGuard[DTensor]:
+    """Whether each process holds a part of the tensor."""
+    package = sys.modules.get("torch.distributed.tensor")
+    return package is not None and isinstance(value, package.DTensor)
+
+
+def is_sharded_module(module: nn.Module) -> TypeGuard[FSDPModule]:
+    """Whether FSDP2 has spread the module's parameters."""
+    package = sys.modules.get("torch.distributed.fsdp")
+    return package is not None and isinstance(module, package.FSDPModule)
 
 
 def full_tensor(value: Tensor) -> Tensor:
     """A sharded tensor gathered on every process; any other as it is."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return value.full_tensor() if is_sharded(value) else value
 
 
 def local_tensor(value: Tensor) -> Tensor:
     """This process's part of a sharded tensor; any other as it is."""
-    return value.to_local() if isinstance(value, DTensor) else value
+    return value.to_local() if is_sharded(value) else value
 
 
 def like_parameter(value: Tensor, parameter: Tensor) -> Tensor:
     """A whole tensor on the parameter's device, sharded as the parameter is."""
     value = value.to(parameter.device, parameter.dtype)
-    if isinstance(parameter, DTensor):
+    if is_sharded(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(value, parameter.device_mesh, parameter.placements)
     return value
 

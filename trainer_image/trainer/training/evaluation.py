@@ -9,7 +9,6 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from trainer.data.batches import IGNORED, evaluation_batches
 from trainer.data.streams import TokenStreams
@@ -19,7 +18,7 @@ from trainer.models.teacher import Teacher
 from trainer.runtime.errors import UsageError
 from trainer.runtime.log import log
 from trainer.runtime.processes import Processes
-from trainer.runtime.sharding import full_tensor
+from trainer.runtime.sharding import full_tensor, is_sharded_module
 from trainer.settings.config import TrainConfig
 from trainer.training.precision import Precision
 
@@ -153,7 +152,7 @@ class Evaluator:
                 return self._mean_loss(context, lambda ids: student(ids, table), head, None)
         finally:
             student.train(was_training)
-            if isinstance(student, FSDPModule):
+            if is_sharded_module(student):
                 student.reshard()
 
     def teacher_loss(self, context: int, vocab_size: int) -> float | None:

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from trainer.runtime.errors import CheckpointError
-from trainer.runtime.sharding import like_parameter
+from trainer.runtime.sharding import is_sharded, like_parameter
 from trainer.settings.config import TrainConfig
 
 
@@ -27,7 +26,7 @@ def build_optimizer(student: nn.Module, config: TrainConfig) -> torch.optim.Adam
         betas=config.betas,
         eps=config.eps,
         # With sharded parameters, fused AdamW has no found_inf to skip an update by
-        fused=parameters[0].device.type == "cuda" and not isinstance(parameters[0], DTensor),
+        fused=parameters[0].device.type == "cuda" and not is_sharded(parameters[0]),
     )
 
 

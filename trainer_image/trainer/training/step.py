@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from trainer.loss import fused as fused_loss
 from trainer.loss.chunked import DistillLoss, Mix, distill_loss
 from trainer.models.student import Student
 from trainer.models.teacher import Teacher
 from trainer.runtime.processes import Processes
-from trainer.runtime.sharding import full_tensor, local_tensor, wrap
+from trainer.runtime.sharding import full_tensor, is_sharded_module, local_tensor, wrap
 from trainer.settings.config import TrainConfig
 from trainer.training.feed import Feed
 from trainer.training.optimizer import build_optimizer, load_state_by_name, parameter_names
@@ -128,7 +127,7 @@ class TrainStep:
         """Let processes exchange gradients in the last micro-batch only."""
         if isinstance(self.module, nn.parallel.DistributedDataParallel) and not last:
             return self.module.no_sync()
-        if isinstance(self.student, FSDPModule):
+        if is_sharded_module(self.student):
             self.student.set_requires_gradient_sync(last)
         return contextlib.nullcontext()
 
