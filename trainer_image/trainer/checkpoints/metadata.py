@@ -131,7 +131,8 @@ def reset_meta(
     Steps count from 0 again, so the schedules and settings of the phase behind are left out; what
     alpha, T and the learning rate had reached stays.
     """
-    spent = ("alpha_schedule", "temp_schedule", "pending_schedules", "settings", "train_steps")
+    schedules = ("alpha_schedule", "temp_schedule", "pending_schedules")
+    spent = (*schedules, "settings", "train_steps", "compiled")
     kept = {key: value for key, value in meta.items() if key not in spent}
     return kept | {
         "format_version": FORMAT_VERSION,
@@ -179,6 +180,12 @@ def tokens_of(meta: Mapping[str, Any]) -> str | None:
     dataset = meta.get("dataset")
     fingerprint = dataset.get("fingerprint") if isinstance(dataset, dict) else None
     return fingerprint if isinstance(fingerprint, str) else None
+
+
+def compiled_of(meta: Mapping[str, Any]) -> str | None:
+    """The SHA-256 of the compiled code beside a run's snapshot; None where there is none."""
+    digest = meta.get("compiled")
+    return digest if isinstance(digest, str) else None
 
 
 def run_settings_of(meta: Mapping[str, Any]) -> dict[str, Any]:

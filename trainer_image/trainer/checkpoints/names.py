@@ -9,6 +9,9 @@ BEST, FINAL = "best.pt", "final.pt"
 
 SIDECAR_SUFFIX = ".meta.json"
 
+COMPILE_CACHE = "compile_cache.bin"
+"""Beside a run's checkpoints: what the run has compiled."""
+
 KEEP_BEST, KEEP_STEP, KEEP_TIME_SECONDS = 3, 5, 4 * 3600
 
 TIME_EVERY_SECONDS = 30 * 60

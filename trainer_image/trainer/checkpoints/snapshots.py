@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from trainer.checkpoints.checkpoint import Checkpoint, Snapshot
 from trainer.checkpoints.metadata import NewerFormatError, run_settings_of
 from trainer.checkpoints.names import (
     BEST,
+    COMPILE_CACHE,
     FINAL,
     SIDECAR_SUFFIX,
     is_best_of,
@@ -153,8 +155,15 @@ def read_from(uri: str, workdir: Path) -> Checkpoint:
 class _Staged:
     """A snapshot on its way: written and sent once, then copied to its further names."""
 
-    def __init__(self, snapshot: Snapshot, location: Location, directory: Path) -> None:
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        location: Location,
+        directory: Path,
+        compiled: Callable[[], str | None],
+    ) -> None:
         self._snapshot: Snapshot | None = snapshot
+        self._compiled = compiled
         self._location = location
         self._parent = directory
         self._meta = snapshot.meta
@@ -169,6 +178,8 @@ class _Staged:
             return partial(self._location.copy, self._first)
         assert self._snapshot is not None
         self._location.claim()
+        if (digest := self._compiled()) is not None:
+            self._meta["compiled"] = digest
         directory = scratch_directory("staging", self._parent)
         path = Path(directory.name) / "snapshot.pt"
         _, crc32c = self._snapshot.write_file(path)
@@ -210,6 +221,8 @@ class Snapshots:
         self._goes_on = False
         self._step = 0
         """Of the newest checkpoint that was found."""
+        self.compiled: str | None = None
+        """SHA-256 of the run's compiled code at the location, which snapshots name."""
         self._undescribed: list[Sidecar] = []
         """Of the run's whole checkpoints those that had no sidecar, and one for each."""
 
@@ -372,24 +385,48 @@ class Snapshots:
         Raises:
             LiquidError: an earlier snapshot could not be written.
         """
-        if self._uploads is None:
-            names_there = {entry.name for entry in self.location.list()}
-            described = {name for name in names_there if sidecar_name(name) in names_there}
-            self._names = described if self._goes_on else set()
-            self._uploads = Uploader(self.location)
-        self._uploads.wait_for_room(_IN_FLIGHT)
-        staged = _Staged(snapshot, self.location, self._staging)
+        uploads = self._open_uploads()
+        uploads.wait_for_room(_IN_FLIGHT)
+        staged = _Staged(snapshot, self.location, self._staging, lambda: self.compiled)
         order = {BEST: 1, FINAL: 2}
         written = sorted(dict.fromkeys(names), key=lambda name: order.get(name, 0))
         for name in written:
             pair = [name, sidecar_name(name)]
             key = BEST if name == BEST else None
-            self._uploads.submit(pair, partial(staged.writes, name), key=key)
+            uploads.submit(pair, partial(staged.writes, name), key=key)
             self._names.add(name)
         for old in outdated(self._names, written):
             self._names.remove(old)
-            self._uploads.submit_delete(sidecar_name(old))
-            self._uploads.submit_delete(old)
+            uploads.submit_delete(sidecar_name(old))
+            uploads.submit_delete(old)
+
+    def keep_compiled(self, make: Callable[[], bytes]) -> None:
+        """Queue the run's compiled code; a failure to write it is logged, and no more.
+
+        Args:
+            make: its bytes; called in the uploads' thread.
+
+        Raises:
+            LiquidError: an earlier snapshot could not be written.
+        """
+
+        def write(name: str) -> Entry:
+            data = make()
+            self.location.claim()
+            self.compiled = None
+            written = self.location.put_bytes(data, name)
+            self.compiled = hashlib.sha256(data).hexdigest()
+            return written
+
+        self._open_uploads().submit_extra(COMPILE_CACHE, write)
+
+    def _open_uploads(self) -> Uploader:
+        if self._uploads is None:
+            names_there = {entry.name for entry in self.location.list()}
+            described = {name for name in names_there if sidecar_name(name) in names_there}
+            self._names = described if self._goes_on else set()
+            self._uploads = Uploader(self.location)
+        return self._uploads
 
     def unsent(self) -> list[str]:
         """What is queued, and not at the location yet."""

@@ -141,7 +141,9 @@ def _parameters(config: Any) -> int:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
+    from trainer.models.uninitialized import Uninitialized
+
+    with torch.device("meta"), Uninitialized():
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
+
+from trainer.models.uninitialized import Uninitialized
 
 ROPE_BASE = 10_000.0
 
@@ -87,21 +88,6 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln2(x)))
 
 
-class _Uninitialized(TorchFunctionMode):
-    """Modules made under it leave their parameters as they are allocated.
-
-    Random numbers that are then overwritten take over a second, and on the meta device the import
-    of what describes the functions that draw them takes several.
-    """
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if getattr(function, "__module__", None) == nn.init.__name__:
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **(kwargs or {}))
-
-
 class Student(nn.Module):
     """Token ids to the last hidden state; `lm_head` turns that into logits.
 
@@ -114,7 +100,7 @@ class Student(nn.Module):
         self.config = config
         self.checkpoint_activations = False
         """Recompute each block in the backward pass (Chen et al., 2016, arXiv:1604.06174)."""
-        with _Uninitialized():
+        with Uninitialized():
             self.embed = nn.Embedding(config.vocab_size, config.d_model)
             if config.pos_embedding == "absolute":
                 self.pos: nn.Embedding | None = nn.Embedding(config.positions, config.d_model)

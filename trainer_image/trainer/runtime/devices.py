@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.runtime.ahead import Ahead
 from trainer.runtime.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -54,6 +56,18 @@ def choose_device(environ: Mapping[str, str] = os.environ) -> torch.device:
     import torch
 
     return torch.device("cuda" if count_gpus(environ) else "cpu")
+
+
+def wake(device: torch.device) -> None:
+    """Let a GPU get ready in the background, which takes seconds; failures show at its use."""
+    import torch
+
+    def begin() -> None:
+        with contextlib.suppress(RuntimeError):
+            torch.zeros((), device=device)
+
+    if device.type == "cuda":
+        Ahead("device", begin)
 
 
 def has_fp8(device: torch.device) -> bool:

@@ -31,6 +31,8 @@ AUTO = 0
 
 DEFAULT_MICRO_BATCH = 8
 
+NO_COMPILE_CACHE = "off"
+
 MAX_LAYERS, MAX_WIDTH = 512, 1 << 20
 """Of a student; beyond any that is known, and its checkpoints can still be read."""
 _MOST_DIGITS = 100
@@ -290,6 +292,12 @@ class TrainConfig:
         "auto",
         "torch.compile for student and teacher; auto is on for a GPU",
         choices=("auto", "on", "off"),
+    )
+    compile_cache: str | None = technical(
+        None,
+        "file of compiled code to start with, gs:// or local, such as compile_cache.bin of an"
+        " earlier run's output; it is run, so name none that others may write; off keeps none at"
+        " the output either",
     )
     parallel: str = technical(
         "ddp",

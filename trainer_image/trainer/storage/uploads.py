@@ -41,6 +41,8 @@ class _Group:
     make: Callable[[], Sequence[Write]] | None
     """Gives what writes each file; None for a removal."""
     key: str | None = None
+    extra: bool = False
+    """Whether nothing depends on it."""
 
 
 class Uploader:
@@ -80,6 +82,18 @@ class Uploader:
         """
         return self._enqueue(_Group([check_name(name) for name in names], make, key))
 
+    def submit_extra(self, name: str, write: Write) -> None:
+        """Queue a file that nothing depends on: a failure to write it is logged, and ends nothing.
+
+        Args:
+            name: what it will be called.
+            write: called in the uploads' thread.
+
+        Raises:
+            LiquidError: an earlier upload failed, or the uploader is closed.
+        """
+        self._enqueue(_Group([check_name(name)], lambda: [write], extra=True))
+
     def submit_delete(self, name: str) -> None:
         """Queue the removal of a name, behind the uploads that were submitted before.
 
@@ -101,9 +115,10 @@ class Uploader:
         self.check()
 
     def unsent(self) -> list[str]:
-        """The names that are not written yet."""
+        """The names that are not written yet, without the extra ones."""
         with self._changed:
-            return [name for group in self._unfinished() if group.make for name in group.names]
+            groups = [group for group in self._unfinished() if group.make and not group.extra]
+            return [name for group in groups for name in group.names]
 
     def check(self) -> None:
         """Raise the failure of an earlier upload, if there was one.
@@ -194,7 +209,17 @@ class Uploader:
                 if not self._queue:
                     return
                 group = self._running = self._queue.popleft()
+            if group.extra:
+                self._try_out(group)
+            else:
+                self._carry_out(group)
+
+    def _try_out(self, group: _Group) -> None:
+        try:
             self._carry_out(group)
+        except Exception as error:  # noqa: BLE001 - nothing depends on it
+            why = " ".join(str(error).split()) or type(error).__name__
+            log.warning("%s is not kept: %s", self._location.child(group.names[0]), why)
 
     def _carry_out(self, group: _Group) -> None:
         if group.make is None:

@@ -37,6 +37,7 @@ from trainer.runtime.processes import Processes
 from trainer.runtime.signals import saving_on_signals
 from trainer.settings.config import TrainConfig
 from trainer.settings.schedules import learning_rate
+from trainer.training.compile_cache import CompileCache
 from trainer.training.evaluation import EvaluationStopped, Evaluator, check_contexts
 from trainer.training.log_window import LogWindow
 from trainer.training.precision import Precision
@@ -57,6 +58,7 @@ class TrainingLoop:
         precision: device and compute types.
         snapshots: where checkpoints go; only the main process writes.
         processes: this process among those of the run; alone by default.
+        compile_cache: keeps what the run compiles; nothing is kept by default.
 
     Raises:
         UsageError: a context to evaluate at is longer than the validation split.
@@ -72,6 +74,7 @@ class TrainingLoop:
         precision: Precision,
         snapshots: Snapshots,
         processes: Processes | None = None,
+        compile_cache: CompileCache | None = None,
     ) -> None:
         assert config.grad_accum is not None, "accumulation() was not called"
         check_contexts(config.contexts, config.context, streams, config.eval_max_tokens)
@@ -80,6 +83,7 @@ class TrainingLoop:
         self.processes = processes or Processes(device=precision.device)
         self.precision = precision
         self.snapshots = snapshots
+        self.compile_cache = compile_cache
         self.streams = streams
         self.origin = start.origin
         self.trained_positions = start.trained_positions
@@ -122,6 +126,8 @@ class TrainingLoop:
         self.copies = StateCopies()
         self.stop_signal: signal.Signals | None = None
         self._next_time_snapshot = time.monotonic() + TIME_EVERY_SECONDS
+        self._last_save = time.perf_counter()
+        """When the last snapshot was begun."""
         self._saved = start.step if self.continued else -1
         """The step of the newest snapshot at the run's location; -1 where there is none."""
         self._began = start.step
@@ -142,12 +148,10 @@ class TrainingLoop:
         if self.stop_signal is not None:  # while the end was being saved
             raise self._preempted(self.stop_signal.name)
         best = self.progress.best_value, self.progress.best_step
-        log.info(
-            "finished at step %d: best %s %.4f at step %d; checkpoints in %s",
-            self.step,
-            self.config.save_best_on,
-            *best,
-            self.config.uri,
+        log_values(
+            f"finished at step {self.step}: best {self.config.save_best_on} {best[0]:.4f} at step"
+            f" {best[1]}; checkpoints in {self.config.uri}",
+            finish_seconds=time.perf_counter() - self._last_save,
         )
         return RunResult(self.step, self.progress.metrics, *best).checked(self.config)
 
@@ -304,6 +308,9 @@ class TrainingLoop:
         names: list[str] = []
         if self.step % config.eval_every == 0 or last:
             names += self._evaluate(scalars)
+            if self.compile_cache is not None and self.processes.main:
+                with self.window.paused():
+                    self.compile_cache.keep()
         if self.step % config.save_every == 0:
             names.append(step_name(self.step))
         if timed:
@@ -317,6 +324,7 @@ class TrainingLoop:
         """Queue a snapshot under these names; with FSDP, every process takes part."""
         if not names:
             return
+        self._last_save = time.perf_counter()
         self._count_skipped(wait=True)
         if self.processes.any(not self.device_step.weights_are_finite()):
             raise TrainingError(

@@ -17,9 +17,9 @@ from trainer.data.batches import evaluation_batches
 from trainer.data.streams import TokenStreams, streams_for
 from trainer.models.hugging_face import load_tokenizer
 from trainer.models.teacher import Teacher, TeacherSpec, load_teacher, read_teacher_spec
-from trainer.runtime.devices import choose_device
+from trainer.runtime.devices import choose_device, wake
 from trainer.runtime.errors import CheckpointError, UsageError
-from trainer.runtime.log import log, log_values
+from trainer.runtime.log import log, log_values, seconds_since_start
 from trainer.runtime.messages import shortened
 from trainer.runtime.processes import Processes, find_nodes, launch_if_needed
 from trainer.settings.accumulation import accumulation, with_accumulation
@@ -35,6 +35,7 @@ from trainer.settings.config import (
 from trainer.settings.hf_token import ENVIRONMENT_NAMES, find_hf_token
 from trainer.settings.layers import DEFAULT, Resolved, resolve
 from trainer.settings.values import as_text
+from trainer.training.compile_cache import CompileCache
 from trainer.training.loop import TrainingLoop
 from trainer.training.micro_batch import resolve_micro_batch
 from trainer.training.precision import choose_precision
@@ -76,6 +77,8 @@ def run(
     # The start time may be part of a location: one for all processes
     by_user = resolve(command_line, config_file, now=processes.broadcast(time.time()))
     check_before_reading(by_user)
+    log_values(f"imported in {(seconds := seconds_since_start()):.1f} s", import_seconds=seconds)
+    wake(processes.device)
     if not by_user.values["resume_gcs_uri"]:
         accumulation(by_user, processes.world_size)  # a checkpoint's batch size is checked below
     for name in ("local_workdir", "output_gcs_uri"):
@@ -174,6 +177,7 @@ def _train(
     if processes.main:
         snapshots.check_writable()
     precision = choose_precision(config, processes.device)
+    compile_cache = CompileCache(config, precision, snapshots, start.compiled)
     # The first process of a machine makes what the others then find
     streams = streams_for(config, token) if processes.local_rank == 0 else None
     processes.barrier()
@@ -188,6 +192,8 @@ def _train(
     teacher = None
     if spec is not None:
         teacher = load_teacher(spec, dtype=precision.teacher, device=precision.device, token=token)
+    compile_cache.use()
+    if teacher is not None:
         if precision.fp8_teacher:
             _quantize(teacher, streams, config)
         else:
@@ -199,7 +205,9 @@ def _train(
         log.info("alpha is 0 throughout: the teacher is not loaded")
     if config.micro_batch == AUTO:
         config = resolve_micro_batch(config, start.student, teacher, precision, processes)
-    return TrainingLoop(config, start, teacher, streams, precision, snapshots, processes).run()
+    return TrainingLoop(
+        config, start, teacher, streams, precision, snapshots, processes, compile_cache
+    ).run()
 
 
 def _quantize(teacher: Teacher, streams: TokenStreams, config: TrainConfig) -> None:

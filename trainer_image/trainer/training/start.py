@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from trainer.checkpoints.checkpoint import Checkpoint
-from trainer.checkpoints.metadata import tokens_of
+from trainer.checkpoints.metadata import compiled_of, tokens_of
 from trainer.models.positions import resize_positions
 from trainer.models.student import Student, StudentConfig
 from trainer.runtime.errors import CheckpointError, DataError, ModelError, UsageError
@@ -32,6 +32,8 @@ class Start:
     """Checkpoint, step and context that the phase came from; empty from scratch."""
     source: str = ""
     """Where the state was read from; empty from scratch."""
+    compiled: str | None = None
+    """SHA-256 of the run's compiled code; None at the start of a phase, and where none is kept."""
     tokens: str | None = None
     """Fingerprint of the tokens that the run must go on with; None at the start of a phase."""
 
@@ -73,6 +75,7 @@ def from_own_snapshot(resolved: Resolved, checkpoint: Checkpoint) -> Start:
         trainer_state=checkpoint.trainer_state,
         origin=checkpoint.meta.get("origin") or {},
         source=checkpoint.source,
+        compiled=compiled_of(checkpoint.meta),
         tokens=tokens_of(checkpoint.meta),
     )
 
