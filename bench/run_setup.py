@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +92,14 @@ def save_teacher(directory: Path, options: argparse.Namespace) -> None:
         model = GPT2LMHeadModel(config)
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(directory)
+
+
+def empty_compiler_caches(work: Path) -> dict[str, str]:
+    """Variables that give the compiler caches of its own, with nothing in them yet."""
+    places = {"TORCHINDUCTOR_CACHE_DIR": work / "inductor", "TRITON_CACHE_DIR": work / "triton"}
+    for place in places.values():
+        shutil.rmtree(place, ignore_errors=True)
+    return {name: str(place) for name, place in places.items()}
 
 
 def train(

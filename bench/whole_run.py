@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from run_setup import CONTEXT, add_flags, prepare, say, train
+from run_setup import CONTEXT, add_flags, empty_compiler_caches, prepare, say, train
 
 
 def bare_step(options: argparse.Namespace) -> dict[str, float]:
@@ -85,14 +85,6 @@ def lengthen_validation(corpus: Path, tokens: int) -> None:
     text = path.read_text(encoding="utf-8")
     # No more than 8 bytes a token with any vocabulary
     path.write_text(text * -(-8 * tokens // len(text)), encoding="utf-8")
-
-
-def empty_compiler_caches(work: Path) -> dict[str, str]:
-    """Variables that give the compiler caches of its own, with nothing in them yet."""
-    places = {"TORCHINDUCTOR_CACHE_DIR": work / "inductor", "TRITON_CACHE_DIR": work / "triton"}
-    for place in places.values():
-        shutil.rmtree(place, ignore_errors=True)
-    return {name: str(place) for name, place in places.items()}
 
 
 def main() -> None:

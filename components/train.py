@@ -18,6 +18,7 @@ def train(
     checkpoints: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
     initial: dsl.Input[dsl.Model] = None,
+    compiled: dsl.Input[dsl.Model] = None,
     resume_gcs_uri: str = "",
     alpha: float = 0.5,
     temperature: float = 1.0,
@@ -35,7 +36,10 @@ def train(
     hf_secret_name: str = "",
     more_settings: dict = {},  # noqa: B006 - kfp records the value itself
 ) -> NamedTuple("Trained", [("best_loss", float), ("best_step", int), ("steps", int)]):  # type: ignore[valid-type]
-    """Checkpoints of a run; started again on the same output, it goes on from its snapshots."""
+    """Checkpoints of a run; started again on the same output, it goes on from its snapshots.
+
+    Those of an earlier stage, as `compiled`, give the code that it has compiled.
+    """
     inputs = dict(locals())
     from trainer.runtime.commands import start_stage
 
@@ -46,16 +50,19 @@ def train(
 
     from trainer import entrypoint, pick_best
     from trainer.checkpoints.metadata import summary
+    from trainer.checkpoints.names import COMPILE_CACHE
     from trainer.runtime.strict_json import dumps
     from trainer.settings.config import SETTINGS
     from trainer.settings.values import given
     from trainer.storage.places import place
 
     output = place(checkpoints.uri, checkpoints.path)
+    code = f"{place(compiled.uri, compiled.path)}/{COMPILE_CACHE}" if compiled else None
     settings = {name: value for name, value in inputs.items() if name in SETTINGS} | {
         "tokens_dir": place(tokens.uri, tokens.path),
         "output_gcs_uri": output,
         "resume_gcs_uri": place(initial.uri, initial.path) if initial else resume_gcs_uri,
+        "compile_cache": code,
         "T": temperature,
         "grad_accum": grad_accum or None,
     }

@@ -134,7 +134,11 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
             pos_resize=resize_method,
         )
         long = stage("continue", train)(
-            tokens=streams, initial=resized.outputs["resized"], **training, **own("continue")
+            tokens=streams,
+            initial=resized.outputs["resized"],
+            compiled=short.outputs["checkpoints"],
+            **training,
+            **own("continue"),
         )
         best_long = stage("pick_again", pick_best)(
             checkpoints=long.outputs["checkpoints"], metric=best_metric

@@ -120,6 +120,31 @@ def test_the_newest_waiting_best_wins_and_the_one_in_flight_is_finished(
     assert reader.read_bytes("other.pt", limit=10) == b"other"
 
 
+def test_an_extra_file_ends_nothing_where_it_fails(
+    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    location = watched(uri)
+    location.gate.clear()
+    uploads = Uploader(location)
+    pairs = Pairs(uploads, location, tmp_path)
+    uploads.submit_extra("first.bin", lambda name: location.put_bytes(b"whole", name))
+    assert location.started.wait(10)
+    uploads.submit_extra("second.bin", lambda name: location.put_bytes(b"", "../out"))
+    uploads.submit_extra("third.bin", lambda name: 1 / 0)  # type: ignore[arg-type, return-value]
+    pairs.submit(b"weights", "best.pt")
+    assert uploads.unsent() == ["best.pt", "best.pt.meta.json"], "no one misses the others"
+    location.gate.set()
+    uploads.drain()
+    uploads.close()
+    assert open_location(uri, POLICY).read_bytes("first.bin", limit=10) == b"whole"
+    assert open_location(uri, POLICY).read_bytes("best.pt", limit=10) == b"weights"
+    told = [message for message in caplog.messages if "is not kept" in message]
+    assert [name for line in told for name in ("second.bin", "third.bin") if name in line] == [
+        "second.bin",
+        "third.bin",
+    ]
+
+
 def test_a_rename_over_a_file_does_not_tear_its_upload(
     gcs_bucket: str, gcs_proxy: FaultProxy, tmp_path: Path
 ) -> None:

@@ -152,6 +152,7 @@ class TrainingLoop:
             f"finished at step {self.step}: best {self.config.save_best_on} {best[0]:.4f} at step"
             f" {best[1]}; checkpoints in {self.config.uri}",
             finish_seconds=time.perf_counter() - self._last_save,
+            run_seconds=seconds_since_start(),
         )
         return RunResult(self.step, self.progress.metrics, *best).checked(self.config)
 
