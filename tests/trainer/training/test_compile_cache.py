@@ -206,6 +206,7 @@ def test_unusable_files_are_named_in_one_line(
 def test_a_place_with_nothing_is_no_failure(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "trainer")
     begin(tmp_path, compile_cache=str(tmp_path / "absent"))[0].use()
     begin(tmp_path, compile_cache=str(tmp_path))[0].use()
     begin(tmp_path, "ab" * 32)[0].use()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.checkpoints.tensor_checks import is_finite
 from trainer.runtime.errors import CheckpointError
 from trainer.runtime.sharding import is_sharded, like_parameter
 from trainer.settings.config import TrainConfig
@@ -59,7 +60,7 @@ def load_state_by_name(
                 raise CheckpointError(
                     f"optimizer state {key} of {name} has shape {actual}, not {list(expected)}"
                 )
-            if not bool(torch.isfinite(moment).all()):
+            if not is_finite(moment):
                 raise CheckpointError(f"optimizer state {key} of {name} is not finite")
     current = optimizer.state_dict()
     entries = {

@@ -6,6 +6,7 @@ import difflib
 import os
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from trainer.checkpoints.checkpoint import Checkpoint
@@ -17,6 +18,7 @@ from trainer.data.batches import evaluation_batches
 from trainer.data.streams import TokenStreams, streams_for
 from trainer.models.hugging_face import load_tokenizer
 from trainer.models.teacher import Teacher, TeacherSpec, load_teacher, read_teacher_spec
+from trainer.runtime.ahead import Ahead
 from trainer.runtime.devices import choose_device, wake
 from trainer.runtime.errors import CheckpointError, UsageError
 from trainer.runtime.log import log, log_values, seconds_since_start
@@ -52,6 +54,9 @@ from trainer.training.start import (
 
 _FP8_TOKENS = 8192
 """Of the validation split, to compare an fp8 teacher with its original on."""
+
+_IMPORTED_LATER = ("torch._dynamo", "transformers.modeling_utils", "torch._inductor.compile_fx")
+"""What a run will need and takes seconds to import: the optimizer, the teacher, the compiler."""
 
 _SPARE = 1 << 20
 """Bytes of metadata left for what only the training tells, such as its metrics."""
@@ -91,7 +96,8 @@ def run(
     own = None if dry else _own_snapshot(snapshots, processes)
     foreign = None
     if own is None and by_user.values["resume_gcs_uri"]:
-        foreign = read_from(by_user.values["resume_gcs_uri"], snapshots.workdir)
+        read = partial(read_from, by_user.values["resume_gcs_uri"], snapshots.workdir)
+        foreign = Ahead("checkpoint", read).importing(_IMPORTED_LATER)
     resolved = with_accumulation(_over_checkpoint(by_user, own, foreign), processes.world_size)
     config = resolved.config
     if own is not None:
@@ -290,7 +296,9 @@ def _without_spent_schedules(resolved: Resolved, checkpoint: Checkpoint) -> Reso
 
 def _own_snapshot(snapshots: Snapshots, processes: Processes) -> Checkpoint | None:
     """The newest snapshot of the run itself; the main process chooses, all read the same one."""
-    own = snapshots.newest() if processes.main else None
+    own = None
+    if processes.main:
+        own = Ahead("checkpoint", snapshots.newest).importing(_IMPORTED_LATER)
     source = processes.broadcast(own.source if own is not None else None)
     if source is not None and own is None:
         own = read_from(source, snapshots.workdir)
