@@ -116,7 +116,8 @@ def test_too_little_memory_is_no_damage(tmp_path: Path, spare: int) -> None:
     """Taken for damage, it would send the run back to an older snapshot, or to its start."""
     snapshot(1).write(tmp_path / "ckpt_step_1.pt")
     large = snapshot(2)
-    large.model["weight"] = torch.zeros(16 << 20)  # 64 MiB, and as much again to check it
+    # 64 MiB, and 16 to check a piece of it in fp32
+    large.model["weight"] = torch.zeros(8 << 20, dtype=torch.float64)
     large.write(tmp_path / "ckpt_step_2.pt")
     command = [sys.executable, "-c", textwrap.dedent(LITTLE_MEMORY), str(tmp_path), str(spare)]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -17,7 +17,7 @@ _LARGEST = torch.finfo(torch.float32).max
 """What training keeps them in."""
 
 _PIECE = 1 << 22
-"""Elements looked through at a time: looking takes several times their memory."""
+"""Elements looked through at a time: in fp32, looking copies those of other types."""
 
 _ENTRIES = 8
 """Of an optimizer's state of one parameter; AdamW's has 3 or 4."""
