@@ -1,7 +1,8 @@
 """A stop at any moment of any command: its status, one line, and the next start goes on.
 
 A sweep through every command is printed as a table. ``make soak`` runs the long one: at every half
-second of a command's course, or every `SWEEP_SECONDS`, and through a training's last save.
+second of a command's course, or every `SWEEP_SECONDS`, and through a training's last save. With
+`SWEEP_PARTS`, a sweep is divided among as many tests, which ``pytest -n`` runs side by side.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from trainer.storage.places import open_location
 Settings = dict[str, Any]
 
 EVERY = float(os.environ.get("SWEEP_SECONDS", "0.5"))
+PARTS = int(os.environ.get("SWEEP_PARTS", "1"))
 
 
 def begin(door: str, *argv: str, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
@@ -170,14 +172,17 @@ def test_stops(door: str, commands: dict[str, Callable[[int], list[str]]]) -> No
 
 @pytest.mark.soak
 @pytest.mark.timeout(3 * 3600)
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("door", DOORS)
-def test_stops_all_along(door: str, commands: dict[str, Callable[[int], list[str]]]) -> None:
-    """Up to a command's end, at most for 30 seconds."""
+def test_stops_all_along(
+    door: str, part: int, commands: dict[str, Callable[[int], list[str]]]
+) -> None:
+    """Up to a command's end, at most for 30 seconds; each part takes every so many stops one."""
     sweep = Sweep(door, commands[door])
-    seconds, ended = EVERY, 0
+    seconds, ended = EVERY * (part + 1), 0
     while seconds <= 30.0 and ended < 2:
         ended += sweep.stop_after(seconds)
-        seconds += EVERY
+        seconds += EVERY * PARTS
     sweep.finish()
     print(f"\n{sweep.table()}")
     assert any(status == 143 for _, _, status, _ in sweep.rows)
