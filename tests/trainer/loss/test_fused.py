@@ -13,6 +13,7 @@ from trainer.loss import chunked as distill
 from trainer.loss import fused as fused_loss
 from trainer.loss.chunked import DistillLoss, Mix
 from trainer.loss.divergences import DIVERGENCES
+from trainer.loss.sparse import SparseTargets, sparse_distill_loss
 
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="the fused loss runs on a CUDA device; there is none here"
@@ -285,3 +286,57 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         fused_loss.distill_loss(*operands[:2], None, None, case.labels, Mix(0.5, 2.0))
     with pytest.raises(ValueError, match=r"\[3\] labels for 4 tokens"):
         fused_loss.distill_loss(*operands, case.labels[:3], Mix(0.0, 1.0))
+
+
+def sparse_targets(case: Case, temperature: float, entries: int) -> SparseTargets:
+    """The teacher's largest probabilities, some of them for ids that are not used."""
+    logits = case.t_hidden.float() @ case.t_head[: case.vocabulary].float().T
+    log_p = F.log_softmax(logits / temperature, -1)
+    weights, ids = log_p.exp().topk(entries)
+    weights[:, 1::3] = 0.0
+    ids[:, 1::3] = ids[:, :1]
+    return SparseTargets(ids.int(), weights * 1.3, (log_p.exp() * log_p).sum(-1))
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
+@pytest.mark.parametrize("alpha", [0.4, 1.0])
+@pytest.mark.parametrize("shape", draw_shapes(), ids=str)
+def test_the_sparse_loss_matches_fp64(
+    shape: tuple[int, int, tuple[int, int]], alpha: float, temperature: float, dtype: torch.dtype
+) -> None:
+    case, mix = Case(*shape, dtype, seed=3), Mix(alpha, temperature)
+    targets = sparse_targets(case, temperature, 28)
+    case.labels[::2] = targets.ids[::2, 0].long()  # an id that is the label too
+    hidden, head = (part.detach().double().requires_grad_() for part in (case.hidden, case.head))
+    expected = sparse_distill_loss(
+        hidden,
+        head,
+        SparseTargets(targets.ids, targets.weights.double(), targets.negentropy.double()),
+        case.labels,
+        mix,
+    )
+    # As the loss scaler does, so that fp16 holds the gradients
+    scale = 2.0**14 if dtype == torch.float16 else 1.0
+    wanted = torch.autograd.grad(scale * expected.loss, (hidden, head))
+    found = fused_loss.sparse_distill_loss(
+        case.hidden, case.head, targets, case.labels, mix, chunk_tokens=70
+    )
+    limit = LIMITS[dtype]
+    assert float(found.loss.detach()) == pytest.approx(float(expected.loss.detach()), rel=limit)
+    assert float(found.kd) == pytest.approx(float(expected.kd), rel=limit, abs=limit)
+    for ours, theirs in zip(case.gradients(scale * found.loss), wanted, strict=True):
+        assert error(ours, theirs) <= 2 * limit
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_at_alpha_0_the_sparse_loss_is_cross_entropy() -> None:
+    case = Case(50, 1000, (64, 64), torch.bfloat16)
+    found = fused_loss.sparse_distill_loss(case.hidden, case.head, None, case.labels, Mix(0.0, 2.0))
+    expected = case.fused(Mix(0.0, 2.0))
+    assert torch.equal(found.loss, expected.loss)
+    for ours, theirs in zip(case.gradients(found.loss), case.gradients(expected.loss), strict=True):
+        assert torch.equal(ours, theirs)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -141,13 +142,19 @@ def distill_loss(
     check_shapes(student_hidden, student_head, teacher_hidden, teacher_head, labels, mix)
 
     def compute(needs: tuple[bool, ...]) -> Sums:
-        teacher = None
+        divergence = None
         if mix.alpha > 0.0 and teacher_hidden is not None and teacher_head is not None:
             vocabulary, kind = student_head.shape[0], teacher_hidden.dtype
             bias = None if teacher_bias is None else teacher_bias[:vocabulary]
-            teacher = teacher_hidden, teacher_head[:vocabulary].to(kind), bias
-        return _over_chunks(
-            student_hidden, student_head, teacher, labels, mix, chunk_elements, needs
+            head = teacher_head[:vocabulary].to(kind)
+
+            def divergence(part: slice, log_q: Tensor) -> tuple[Tensor, Tensor]:
+                logits = F.linear(teacher_hidden[part], head, bias).to(log_q.dtype)
+                log_p = F.log_softmax(logits / mix.temperature, dim=-1)
+                return DIVERGENCES[mix.scheme].sum_and_gradient(log_p, log_q)
+
+        return over_chunks(
+            student_hidden, student_head, divergence, labels, mix, chunk_elements, needs
         )
 
     return loss_of_sums(student_hidden, student_head, mix, compute)
@@ -169,13 +176,7 @@ def check_shapes(
     """
     if mix.scheme not in DIVERGENCES:
         raise ValueError(f"unknown divergence {mix.scheme!r}; known: {', '.join(DIVERGENCES)}")
-    if student_hidden.ndim != 2 or student_hidden.shape[1] != student_head.shape[1]:
-        raise ValueError(
-            f"student hidden {tuple(student_hidden.shape)} and head {tuple(student_head.shape)}"
-            " do not agree"
-        )
-    if labels.shape != student_hidden.shape[:1]:
-        raise ValueError(f"{list(labels.shape)} labels for {student_hidden.shape[0]} tokens")
+    check_student_shapes(student_hidden, student_head, labels)
     if mix.alpha == 0.0:
         return
     if teacher_hidden is None or teacher_head is None:
@@ -192,14 +193,37 @@ def check_shapes(
         )
 
 
+def check_student_shapes(student_hidden: Tensor, student_head: Tensor, labels: Tensor) -> None:
+    """Refuse a student's operands that do not fit together.
+
+    Raises:
+        ValueError: shapes that do not agree.
+    """
+    if student_hidden.ndim != 2 or student_hidden.shape[1] != student_head.shape[1]:
+        raise ValueError(
+            f"student hidden {tuple(student_hidden.shape)} and head {tuple(student_head.shape)}"
+            " do not agree"
+        )
+    if labels.shape != student_hidden.shape[:1]:
+        raise ValueError(f"{list(labels.shape)} labels for {student_hidden.shape[0]} tokens")
+
+
+ChunkDivergence = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
+"""From a chunk's place among the tokens and the student's log q at T, ``[n, V]``: the sum of the
+divergence in nats, and its gradient ``[n, V]`` by the logits of which q is the softmax."""
+
+
 def _sums_and_gradient(
-    student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, mix: Mix
+    student_logits: Tensor,
+    divergence: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
+    labels: Tensor,
+    mix: Mix,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over one chunk, and the gradient of the mixed loss's *sum* by the student's logits.
 
     Args:
         student_logits: ``[n, V]`` in fp32 (or fp64).
-        teacher_logits: the same shape, or None when alpha is 0.
+        divergence: of this chunk, see `ChunkDivergence`; None when alpha is 0.
         labels: ``[n]``.
         mix: alpha, temperature and divergence.
 
@@ -216,10 +240,8 @@ def _sums_and_gradient(
         grad = log_probs.exp_().mul_(1.0 - alpha)
         grad[torch.arange(len(labels), device=labels.device), labels] -= 1.0 - alpha
     if alpha > 0.0:
-        assert teacher_logits is not None
-        log_q = F.log_softmax(student_logits / temperature, dim=-1)
-        log_p = F.log_softmax(teacher_logits / temperature, dim=-1)
-        kd_sum, kd_grad = DIVERGENCES[mix.scheme].sum_and_gradient(log_p, log_q)
+        assert divergence is not None
+        kd_sum, kd_grad = divergence(F.log_softmax(student_logits / temperature, dim=-1))
         # d(T² D)/dz = T² · (dD/d(z/T)) / T
         grad.add_(kd_grad, alpha=alpha * temperature)
     return ce_sum, kd_sum, grad
@@ -249,16 +271,16 @@ def product(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> N
         torch.addmm(out, left.to(out.dtype), right.to(out.dtype), beta=beta, out=out)
 
 
-def _over_chunks(
+def over_chunks(
     student_hidden: Tensor,
     student_head: Tensor,
-    teacher: tuple[Tensor, Tensor, Tensor | None] | None,
+    divergence: ChunkDivergence | None,
     labels: Tensor,
     mix: Mix,
     chunk_elements: int,
     needs: tuple[bool, ...],
 ) -> Sums:
-    """The sums of `distill_loss`; ``teacher`` is hidden state, head and bias, None at alpha 0."""
+    """The sums of a loss whose divergence is computed chunk by chunk; None at alpha 0."""
     tokens, vocabulary = student_hidden.shape[0], student_head.shape[0]
     # Accumulate over chunks in fp32 or better, whatever the operands are
     wide = torch.promote_types(student_hidden.dtype, torch.float32)
@@ -271,12 +293,9 @@ def _over_chunks(
     for start in range(0, tokens, size):
         part = slice(start, min(start + size, tokens))
         hidden = student_hidden[part]
-        teacher_logits = None
-        if teacher is not None:
-            teacher_logits = F.linear(teacher[0][part], *teacher[1:]).to(wide)
-        ce, kd, grad = _sums_and_gradient(
-            F.linear(hidden, head).to(wide), teacher_logits, labels[part], mix
-        )
+        of_chunk = None if divergence is None else partial(divergence, part)
+        logits = F.linear(hidden, head).to(wide)
+        ce, kd, grad = _sums_and_gradient(logits, of_chunk, labels[part], mix)
         ce_sum += ce
         kd_sum += kd
         grad = grad.mul_(scale).to(head.dtype)

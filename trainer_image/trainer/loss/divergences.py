@@ -56,3 +56,7 @@ DIVERGENCES: dict[str, Divergence] = {
     "jsd": Divergence(_jensen_shannon, "Agarwal et al., 2023, arXiv:2306.13649, beta ½", 3),
 }
 """By the names that ``--kd_scheme`` takes."""
+
+LINEAR_SCHEME = "forward_kl"
+"""The one that is linear in the teacher's distribution: an unbiased estimate of that gives one of
+the divergence."""

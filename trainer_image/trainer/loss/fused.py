@@ -30,6 +30,7 @@ import importlib.util
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ from trainer.loss.chunked import (
     product,
 )
 from trainer.loss.divergences import DIVERGENCES
+from trainer.loss.sparse import SparseTargets, check_sparse
 
 WORKSPACE_BYTES = 600 << 20
 """Upper bound on the logits of one chunk, student's and teacher's together."""
@@ -70,7 +72,16 @@ def usable(
     operands = [student_hidden, student_head]
     if mix.alpha > 0.0:
         operands += [part for part in (teacher_hidden, teacher_head) if part is not None]
-    device = student_hidden.device
+    return _runs_on_device(operands, mix)
+
+
+def sparse_usable(student_hidden: Tensor, student_head: Tensor, mix: Mix) -> bool:
+    """Whether `sparse_distill_loss` of this module can take these operands, as of `usable`."""
+    return _runs_on_device([student_hidden, student_head], mix)
+
+
+def _runs_on_device(operands: list[Tensor], mix: Mix) -> bool:
+    student_hidden, device = operands[0], operands[0].device
     return (
         student_hidden.shape[0] > 0
         and in_kernel(mix, (part.dtype for part in operands))
@@ -130,7 +141,40 @@ def distill_loss(
             if mix.alpha > 0.0 and teacher_hidden is not None and teacher_head is not None:
                 teacher = _Head.padded(teacher_hidden, teacher_head, teacher_bias, vocabulary)
             size = chunk_tokens or _chunk_tokens(student, teacher)
-            return _over_chunks(student, teacher, labels.contiguous(), mix, vocabulary, size, needs)
+            launch = _dense(teacher, min(size, len(student_hidden)), vocabulary)
+            return _over_chunks(student, launch, labels.contiguous(), mix, vocabulary, size, needs)
+
+    return loss_of_sums(student_hidden, student_head, mix, compute)
+
+
+def sparse_distill_loss(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    targets: SparseTargets | None,
+    labels: Tensor,
+    mix: Mix,
+    *,
+    chunk_tokens: int | None = None,
+) -> DistillLoss:
+    """Loss over ``N`` predicted tokens; arguments as of `trainer.loss.sparse.sparse_distill_loss`.
+
+    Types and ``chunk_tokens`` as of `distill_loss`.
+
+    Raises:
+        ValueError: shapes that do not agree, no targets although ``alpha`` > 0, or another
+            divergence than forward KL.
+    """
+    check_sparse(student_hidden, student_head, targets, labels, mix)
+
+    def compute(needs: tuple[bool, ...]) -> Sums:
+        vocabulary = student_head.shape[0]
+        with torch.autocast(student_hidden.device.type, enabled=False):
+            student = _Head.padded(student_hidden, student_head, None, vocabulary)
+            size = chunk_tokens or _chunk_tokens(student, None)
+            launch = _dense(None, 0, vocabulary)
+            if mix.alpha > 0.0 and targets is not None:
+                launch = _sparse(targets, vocabulary)
+            return _over_chunks(student, launch, labels.contiguous(), mix, vocabulary, size, needs)
 
     return loss_of_sums(student_hidden, student_head, mix, compute)
 
@@ -181,22 +225,67 @@ def _chunk_tokens(student: _Head, teacher: _Head | None) -> int:
     return -(-tokens // chunks)
 
 
+class _Launch(Protocol):
+    """Loss and gradient of one chunk; see `trainer.loss.kernel.launch`."""
+
+    def __call__(
+        self,
+        part: slice,
+        logits: Tensor,
+        labels: Tensor,
+        per_token: Tensor,
+        mix: Mix,
+        scale: float,
+    ) -> None: ...
+
+
+def _dense(teacher: _Head | None, size: int, vocabulary: int) -> _Launch:
+    """With the teacher's logits, of chunks of up to ``size`` tokens; None at alpha 0."""
+    from trainer.loss import kernel
+
+    buffer = None if teacher is None else teacher.buffer(size)
+
+    def launch(
+        part: slice, logits: Tensor, labels: Tensor, per_token: Tensor, mix: Mix, scale: float
+    ) -> None:
+        if teacher is not None and buffer is not None:
+            product(buffer[: len(logits)], teacher.chunk(part), teacher.weight.T)
+        bias = None if teacher is None else teacher.bias
+        kernel.launch(
+            logits, buffer, bias, labels, per_token, mix, vocabulary, gradient_scale=scale
+        )
+
+    return launch
+
+
+def _sparse(targets: SparseTargets, vocabulary: int) -> _Launch:
+    """With the entries of stored targets."""
+    from trainer.loss import sparse_kernel
+
+    def launch(
+        part: slice, logits: Tensor, labels: Tensor, per_token: Tensor, mix: Mix, scale: float
+    ) -> None:
+        of_part = SparseTargets(*(field[part].contiguous() for field in targets))
+        sparse_kernel.launch(
+            logits, of_part, labels, per_token, mix, vocabulary, gradient_scale=scale
+        )
+
+    return launch
+
+
 def _over_chunks(
     student: _Head,
-    teacher: _Head | None,
+    launch: _Launch,
     labels: Tensor,
     mix: Mix,
     vocabulary: int,
     chunk_tokens: int,
     needs: tuple[bool, ...],
 ) -> Sums:
-    from trainer.loss import kernel
-
     tokens, width = student.hidden.shape
     scale = gradient_scale(student.weight.dtype, mix)
     size = min(chunk_tokens, tokens)
     student_rows = student.buffer(size)
-    teacher_rows = None if teacher is None else teacher.buffer(size)
     per_token = torch.full((2, tokens), math.nan, dtype=torch.float32, device=labels.device)
     grad_hidden = student_rows.new_empty((tokens, width), dtype=torch.float32) if needs[0] else None
     grad_head = torch.empty_like(student.weight, dtype=torch.float32) if needs[1] else None
@@ -204,18 +293,7 @@ def _over_chunks(
         part = slice(start, min(start + size, tokens))
         hidden, logits = student.chunk(part), student_rows[: part.stop - start]
         product(logits, hidden, student.weight.T)
-        if teacher is not None and teacher_rows is not None:
-            product(teacher_rows[: part.stop - start], teacher.chunk(part), teacher.weight.T)
-        kernel.launch(
-            logits,
-            teacher_rows,
-            None if teacher is None else teacher.bias,
-            labels[part],
-            per_token[:, part],
-            mix,
-            vocabulary,
-            gradient_scale=scale,
-        )
+        launch(part, logits, labels[part], per_token[:, part], mix, scale)
         gradient = logits  # the kernel has overwritten them
         if grad_hidden is not None:
             product(grad_hidden[part], gradient, student.weight)

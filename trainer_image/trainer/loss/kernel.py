@@ -38,18 +38,18 @@ JENSEN_SHANNON = tl.constexpr(DIVERGENCES["jsd"].kernel_branch)
 
 
 @triton.jit
-def _raw(row, cols, padded, EVICT: tl.constexpr):  # type: ignore[no-untyped-def]
+def read_row(row, cols, padded, EVICT: tl.constexpr):  # type: ignore[no-untyped-def]
     """Entries of a row in their stored type; 0 past its end."""
     return tl.load(row + cols, mask=cols < padded, other=0.0, eviction_policy=EVICT)
 
 
 @triton.jit
-def _wide(raw, bias, cols, padded, vocabulary, HAS_BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
+def as_logits(raw, bias, cols, padded, vocabulary, HAS_BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Logits in fp32. Those past the vocabulary are so low that their exponential is 0, yet finite,
     so that no difference of two is NaN."""
     z = raw.to(tl.float32)
     if HAS_BIAS:
-        z += _raw(bias, cols, padded, READ_AGAIN)
+        z += read_row(bias, cols, padded, READ_AGAIN)
     return tl.where(cols < vocabulary, z, -1.0e30)
 
 
@@ -94,18 +94,18 @@ def _sums(  # type: ignore[no-untyped-def]
     other = tl.zeros([BLOCK], tl.float32)
     cross = tl.zeros([BLOCK], tl.float32)
     # Each block is loaded while the one before it is being reduced
-    raw = _raw(s_row, offsets, padded, READ_AGAIN)
+    raw = read_row(s_row, offsets, padded, READ_AGAIN)
     if SCHEME != 0:
-        t_raw = _raw(t_row, offsets, padded, READ_AGAIN)
+        t_raw = read_row(t_row, offsets, padded, READ_AGAIN)
     for start in range(0, padded, BLOCK):
         cols = start + offsets
-        z = _wide(raw, bias, cols, padded, vocabulary, False)
-        raw = _raw(s_row, cols + BLOCK, padded, READ_AGAIN)
+        z = as_logits(raw, bias, cols, padded, vocabulary, False)
+        raw = read_row(s_row, cols + BLOCK, padded, READ_AGAIN)
         if SCHEME == 0:
             highest = tl.maximum(top, tl.max(z, 0))
         else:
-            t = _wide(t_raw, bias, cols, padded, vocabulary, HAS_BIAS)
-            t_raw = _raw(t_row, cols + BLOCK, padded, READ_AGAIN)
+            t = as_logits(t_raw, bias, cols, padded, vocabulary, HAS_BIAS)
+            t_raw = read_row(t_row, cols + BLOCK, padded, READ_AGAIN)
             highest, t_highest = tl.reduce((z, t), 0, _larger_of_each)
             highest = tl.maximum(top, highest)
             t_highest = tl.maximum(t_top, t_highest)
@@ -151,8 +151,12 @@ def _jensen_shannon(  # type: ignore[no-untyped-def]
     other = tl.zeros([BLOCK], tl.float32)
     for start in range(0, padded, BLOCK):
         cols = start + offsets
-        z = _wide(_raw(s_row, cols, padded, READ_AGAIN), bias, cols, padded, vocabulary, False)
-        t = _wide(_raw(t_row, cols, padded, READ_AGAIN), bias, cols, padded, vocabulary, HAS_BIAS)
+        z = as_logits(
+            read_row(s_row, cols, padded, READ_AGAIN), bias, cols, padded, vocabulary, False
+        )
+        t = as_logits(
+            read_row(t_row, cols, padded, READ_AGAIN), bias, cols, padded, vocabulary, HAS_BIAS
+        )
         log_q = z * sharp - s_norm
         log_p = t * sharp - t_norm
         own += tl.exp2(log_q) * _mean_log_ratio(log_q, log_p)
@@ -185,20 +189,20 @@ def _write_gradient(  # type: ignore[no-untyped-def]
 ):
     """The last pass: overwrites the student's logits by the gradient, block by block."""
     offsets = tl.arange(0, BLOCK)
-    raw = _raw(s_row, offsets, padded, DONE_WITH)
+    raw = read_row(s_row, offsets, padded, DONE_WITH)
     if SCHEME != 0:
-        t_raw = _raw(t_row, offsets, padded, DONE_WITH)
+        t_raw = read_row(t_row, offsets, padded, DONE_WITH)
     for start in range(0, padded, BLOCK):
         cols = start + offsets
-        z = _wide(raw, bias, cols, padded, vocabulary, False)
-        raw = _raw(s_row, cols + BLOCK, padded, DONE_WITH)
+        z = as_logits(raw, bias, cols, padded, vocabulary, False)
+        raw = read_row(s_row, cols + BLOCK, padded, DONE_WITH)
         gradient = tl.zeros([BLOCK], tl.float32)
         if HAS_CE:
             one = tl.exp2(z * LOG2E - s_one)
             gradient = ce_weight * tl.where(cols == label, one - 1.0, one)
         if SCHEME != 0:
-            t = _wide(t_raw, bias, cols, padded, vocabulary, HAS_BIAS)
-            t_raw = _raw(t_row, cols + BLOCK, padded, DONE_WITH)
+            t = as_logits(t_raw, bias, cols, padded, vocabulary, HAS_BIAS)
+            t_raw = read_row(t_row, cols + BLOCK, padded, DONE_WITH)
             log_q = z * sharp - s_norm
             q = one if UNIT and HAS_CE else tl.exp2(log_q)
             if SCHEME == FORWARD_KL:

@@ -1,0 +1,1 @@
+"""The teacher's targets, made once: how they are drawn, stored and read."""
