@@ -19,7 +19,7 @@ from pipelines import embedded
 from tests.faults.proxy import FaultProxy
 from tests.faults.server import ObjectServer
 from tests.trainer.samples import save_teacher
-from trainer import entrypoint, export_hf
+from trainer import entrypoint, export_hf, prepare_tokens, teacher_targets
 from trainer.runtime.log import log, quiet_libraries
 from trainer.runtime.signals import release_signals
 
@@ -116,6 +116,35 @@ def tokenizer_dir(root: Path, corpus: Path) -> Path:
 def teacher_dir(root: Path, tokenizer_dir: Path) -> Path:
     """512 tokens, 64 positions, a vocabulary padded to 520 rows."""
     return save_teacher(root / "teacher", tokenizer_dir, vocab=520, positions=64)
+
+
+@pytest.fixture(scope="session")
+def tokens_dir(root: Path, texts: list[str], tokenizer_dir: Path) -> Path:
+    """Some thousand tokens of the corpus."""
+    source = root / "small-corpus"
+    source.mkdir()
+    for name, part in (("train", texts[:4]), ("validation", texts[-1:])):
+        lines = (json.dumps({"text": text}) for text in part)
+        (source / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    flags = {"teacher_name": tokenizer_dir, "dataset_name": source, "local_workdir": root / "work"}
+    with log_as_it_was():
+        prepare_tokens.main([str(root / "tokens"), *(f"--{n}={v}" for n, v in flags.items())])
+    return root / "tokens"
+
+
+@pytest.fixture(scope="session")
+def targets_dir(root: Path, tokens_dir: Path, teacher_dir: Path) -> Path:
+    """The teacher's targets of these tokens, at its 64 positions and for two temperatures."""
+    flags = {
+        "teacher_name": teacher_dir,
+        "tokens_dir": tokens_dir,
+        "local_workdir": root / "work",
+        "target_temperatures": "1.0,1.5",
+        "eval_ctx_lens": "16,32",
+    }
+    with log_as_it_was():
+        teacher_targets.main([str(root / "targets"), *(f"--{n}={v}" for n, v in flags.items())])
+    return root / "targets"
 
 
 @pytest.fixture

@@ -84,7 +84,7 @@ def commands(
     } | {"eval_ctx_lens": "16,32", "eval_max_tokens": 4000}
     prepared = {name: settings[name] for name in ("teacher_name", "dataset_name", "local_workdir")}
     work = f"--local_workdir={settings['local_workdir']}"
-    run = settings | {"train_steps": 400, "save_every": 50, "eval_every": 100}
+    run = settings | {"train_steps": 200, "save_every": 50, "eval_every": 100}
     return {
         "entrypoint": lambda n: flags(run | {"output_gcs_uri": str(tmp_path / f"run-{n}")}),
         "prepare_tokens": lambda n: [str(tmp_path / f"tokens-{n}"), *flags(prepared)],

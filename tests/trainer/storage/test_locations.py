@@ -76,6 +76,23 @@ def reference_crc32c(data: bytes) -> str:
 # The same for both kinds
 
 
+def test_parts_of_a_file_are_of_the_version_that_was_looked_at(uri: str) -> None:
+    data = random.Random(5).randbytes(300 * KIB)
+    location = at(uri)
+    location.put_bytes(data, "a.bin")
+    for entry in (location.stat("a.bin"), location.list()[0]):
+        for start, size in ((0, 1), (0, len(data)), (123, 70_000), (len(data) - 1, 1)):
+            assert location.read_range(entry, start, size) == data[start : start + size]
+    location.put_bytes(data, "a.bin")
+    assert location.read_range(location.stat("a.bin"), 1, 2) == data[1:3]
+    with pytest.raises(StorageMissingError, match="is another|is gone"):
+        location.read_range(entry, 0, 1)
+    entry = location.stat("a.bin")
+    location.delete("a.bin")
+    with pytest.raises(StorageMissingError):
+        location.read_range(entry, 0, 1)
+
+
 @pytest.mark.parametrize(
     "size", [0, 1, 256 * KIB - 1, 256 * KIB, 256 * KIB + 1, 512 * KIB, 1_000_003]
 )

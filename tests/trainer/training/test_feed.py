@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from trainer.loss.chunked import Mix
 from trainer.models.teacher import Teacher, TeacherSpec
+from trainer.targets.records import Layout
 from trainer.training.feed import Feed
 
 VOCABULARY = 300
+
+TAUGHT = Mix(0.5, 1.0)
 
 
 def teacher_of(device: str, *, fast: bool) -> Teacher:
@@ -37,13 +41,51 @@ def test_on_the_cpu_the_batch_is_as_given_and_the_teacher_runs_where_it_is_asked
     teacher = teacher_of("cpu", fast=False)
     feed = Feed(teacher, torch.device("cpu"))
     for inputs, labels in batches(2, pinned=False):
-        batch = feed.place(inputs, labels, teach=True)
+        batch = feed.place(inputs, labels, TAUGHT)
         assert torch.equal(batch.inputs, inputs)
         assert torch.equal(batch.labels, labels)
         assert batch.teacher_hidden is not None
         assert torch.equal(batch.teacher_hidden, teacher.hidden(inputs))
-        assert feed.place(inputs, labels, teach=False).teacher_hidden is None
-    assert Feed(None, torch.device("cpu")).place(inputs, labels, teach=True).teacher_hidden is None
+        assert feed.place(inputs, labels, Mix(0.0, 1.0)).teacher_hidden is None
+    assert Feed(None, torch.device("cpu")).place(inputs, labels, TAUGHT).teacher_hidden is None
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="streams are CUDA's"),
+            ],
+        ),
+    ],
+)
+def test_records_in_place_of_a_teacher_are_decoded_at_the_updates_temperature(device: str) -> None:
+    """On a GPU while the student's stream is busy with the batch before."""
+    layout, pinned = Layout(VOCABULARY, (1.0, 1.5), 64), device == "cuda"
+    feed = Feed(None, torch.device(device), layout)
+    generator = torch.Generator().manual_seed(2)
+    for number, (inputs, labels) in enumerate(batches(6, pinned=pinned)):
+        shape = (*inputs.shape, layout.record_bytes)
+        records = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        mix = Mix((0.5, 0.0)[number == 3], (1.0, 1.5)[number % 2])
+        given = records.pin_memory() if pinned else records
+        batch = feed.place(inputs, labels, mix, given)
+        if pinned:
+            torch.cuda._sleep(20_000_000)
+        assert torch.equal(batch.inputs.cpu(), inputs)
+        assert batch.teacher_hidden is None
+        if number == 3:
+            assert batch.targets is None
+            continue
+        assert batch.targets is not None
+        for found, expected in zip(
+            batch.targets, layout.decode(records.flatten(0, 1), mix.temperature), strict=True
+        ):
+            torch.testing.assert_close(found.cpu(), expected)
 
 
 @pytest.mark.gpu
@@ -63,10 +105,10 @@ def test_a_teacher_that_runs_ahead_overwrites_nothing(fast: bool, pinned: bool) 
     seen, seen_long = [], []
     source = batches(12, pinned=True) if pinned else iter(given)
     for number, (inputs, labels) in enumerate(source):
-        batch = feed.place(inputs, labels, teach=True)
+        batch = feed.place(inputs, labels, TAUGHT)
         torch.cuda._sleep(20_000_000)
         assert batch.teacher_hidden is not None
-        seen.append([part.clone() for part in batch])
+        seen.append([part.clone() for part in batch[:3]])
         if number % 4 == 2:
             seen_long.append(teacher.hidden(long).clone())
         del batch
@@ -100,7 +142,7 @@ def test_the_teacher_does_not_wait_for_the_update_before() -> None:
     feed = Feed(teacher, torch.device("cuda"))
     start, trained = mark(), []
     for inputs, labels in batches(6, pinned=True):
-        feed.place(inputs, labels, teach=True)
+        feed.place(inputs, labels, TAUGHT)
         torch.cuda._sleep(200_000_000)
         trained.append(mark())
     torch.cuda.synchronize()

@@ -119,7 +119,7 @@ def check_meta(meta: Mapping[str, Any], step: int, source: str) -> None:
     """
     if not are_metrics(meta.get("metrics") or {}):
         raise CheckpointError(f"{source} has metrics that are not numbers")
-    names = ("save_best_on", "teacher_name", "tokenizer", "compiled")
+    names = ("save_best_on", "teacher_name", "teacher_targets", "tokenizer", "compiled")
     kinds = {"block_size": whole(1), "metrics_step": whole(-1, step)}
     where = f"{source}: its metadata's "
     kinds |= dict.fromkeys(names, TEXT) | dict.fromkeys(_NESTED, TABLE)

@@ -59,11 +59,13 @@ def build_meta(
     metrics_step: int,
     origin: Mapping[str, Any] | None = None,
     tokens: str | None = None,
+    targets: str | None = None,
 ) -> dict[str, Any]:
     """The metadata of a checkpoint taken after ``step`` updates.
 
     ``metrics`` are those of the last evaluation, which was after ``metrics_step`` updates.
-    ``tokens`` is the fingerprint of the token streams that the run is trained on.
+    ``tokens`` is the fingerprint of the token streams that the run is trained on, and ``targets``
+    that of the teacher's stored targets, None where the teacher itself is there.
 
     ``settings`` holds everything that defines the run, so that the same run can go on and another
     one is told apart; the fields beside it are the format's.
@@ -97,6 +99,7 @@ def build_meta(
         "model": student.as_dict(),
         "tokenizer": config.teacher_name,
         "teacher_name": config.teacher_name,
+        "teacher_targets": targets,
         "dataset": {
             "name": config.dataset_name,
             "config": config.dataset_config,
@@ -182,6 +185,12 @@ def tokens_of(meta: Mapping[str, Any]) -> str | None:
     return fingerprint if isinstance(fingerprint, str) else None
 
 
+def targets_of(meta: Mapping[str, Any]) -> str | None:
+    """The fingerprint of the targets that a run was trained from; None without any."""
+    fingerprint = meta.get("teacher_targets")
+    return fingerprint if isinstance(fingerprint, str) else None
+
+
 def compiled_of(meta: Mapping[str, Any]) -> str | None:
     """The SHA-256 of the compiled code beside a run's snapshot; None where there is none."""
     digest = meta.get("compiled")
@@ -213,10 +222,8 @@ def run_settings_of(meta: Mapping[str, Any]) -> dict[str, Any]:
 def summary(meta: Mapping[str, Any]) -> dict[str, Any]:
     """What a list of models shows of a checkpoint: flat, and in plain types."""
     positions = meta.get("pos_embedding") or {}
-    shown = {
-        key: meta.get(key)
-        for key in ("step", "block_size", "kd_alpha", "kd_temperature", "teacher_name")
-    }
+    keys = ("step", "block_size", "kd_alpha", "kd_temperature", "teacher_name", "teacher_targets")
+    shown = {key: meta.get(key) for key in keys}
     shown |= {f"metric {name}": value for name, value in (meta.get("metrics") or {}).items()}
     shown["pos_embedding"] = positions.get("type")
     shown["trained_positions"] = positions.get("trained_positions")

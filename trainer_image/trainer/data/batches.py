@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,11 @@ from trainer.runtime.errors import DataError
 
 _PREFETCHED = 4
 """Micro-batches prepared ahead of the one in use."""
+_PATIENCE = 1.0
+"""Seconds."""
+
+Prepared = TypeVar("Prepared")
+
 IGNORED = -1
 """Label of a position that fills up an evaluation batch and counts for nothing."""
 
@@ -86,12 +92,19 @@ class BatchSampler:
 
 
 def prefetched(
-    prepare: Callable[[int], tuple[Tensor, Tensor]], places: range
-) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """``prepare(place)`` for each place in order; a thread works some places ahead."""
+    prepare: Callable[[int], Prepared],
+    places: range,
+    waiting: Callable[[], None] = lambda: None,
+) -> Generator[Prepared, None, None]:
+    """``prepare(place)`` for each place in order; a thread works some places ahead.
+
+    ``waiting`` is called once a second while one is being waited for; it may raise.
+    """
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
         pending = deque(thread.submit(prepare, place) for place in places[:_PREFETCHED])
         for place in places:
+            while not wait((pending[0],), _PATIENCE).done:
+                waiting()
             batch = pending.popleft().result()
             if place + _PREFETCHED in places:
                 pending.append(thread.submit(prepare, place + _PREFETCHED))

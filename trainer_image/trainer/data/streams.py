@@ -382,8 +382,8 @@ def _check_tokenizer(info: TokenInfo, config: TrainConfig, token: str | None) ->
 
     Their ids mean something else to a teacher with another one, though they may well be in range.
     """
-    if config.teacher_name is None:
-        return
+    if config.teacher_name is None or config.teacher_targets:
+        return  # targets tell the tokenizer of their tokens, and the teacher may be out of reach
     if not info.tokenizer_fingerprint:
         log.warning(
             "%s does not tell the tokenizer it was made with, other than by its name %r; prepare it"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,12 +54,15 @@ class Teacher:
         self.body: Any = model.base_model
         self.sharded = False
         """Whether its weights are spread over the processes of the run."""
+        self.compiled = False
+        """Whether `torch.compile` or kernels of our own make it fast."""
         self._fast_body: FastBody | None = None
         self._stream: torch.cuda.Stream | None = None
         self._check_decomposition()
 
     def prepare(self, *, compiled: bool, sharded: bool) -> None:
         """Make the body fast, or spread it over the processes of the run (FSDP2)."""
+        self.compiled = compiled
         if sharded:
             from torch.distributed.fsdp import fully_shard
 
@@ -79,6 +84,7 @@ class Teacher:
         Raises:
             ModelError: there is no fp8 form of such a model.
         """
+        self.compiled = True
         self._fast_body, error = quantize_teacher(self.model, self.head, windows)
         return error
 
@@ -171,6 +177,34 @@ def read_teacher_spec(name: str, token: str | None = None) -> TeacherSpec:
             " give a whole number"
         )
     return TeacherSpec(name, longest, vocabulary)
+
+
+def teacher_digest(name: str, token: str | None = None) -> str:
+    """What tells a teacher's weights and configuration from others, whatever it is called.
+
+    Of a directory it is a digest of the files that would be loaded, all of which are read; of a
+    model on the hub the commit.
+
+    Raises:
+        ModelError: the directory, or the configuration on the hub, cannot be read.
+    """
+    from transformers import AutoConfig
+
+    location = location_of("teacher", name)
+    if not os.path.isdir(location):
+        with readable_errors("teacher", name):
+            config = AutoConfig.from_pretrained(location, token=token, trust_remote_code=False)
+        commit = getattr(config, "_commit_hash", None)
+        return f"commit {commit}" if commit else f"hub name {name}"
+    digest = hashlib.sha256()
+    paths = sorted(path for path in Path(location).iterdir() if path.is_file())
+    kinds = [[path for path in paths if path.suffix == kind] for kind in (".safetensors", ".bin")]
+    # The order in which transformers looks for them
+    weights = next((found for found in kinds if found), [])
+    for path in [*(path for path in paths if path.name == "config.json"), *weights]:
+        with readable_errors("teacher", name), path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return f"sha256 {digest.hexdigest()}"
 
 
 def load_teacher(

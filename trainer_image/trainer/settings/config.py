@@ -3,7 +3,8 @@
 Every field of `TrainConfig` is a flag of the command line and a key of the ``--config`` YAML. A
 setting's value comes from the first of these that gives it: the command line, the YAML, the
 metadata of the checkpoint that the run starts from, the default. `trainer.settings.layers.resolve`
-applies that order and records which layer it was.
+applies that order and records which layer it was. The fields of `TargetSettings` are flags of the
+command that makes teacher targets, and of no other.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from typing import Any
 
-from trainer.loss.divergences import DIVERGENCES
+from trainer.loss.divergences import DIVERGENCES, LINEAR_SCHEME
 from trainer.models.positions import RESIZE_METHODS
 from trainer.runtime.errors import UsageError
 from trainer.settings.schedules import (
@@ -32,6 +33,14 @@ AUTO = 0
 DEFAULT_MICRO_BATCH = 8
 
 NO_COMPILE_CACHE = "off"
+
+MOST_TEMPERATURES = 64
+"""At which targets are made; each takes some bytes of every record."""
+
+MAX_TARGET_BYTES = 4096
+"""Of a record; a whole distribution in fp16 is not much longer."""
+
+MOST_WORKERS = 10_000
 
 MAX_LAYERS, MAX_WIDTH = 512, 1 << 20
 """Of a student; beyond any that is known, and its checkpoints can still be read."""
@@ -121,6 +130,23 @@ def _micro_batch(text: str) -> int:
     return windows
 
 
+def _temperatures(text: str) -> tuple[float, ...]:
+    try:
+        found = sorted({float(piece) for piece in text.split(",")})
+    except ValueError:
+        raise UsageError(
+            f"--target_temperatures={text[:200]!r}: numbers are needed, for example 1.0,1.2"
+        ) from None
+    return tuple(found)
+
+
+def _check_temperatures(name: str, temperatures: tuple[float, ...]) -> None:
+    if not 0 < len(temperatures) <= MOST_TEMPERATURES:
+        raise UsageError(f"--{name}: {len(temperatures)} of them; give 1 to {MOST_TEMPERATURES}")
+    for temperature in temperatures:
+        _TEMPERATURE(name, temperature)
+
+
 def _betas(text: str) -> tuple[float, float]:
     try:
         first, second = (float(piece) for piece in text.replace(",", " ").split())
@@ -181,7 +207,9 @@ class TrainConfig:
 
     # What is trained on what
     teacher_name: str | None = setting(
-        None, "teacher: a Hugging Face causal LM by hub name or local directory (required)"
+        None,
+        "teacher: a Hugging Face causal LM by hub name or local directory (required unless"
+        " --teacher_targets is given)",
     )
     dataset_name: str | None = setting(
         None,
@@ -340,6 +368,12 @@ class TrainConfig:
         "token streams written by trainer.prepare_tokens, gs:// or local, in place of a data set",
     )
 
+    teacher_targets: str | None = technical(
+        None,
+        "targets written by trainer.teacher_targets, gs:// or local, in place of loading the"
+        " teacher",
+    )
+
     # Hugging Face token, in the order of trying (after HF_TOKEN in the environment)
     hf_token_value: str | None = setting(None, "Hugging Face token itself", secret=True)
     hf_token_file: str | None = technical(None, "file that holds the Hugging Face token")
@@ -424,6 +458,54 @@ def as_json(value: Any) -> Any:
 SETTINGS = {spec.name: spec for spec in fields(TrainConfig)}
 
 
+@dataclass(frozen=True)
+class TargetSettings:
+    """What the making of teacher targets goes by, beside those settings that training has too.
+
+    Raises:
+        UsageError: naming the setting, its value and what is allowed.
+    """
+
+    teacher_context: int | None = setting(
+        None,
+        "tokens of the windows that go through the teacher; a multiple of every --block_size to be"
+        " trained at (default: the teacher's longest context)",
+        _COUNT,
+    )
+    target_temperatures: tuple[float, ...] = setting(
+        (1.0,),
+        "distillation temperatures that can be trained at, e.g. 1.0,1.2",
+        _check_temperatures,
+        parse=_temperatures,
+    )
+    target_bytes: int = setting(64, "bytes of a token's targets", _whole(1, high=MAX_TARGET_BYTES))
+    workers: int = setting(
+        1, "how many of these commands share the work", _whole(1, high=MOST_WORKERS)
+    )
+    worker: int | None = setting(
+        None,
+        "which of --workers this one is, counted from 0; it makes its share and no index",
+        _FROM_0,
+    )
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            check, value = spec.metadata["check"], getattr(self, spec.name)
+            if value is not None:
+                check(spec.name, value)
+        last = self.workers - 1
+        if self.worker is not None and self.worker > last:
+            raise UsageError(f"--worker={self.worker}: of --workers={self.workers}, {last} is last")
+        if self.worker is None and self.workers > 1:
+            raise UsageError(
+                f"--workers={self.workers} needs --worker, from 0 to {last}; once all are done,"
+                " --join makes the index"
+            )
+
+
+TARGET_SETTINGS = {spec.name: spec for spec in fields(TargetSettings)}
+
+
 def check_values(values: Mapping[str, Any]) -> None:
     """Check each of some settings by itself, and those that exclude each other.
 
@@ -445,6 +527,11 @@ def check_values(values: Mapping[str, Any]) -> None:
     if values.get("teacher_precision") == "fp8" and values.get("shard_teacher"):
         raise UsageError(
             "--teacher_precision=fp8 and --shard_teacher exclude each other; leave one out"
+        )
+    if values.get("teacher_targets") and values.get("kd_scheme", LINEAR_SCHEME) != LINEAR_SCHEME:
+        raise UsageError(
+            f"--kd_scheme={values['kd_scheme']} needs the teacher itself: --teacher_targets hold"
+            f" what {LINEAR_SCHEME} needs; leave one of them out"
         )
 
 
@@ -473,14 +560,17 @@ def check_shapes(values: Mapping[str, Any]) -> None:
 
 
 def require(values: Mapping[str, Any], *names: str) -> None:
-    """Check that settings have a value; ``tokens_dir`` does for ``dataset_name``.
+    """Check that settings have a value.
+
+    ``tokens_dir`` does for ``dataset_name``, and ``teacher_targets`` for ``teacher_name``.
 
     Raises:
         UsageError: naming all that are missing at once.
     """
     missing = [name for name in names if values[name] is None]
-    if values["tokens_dir"] and "dataset_name" in missing:
-        missing.remove("dataset_name")
+    for name, instead in (("dataset_name", "tokens_dir"), ("teacher_name", "teacher_targets")):
+        if values[instead] and name in missing:
+            missing.remove(name)
     if missing:
         raise UsageError(
             f"missing: {', '.join('--' + name for name in missing)}; give"

@@ -14,7 +14,7 @@ from trainer.runtime.errors import UsageError
 from trainer.runtime.log import without_secrets
 from trainer.settings.config import SETTINGS
 from trainer.settings.secret_names import resembles_secret, shown_name
-from trainer.settings.values import TYPES, parse_value
+from trainer.settings.values import SPECS, TYPES, parse_value
 
 _SECRET_FLAGS = tuple(f"--{name}" for name, spec in SETTINGS.items() if spec.metadata["secret"])
 
@@ -81,7 +81,7 @@ def build_parser(
         argument_default=argparse.SUPPRESS,
     )
     for name in SETTINGS if only is None else only:
-        spec = SETTINGS[name]
+        spec = SPECS[name]
         default = spec.default
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         suffix = "" if default in (None, "", ()) or default is False else f" [{shown}]"
@@ -105,6 +105,4 @@ def _metavar(name: str) -> str:
 
 def settings_from_args(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that the command line gave, parsed."""
-    return {
-        name: parse_value(name, value) for name, value in vars(args).items() if name in SETTINGS
-    }
+    return {name: parse_value(name, value) for name, value in vars(args).items() if name in SPECS}

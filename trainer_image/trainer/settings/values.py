@@ -10,7 +10,13 @@ from typing import Any
 
 from trainer.runtime.errors import UsageError
 from trainer.runtime.messages import brief
-from trainer.settings.config import AUTO, SETTINGS, TrainConfig
+from trainer.settings.config import (
+    AUTO,
+    SETTINGS,
+    TARGET_SETTINGS,
+    TargetSettings,
+    TrainConfig,
+)
 from trainer.settings.secret_names import shown_name
 from trainer.settings.text_yaml import LONGEST
 
@@ -27,7 +33,10 @@ def _boolean(text: str) -> bool:
     return word in _TRUE
 
 
-TYPES = typing.get_type_hints(TrainConfig)
+SPECS = SETTINGS | TARGET_SETTINGS
+"""Every setting of every command."""
+
+TYPES = typing.get_type_hints(TrainConfig) | typing.get_type_hints(TargetSettings)
 
 
 def _check_text(name: str, text: str, *, secret: bool) -> None:
@@ -50,7 +59,7 @@ def parse_value(name: str, value: Any) -> Any:
     Raises:
         UsageError: the value is not of the setting's type or not one of its choices.
     """
-    spec, kind = SETTINGS[name], TYPES[name]
+    spec, kind = SPECS[name], TYPES[name]
     options = [option for option in typing.get_args(kind) if option is not type(None)]
     if typing.get_origin(kind) is not tuple and options:
         kind = options[0]

@@ -122,6 +122,18 @@ class Location(Protocol):
             StorageTooLargeError: it has more than `limit` bytes; nothing has been read then.
         """
 
+    def read_range(self, entry: Entry, start: int, size: int) -> bytes:
+        """Part of a file, from the version that was looked at; its content is not verified.
+
+        Args:
+            entry: what `list`, `stat` or `get` gave.
+            start: the first byte.
+            size: how many, all of them within the file.
+
+        Raises:
+            StorageMissingError: the file is gone, or is another one by now.
+        """
+
     def put(self, path: Path, name: str) -> Entry:
         """Copy a local file to a name, whole or not at all.
 

@@ -55,6 +55,20 @@ def place(uri: str, path: str) -> str:
     return uri if is_remote(uri) else path
 
 
+def shared_place(uri: str, path: str) -> str:
+    """As `place`, for an artifact that tasks on other machines find by this place alone.
+
+    Raises:
+        UsageError: it lies in a store that has no backend, so its local path is this machine's.
+    """
+    if "://" in uri and not is_remote(uri):
+        raise UsageError(
+            f"{uri}: other machines cannot read it there; set PIPELINE_ROOT to gs://BUCKET/PREFIX,"
+            " or give teacher=online"
+        )
+    return place(uri, path)
+
+
 def open_location(uri: str, policy: TransferPolicy | None = None) -> Location:
     """A `Location` for ``gs://bucket/prefix`` or a local directory; does no I/O.
 

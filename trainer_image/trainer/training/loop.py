@@ -37,6 +37,7 @@ from trainer.runtime.processes import Processes
 from trainer.runtime.signals import saving_on_signals
 from trainer.settings.config import TrainConfig
 from trainer.settings.schedules import learning_rate
+from trainer.targets.reading import Targets
 from trainer.training.compile_cache import CompileCache
 from trainer.training.evaluation import EvaluationStopped, Evaluator, check_contexts
 from trainer.training.log_window import LogWindow
@@ -45,6 +46,9 @@ from trainer.training.progress import Progress, RunResult
 from trainer.training.scalars import ScalarLog
 from trainer.training.start import Start
 from trainer.training.step import TrainStep
+
+_Batch = tuple[Tensor, Tensor, Tensor | None]
+"""Inputs, labels, and records where there are targets: one micro-batch on the host."""
 
 
 class TrainingLoop:
@@ -58,6 +62,7 @@ class TrainingLoop:
         precision: device and compute types.
         snapshots: where checkpoints go; only the main process writes.
         processes: this process among those of the run; alone by default.
+        targets: in place of a teacher.
         compile_cache: keeps what the run compiles; nothing is kept by default.
 
     Raises:
@@ -74,6 +79,7 @@ class TrainingLoop:
         precision: Precision,
         snapshots: Snapshots,
         processes: Processes | None = None,
+        targets: Targets | None = None,
         compile_cache: CompileCache | None = None,
     ) -> None:
         assert config.grad_accum is not None, "accumulation() was not called"
@@ -85,6 +91,7 @@ class TrainingLoop:
         self.snapshots = snapshots
         self.compile_cache = compile_cache
         self.streams = streams
+        self.targets = targets
         self.origin = start.origin
         self.trained_positions = start.trained_positions
         self.step = start.step
@@ -94,7 +101,13 @@ class TrainingLoop:
             self.progress.first_step = start.step
         try:
             self.device_step = TrainStep(
-                config, start.student, teacher, precision, self.processes, start.optimizer_state
+                config,
+                start.student,
+                teacher,
+                precision,
+                self.processes,
+                start.optimizer_state,
+                None if targets is None else targets.made.layout,
             )
         except CheckpointError as error:
             raise CheckpointError(f"{start.source}: {error}") from None
@@ -109,6 +122,7 @@ class TrainingLoop:
             precision,
             self.processes,
             stopping=lambda: self.stop_signal is not None,
+            stored=None if targets is None else targets.losses,
         )
         self.sampler = BatchSampler(
             streams.train,
@@ -177,6 +191,7 @@ class TrainingLoop:
             raise
         finally:
             bar.close()
+            self._close_targets()
             batches.close()
             scalars.close()
 
@@ -201,7 +216,7 @@ class TrainingLoop:
 
     # ── one update ────────────────────────────────────────────────────────────────────────────
 
-    def _first_update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+    def _first_update(self, batches: Iterator[_Batch]) -> None:
         """Log how long start and first update took; a compiling one is left out of the speed."""
         startup_seconds = seconds_since_start()
         began = time.perf_counter()
@@ -219,25 +234,34 @@ class TrainingLoop:
             first_update_seconds=update_seconds,
         )
 
-    def _update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+    def _update(self, batches: Iterator[_Batch]) -> None:
         """The step's alpha and T, its micro-batches, then clipping and AdamW."""
         mix = Mix(self.alpha.at(self.step), self.temperature.at(self.step), self.config.kd_scheme)
         for micro_step in range(self.accumulation):
-            inputs, labels = next(batches)
+            inputs, labels, records = next(batches)
             self._seed_dropout(micro_step)
             last = micro_step == self.accumulation - 1
             output = self.device_step.micro_step(
-                inputs, labels, mix, accumulation=self.accumulation, last=last
+                inputs, labels, mix, records=records, accumulation=self.accumulation, last=last
             )
             self.window.add(output)
-            if self.stop_signal is not None and self.processes.world_size == 1:
-                self._stop()
+            self._stop_if_alone()
         self._whole = False
         norm = self.device_step.update(self._learning_rate(self.step))
         self.step += 1
         self._whole = True
         self.window.add_norm(norm)
         self._count_skipped(wait=False)
+
+    def _stop_if_alone(self) -> None:
+        """Stop in the middle of an update, where there are no others to agree with."""
+        if self.stop_signal is not None and self.processes.world_size == 1:
+            self._stop()
+
+    def _close_targets(self) -> None:
+        """Before the thread that prepares batches ends, which waits for them."""
+        if self.targets is not None:
+            self.targets.close()
 
     def _seed_dropout(self, micro_step: int) -> None:
         """Seed by the position in the run, so that a resumed run draws the same masks."""
@@ -283,16 +307,25 @@ class TrainingLoop:
             train_steps=self.config.train_steps,
         )
 
-    def _batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
+    def _batches(self) -> Generator[_Batch, None, None]:
         """Micro-batches from this step on; a thread prepares the next ones."""
         gpu = self.precision.device.type == "cuda"
+        first, end = self.step * self.accumulation, self.config.train_steps * self.accumulation
+        records: Iterator[Tensor] | None = None
+        if self.targets is not None:
+            windows = (
+                self.sampler.window_indices(*divmod(number, self.accumulation))
+                for number in range(first, end)
+            )
+            records = self.targets.batches(windows, pinned=gpu)
 
-        def prepare(number: int) -> tuple[Tensor, Tensor]:
+        def prepare(number: int) -> _Batch:
             inputs, labels = self.sampler.batch(*divmod(number, self.accumulation))
-            return (inputs.pin_memory(), labels.pin_memory()) if gpu else (inputs, labels)
+            if gpu:
+                inputs, labels = inputs.pin_memory(), labels.pin_memory()
+            return inputs, labels, None if records is None else next(records)
 
-        first, end = self.step, self.config.train_steps
-        return prefetched(prepare, range(first * self.accumulation, end * self.accumulation))
+        return prefetched(prepare, range(first, end), self._stop_if_alone)
 
     # ── between updates ───────────────────────────────────────────────────────────────────────
 
@@ -444,6 +477,7 @@ class TrainingLoop:
                 metrics_step=self.progress.metrics_step,
                 origin=self.origin,
                 tokens=self.streams.info.fingerprint,
+                targets=None if self.targets is None else self.targets.fingerprint,
             ),
         )
         self.copies.free_with(snapshot, copy)
@@ -469,6 +503,7 @@ class TrainingLoop:
         if not saved:
             self._save([step_name(self.step)])
         self.snapshots.finish()
+        self._close_targets()
         raise self._preempted(name)
 
     def _preempted(self, name: str) -> Preempted:

@@ -16,6 +16,7 @@ from trainer.runtime.errors import TrainingError
 from trainer.runtime.log import log
 from trainer.runtime.processes import Processes
 from trainer.settings.config import DEFAULT_MICRO_BATCH, TrainConfig
+from trainer.targets.records import Layout
 from trainer.training.precision import Precision
 from trainer.training.step import TrainStep
 
@@ -38,8 +39,11 @@ def resolve_micro_batch(
     teacher: Teacher | None,
     precision: Precision,
     processes: Processes,
+    layout: Layout | None = None,
 ) -> TrainConfig:
     """The configuration with ``micro_batch`` and ``grad_accum`` in place of ``auto``.
+
+    ``layout`` is that of the records that come in place of a teacher.
 
     On a GPU, forward and backward passes over random tokens measure the memory; the student's
     weights stay as they are. On the CPU, it is the largest divisor up to the default.
@@ -57,7 +61,7 @@ def resolve_micro_batch(
             DEFAULT_MICRO_BATCH,
         )
     else:
-        trial = _Trial(config, student, teacher, precision, processes)
+        trial = _Trial(config, student, teacher, precision, processes, layout)
         limit = trial.memory_limit()
         fitting, expected = choose(sizes, trial.peak, limit, config.context)
         chosen = processes.min(fitting)
@@ -144,6 +148,7 @@ class _Trial:
         teacher: Teacher | None,
         precision: Precision,
         processes: Processes,
+        layout: Layout | None = None,
     ) -> None:
         self.device = precision.device
         self.context = config.context
@@ -151,7 +156,8 @@ class _Trial:
         # Set up for one process: trials exchange nothing, so processes may try different sizes
         alone = Processes(device=precision.device)
         self.teacher = teacher
-        self.step = TrainStep(config, student, teacher, precision, alone, {})
+        self.step = TrainStep(config, student, teacher, precision, alone, {}, layout)
+        self.layout = layout
         alpha = max(config.schedule_alpha.values())
         self.mix = Mix(alpha, config.schedule_T.at(0), config.kd_scheme)
         self.generator = torch.Generator().manual_seed(0)
@@ -188,8 +194,12 @@ class _Trial:
     def _measure(self, size: int) -> int:
         shape = (size, self.context)
         ids = torch.randint(0, self.vocabulary, shape, generator=self.generator)
+        records = None
+        if self.layout is not None:
+            records = torch.zeros((*shape, self.layout.record_bytes), dtype=torch.uint8)
         if self.device.type == "cuda":
             ids = ids.pin_memory()
+            records = None if records is None else records.pin_memory()
         # Dropout draws random numbers; those of the run must not depend on the search
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             # The first pass also compiles; the second adds to gradients, as most passes do
@@ -197,7 +207,9 @@ class _Trial:
                 torch.cuda.synchronize(self.device)
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(self.device)
-                self.step.micro_step(ids, ids, self.mix, accumulation=2, last=False)
+                self.step.micro_step(
+                    ids, ids, self.mix, records=records, accumulation=2, last=False
+                )
         torch.cuda.synchronize(self.device)
         # Reserved, not allocated: the student's stream cannot reuse the teacher's blocks
         return torch.cuda.max_memory_reserved(self.device) + self.later

@@ -10,14 +10,13 @@ from functools import partial
 from typing import Any
 
 from trainer.checkpoints.checkpoint import Checkpoint
-from trainer.checkpoints.metadata import build_meta, run_settings_of
+from trainer.checkpoints.metadata import build_meta, run_settings_of, targets_of
 from trainer.checkpoints.names import FINAL
 from trainer.checkpoints.sidecar import Sidecar
 from trainer.checkpoints.snapshots import Snapshots, read_from
-from trainer.data.batches import evaluation_batches
-from trainer.data.streams import TokenStreams, streams_for
+from trainer.data.streams import streams_for
 from trainer.models.hugging_face import load_tokenizer
-from trainer.models.teacher import Teacher, TeacherSpec, load_teacher, read_teacher_spec
+from trainer.models.teacher import TeacherSpec
 from trainer.runtime.ahead import Ahead
 from trainer.runtime.devices import choose_device, wake
 from trainer.runtime.errors import CheckpointError, UsageError
@@ -37,6 +36,8 @@ from trainer.settings.config import (
 from trainer.settings.hf_token import ENVIRONMENT_NAMES, find_hf_token
 from trainer.settings.layers import DEFAULT, Resolved, resolve
 from trainer.settings.values import as_text
+from trainer.targets.checks import check_vocabulary
+from trainer.targets.shards import Index
 from trainer.training.compile_cache import CompileCache
 from trainer.training.loop import TrainingLoop
 from trainer.training.micro_batch import resolve_micro_batch
@@ -51,9 +52,7 @@ from trainer.training.start import (
     new_phase,
     restarts,
 )
-
-_FP8_TOKENS = 8192
-"""Of the validation split, to compare an fp8 teacher with its original on."""
+from trainer.training.teaching import check_targets, load_teaching, teacher_spec, with_targets
 
 _IMPORTED_LATER = ("torch._dynamo", "transformers.modeling_utils", "torch._inductor.compile_fx")
 """What a run will need and takes seconds to import: the optimizer, the teacher, the compiler."""
@@ -99,9 +98,11 @@ def run(
         read = partial(read_from, by_user.values["resume_gcs_uri"], snapshots.workdir)
         foreign = Ahead("checkpoint", read).importing(_IMPORTED_LATER)
     resolved = with_accumulation(_over_checkpoint(by_user, own, foreign), processes.world_size)
+    resolved, index = with_targets(resolved)
     config = resolved.config
     if own is not None:
         _check_same_run(config, own)
+        _check_same_targets(config, own, index)
     for line in resolved.lines():
         log.info(line)
     _check_metric(config)
@@ -111,26 +112,49 @@ def run(
         log.info("nothing to do: %s is at step %d of %d", own.source, own.step, config.train_steps)
         return _finished(own, config)
     token = find_hf_token(config)
-    spec = _teacher_spec(config, token)
+    if index is not None and processes.main:
+        check_targets(index, resolved, token)
+    source = index or teacher_spec(config, token)
+    start = _start(resolved, own, foreign, source, token)
+    if config.train_steps == 0:
+        log.info("--train_steps=0: settings resolved and checkpoint read, nothing trained")
+        return None
+    _check_metadata(config, start, index)
+    return _train(config, start, source, snapshots, token, processes)
+
+
+def _start(
+    resolved: Resolved,
+    own: Checkpoint | None,
+    foreign: Checkpoint | None,
+    source: TeacherSpec | Index | None,
+    token: str | None,
+) -> Start:
+    """Where the run starts, with a student whose vocabulary fits that of what it is taught by.
+
+    Raises:
+        CheckpointError, ModelError, UsageError: a checkpoint and the settings do not fit together.
+    """
+    config, targets = resolved.config, source.made if isinstance(source, Index) else None
+
+    def tokenizer_size() -> int:
+        return len(load_tokenizer(config.teacher, token))
+
     if own is not None:
         start = from_own_snapshot(resolved, own)
     elif foreign is not None:
         start = new_phase(resolved, foreign)
     else:
-        start = from_scratch(resolved, len(load_tokenizer(config.teacher, token)))
+        start = from_scratch(resolved, targets.vocabulary if targets else tokenizer_size())
+    size, name = start.student.config.vocab_size, config.resume_gcs_uri or "student"
+    if targets is not None:
+        check_vocabulary(targets, size, name)
+        return start
     # Before a data set is tokenized; a token stream tells its own vocabulary
     unknown = foreign is not None and not config.tokens_dir
-    check_vocabularies(
-        start.student.config.vocab_size,
-        len(load_tokenizer(config.teacher, token)) if unknown else None,
-        spec.vocab_size if spec else None,
-        config.resume_gcs_uri or "student",
-    )
-    if config.train_steps == 0:
-        log.info("--train_steps=0: settings resolved and checkpoint read, nothing trained")
-        return None
-    _check_metadata(config, start)
-    return _train(config, start, spec, snapshots, token, processes)
+    rows = source.vocab_size if isinstance(source, TeacherSpec) else None
+    check_vocabularies(size, tokenizer_size() if unknown else None, rows, name)
+    return start
 
 
 def check_before_reading(by_user: Resolved) -> None:
@@ -144,7 +168,7 @@ def check_before_reading(by_user: Resolved) -> None:
         check_shapes(by_user.values)
 
 
-def _check_metadata(config: TrainConfig, start: Start) -> None:
+def _check_metadata(config: TrainConfig, start: Start, index: Index | None) -> None:
     """What every snapshot says of the run must be readable again.
 
     Raises:
@@ -165,6 +189,7 @@ def _check_metadata(config: TrainConfig, start: Start) -> None:
         metrics_step=start.step,
         origin=start.origin,
         tokens=start.tokens,
+        targets=None if index is None else index.fingerprint,
     )
     try:
         Sidecar(FINAL, 0, "", meta).dump(spare=_SPARE)
@@ -175,7 +200,7 @@ def _check_metadata(config: TrainConfig, start: Start) -> None:
 def _train(
     config: TrainConfig,
     start: Start,
-    spec: TeacherSpec | None,
+    source: TeacherSpec | Index | None,
     snapshots: Snapshots,
     token: str | None,
     processes: Processes,
@@ -195,42 +220,15 @@ def _train(
         None,
         config.resume_gcs_uri or "student",
     )
-    teacher = None
-    if spec is not None:
-        teacher = load_teacher(spec, dtype=precision.teacher, device=precision.device, token=token)
-    compile_cache.use()
-    if teacher is not None:
-        if precision.fp8_teacher:
-            _quantize(teacher, streams, config)
-        else:
-            teacher.prepare(
-                compiled=precision.compiles(config),
-                sharded=config.shard_teacher and processes.world_size > 1,
-            )
-    else:
-        log.info("alpha is 0 throughout: the teacher is not loaded")
+    teacher, targets = load_teaching(
+        source, config, streams, precision, token, processes, compile_cache.use
+    )
     if config.micro_batch == AUTO:
-        config = resolve_micro_batch(config, start.student, teacher, precision, processes)
+        layout = None if targets is None else targets.made.layout
+        config = resolve_micro_batch(config, start.student, teacher, precision, processes, layout)
     return TrainingLoop(
-        config, start, teacher, streams, precision, snapshots, processes, compile_cache
+        config, start, teacher, streams, precision, snapshots, processes, targets, compile_cache
     ).run()
-
-
-def _quantize(teacher: Teacher, streams: TokenStreams, config: TrainConfig) -> None:
-    """Turn the teacher to fp8, and say what that changes on the first validation windows."""
-    windows = max(1, min(_FP8_TOKENS, len(streams.validation) - 1) // config.context)
-    inputs, _ = next(
-        iter(evaluation_batches(streams.validation, context=config.context, batch=windows))
-    )
-    error = teacher.quantize(inputs.to(teacher.device))
-    log_values(
-        f"teacher in fp8: KL to bf16 {error.divergence:.4f} nats a token, same first choice for"
-        f" {error.same_choice:.1%} of {inputs.numel()} tokens, hidden state off by"
-        f" {error.hidden:.1%}",
-        fp8_divergence=error.divergence,
-        fp8_same_choice=error.same_choice,
-        fp8_hidden_error=error.hidden,
-    )
 
 
 def _over_checkpoint(
@@ -279,6 +277,25 @@ def _check_same_run(config: TrainConfig, own: Checkpoint) -> None:
         )
 
 
+def _check_same_targets(config: TrainConfig, own: Checkpoint, index: Index | None) -> None:
+    """A run goes on with its own targets, or with the teacher if it began with that.
+
+    Raises:
+        UsageError: naming both.
+    """
+    before, now = targets_of(own.meta), None if index is None else index.fingerprint
+    if before != now:
+        words = [
+            "the teacher itself" if one is None else f"the targets of fingerprint {one}"
+            for one in (before, now)
+        ]
+        raise UsageError(
+            f"{config.uri} holds a run from {words[0]}, not from {words[1]}; give"
+            f" {'--teacher_targets with those' if before else 'no --teacher_targets'}, or another"
+            " --output_gcs_uri or --local_workdir"
+        )
+
+
 def _without_spent_schedules(resolved: Resolved, checkpoint: Checkpoint) -> Resolved:
     """Without the schedules of a phase behind, where the new phase counts its steps from 0."""
     spent = [name for name in ("alpha_schedule", "temp_schedule") if name in checkpoint.settings]
@@ -303,23 +320,6 @@ def _own_snapshot(snapshots: Snapshots, processes: Processes) -> Checkpoint | No
     if source is not None and own is None:
         own = read_from(source, snapshots.workdir)
     return own
-
-
-def _teacher_spec(config: TrainConfig, token: str | None) -> TeacherSpec | None:
-    """The teacher's description, None where no update needs it.
-
-    Raises:
-        UsageError: the training context is longer than the teacher's.
-    """
-    if not config.needs_teacher:
-        return None
-    spec = read_teacher_spec(config.teacher, token)
-    if spec.max_context is not None and config.context > spec.max_context:
-        raise UsageError(
-            f"--block_size={config.context} is over the {spec.max_context} positions of teacher"
-            f" {spec.name!r}; give a smaller one"
-        )
-    return spec
 
 
 def _check_metric(config: TrainConfig) -> None:

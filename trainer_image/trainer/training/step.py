@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from trainer.loss import fused as fused_loss
 from trainer.loss.chunked import DistillLoss, Mix, distill_loss
+from trainer.loss.sparse import SparseTargets, sparse_distill_loss
 from trainer.models.student import Student
 from trainer.models.teacher import Teacher
 from trainer.runtime.processes import Processes
 from trainer.runtime.sharding import full_tensor, is_sharded_module, local_tensor, wrap
 from trainer.settings.config import TrainConfig
+from trainer.targets.records import Layout
 from trainer.training.feed import Feed
 from trainer.training.optimizer import build_optimizer, load_state_by_name, parameter_names
 from trainer.training.precision import Precision
@@ -34,9 +36,17 @@ class StudentWithLoss(nn.Module):
         self.precision = precision
 
     def forward(
-        self, inputs: Tensor, labels: Tensor, teacher_hidden: Tensor | None, mix: Mix
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        teacher_hidden: Tensor | None,
+        targets: SparseTargets | None,
+        mix: Mix,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, CE and divergence of ``[B, L]`` inputs and labels; see `DistillLoss`."""
+        """Loss, CE and divergence of ``[B, L]`` inputs and labels; see `DistillLoss`.
+
+        The divergence is from targets where there are any, else from the teacher.
+        """
         (teacher,) = self._teacher
         with self.precision.autocast():
             hidden = self.body(inputs).flatten(0, 1).to(self.precision.compute)
@@ -45,6 +55,9 @@ class StudentWithLoss(nn.Module):
         if teacher_hidden is not None:
             teacher_hidden = teacher_hidden.flatten(0, 1)
         fused = fused_loss.usable(hidden, head, teacher_hidden, teacher_head, mix)
+        if targets is not None:
+            sparse_loss = fused_loss.sparse_distill_loss if fused else sparse_distill_loss
+            return sparse_loss(hidden, head, targets, labels.flatten(), mix)
         loss = fused_loss.distill_loss if fused else distill_loss
         return loss(
             hidden,
@@ -70,6 +83,7 @@ class TrainStep:
         precision: device and compute types.
         processes: this process among the others.
         moments: AdamW state by parameter name to start from; empty for a fresh one.
+        layout: of the records that come in place of a teacher.
     """
 
     def __init__(
@@ -80,9 +94,10 @@ class TrainStep:
         precision: Precision,
         processes: Processes,
         moments: Mapping[str, Mapping[str, Any]],
+        layout: Layout | None = None,
     ) -> None:
         self.config = config
-        self.feed = Feed(teacher, precision.device)
+        self.feed = Feed(teacher, precision.device, layout)
         self.precision = precision
         self.student = student.to(precision.device).train()
         module = StudentWithLoss(self.student, teacher, precision)
@@ -106,7 +121,14 @@ class TrainStep:
         self._norms: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
     def micro_step(
-        self, inputs: Tensor, labels: Tensor, mix: Mix, *, accumulation: int, last: bool
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        mix: Mix,
+        *,
+        records: Tensor | None = None,
+        accumulation: int,
+        last: bool,
     ) -> DistillLoss:
         """Forward and backward of one micro-batch ``[B, L]``; gradients add up until `update`.
 
@@ -114,10 +136,11 @@ class TrainStep:
             inputs: token ids; from pinned memory the teacher runs ahead, see `Feed`.
             labels: the next token ids, in the same kind of memory.
             mix: alpha, T and divergence.
+            records: ``[B, L, record_bytes]``, likewise, where there is a layout.
             accumulation: micro-batches of this update.
             last: whether this is the update's last one, in which processes exchange gradients.
         """
-        batch = self.feed.place(inputs, labels, teach=mix.alpha > 0.0)
+        batch = self.feed.place(inputs, labels, mix, records)
         with self._exchange(last):
             output = DistillLoss(*self.module(*batch, mix))
             self.scaler.scale(output.loss / accumulation).backward()
