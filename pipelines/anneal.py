@@ -2,24 +2,33 @@
 
     prepare → anneal → pick best → resize and reset → continue → pick best → evaluate
 
+With ``teacher`` = ``cached`` the teacher runs ahead of both trainings, over the token stream, on
+several machines at a time:
+
+    prepare → plan targets → teacher targets (one task a worker) → join targets → anneal, continue
+
 Parameters are named by stage and default to a run at context 512 and its continuation at 1024. No
 input holds a time or a job id, so a task whose inputs are as before is found in the cache.
 """
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from kfp import dsl
 
 from components.evaluate import evaluate
+from components.join_targets import join_targets
+from components.no_targets import no_targets
 from components.pick_best import pick_best
+from components.plan_targets import plan_targets
 from components.prepare_tokens import prepare_tokens
 from components.resize_reset import resize_reset
+from components.teacher_targets import teacher_targets
 from components.train import train
 from pipelines.settings import LOCAL_IMAGE, Settings
-from pipelines.stages import STAGES, Machine
+from pipelines.stages import CACHED, ONLINE, STAGES, Machine
 from trainer.runtime.devices import EXPECTED_GPUS
 
 NAME = "liquid-annealing"
@@ -55,10 +64,15 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
     if backend == "kfp":
         settings.check_kubeflow()
     stage = _stages(settings, backend)
+    # Tasks that run at the same time spoil each other's output in the local runner
+    at_a_time = 1 if backend == "local" else 0
 
     @dsl.pipeline(name=NAME, description="Distil a language model at a short, then a long context")
     def anneal_and_continue(
         teacher_name: str = "gpt2-xl",
+        teacher: str = ONLINE,
+        target_workers: int = 4,
+        target_bytes: int = 64,
         dataset_name: str = "wikitext",
         dataset_config: str = "wikitext-103-raw-v1",
         dataset_revision: str = "",
@@ -107,13 +121,6 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
             start = f"{key}_"
             return {n.removeprefix(start): v for n, v in given.items() if n.startswith(start)}
 
-        training = {
-            "teacher_name": teacher_name,
-            "eval_ctx_lens": eval_ctx_lens,
-            "save_best_on": best_metric,
-            "seed": seed,
-            "hf_secret_name": hf_secret_name,
-        }
         streams = stage("prepare", prepare_tokens)(
             teacher_name=teacher_name,
             dataset_name=dataset_name,
@@ -122,6 +129,14 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
             text_column=text_column,
             hf_secret_name=hf_secret_name,
         ).outputs["tokens"]
+        training = {
+            "teacher_name": teacher_name,
+            "teacher_targets": _targets(stage, at_a_time, streams, given),
+            "eval_ctx_lens": eval_ctx_lens,
+            "save_best_on": best_metric,
+            "seed": seed,
+            "hf_secret_name": hf_secret_name,
+        }
         short = stage("anneal", train)(
             tokens=streams, resume_gcs_uri=resume_gcs_uri, **training, **own("anneal")
         )
@@ -161,6 +176,48 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
     return anneal_and_continue
 
 
+def _targets(
+    stage: Callable[[str, Any], Callable[..., Any]],
+    at_a_time: int,
+    streams: Any,
+    given: Mapping[str, Any],
+) -> Any:
+    """Where the trainings find the teacher's targets; an empty text where they run the teacher.
+
+    Neither the seed nor a schedule's steps are among the inputs of what costs: another run of the
+    same temperatures takes the targets from the cache.
+
+    Args:
+        stage: makes tasks.
+        at_a_time: the most workers that run together; 0 is all of them.
+        streams: the token streams.
+        given: the pipeline's parameters.
+    """
+    with dsl.If(given["teacher"] == CACHED, name=CACHED):
+        # The local runner goes over a task's only output alone, not over one of several
+        shares = stage("plan", plan_targets)(
+            target_workers=given["target_workers"],
+            target_bytes=given["target_bytes"],
+            **{
+                f"{key}_{name}": given[f"{key}_{name}"]
+                for key in ("anneal", "continue")
+                for name in ("block_size", "temperature", "temp_schedule")
+            },
+        ).output
+        with dsl.ParallelFor(shares, name="shares", parallelism=at_a_time) as share:
+            shards = stage("targets", teacher_targets)(
+                tokens=streams,
+                teacher_name=given["teacher_name"],
+                share=share,
+                eval_ctx_lens=given["eval_ctx_lens"],
+                hf_secret_name=given["hf_secret_name"],
+            ).outputs["place"]
+        joined = stage("join", join_targets)(places=dsl.Collected(shards))
+    with dsl.Else(name=ONLINE):
+        none = stage("online", no_targets)()
+    return dsl.OneOf(joined.outputs["place"], none.outputs["place"])
+
+
 def _stages(settings: Settings, backend: str) -> Callable[[str, Any], Callable[..., Any]]:
     """A function that makes tasks: a stage's component, on its machine, under its title."""
     image = settings.trainer_image or LOCAL_IMAGE
@@ -174,7 +231,8 @@ def _stages(settings: Settings, backend: str) -> Callable[[str, Any], Callable[.
                 runnable = _custom_job(runnable, machine, settings, title)
             created = runnable(**inputs).set_display_name(title)
             if backend == "local":
-                return created
+                again = 1 if STAGES[key].fans_out else 0
+                return created.set_retry(num_retries=again, backoff_duration="0s")
             if backend == "kfp" or not machine.gpu:
                 _request_machine(created, machine)
             return created.set_retry(

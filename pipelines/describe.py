@@ -17,7 +17,7 @@ from typing import Any
 from pipelines.anneal import build_pipeline
 from pipelines.parameters import parameter_defaults, parameter_help
 from pipelines.settings import Settings
-from pipelines.spec import compiled, tasks_of, titles_of
+from pipelines.spec import compiled, tasks_of
 from pipelines.stages import DEFAULT_MACHINES
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import LiquidError
@@ -29,11 +29,11 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "pipeline.md"
 def parts() -> dict[str, list[str]]:
     """The lines of the picture and of each table, by the name that the document gives them."""
     pipeline = compiled(build_pipeline(Settings(), "local"))
-    titles = titles_of(pipeline)
+    tasks = tasks_of(pipeline)
     arrows = sorted(
-        f"    {titles[before]} --> {titles[key]}"
-        for key, task in tasks_of(pipeline).items()
-        for before in task.get("dependentTasks", ())
+        f"    {tasks[before].title} --> {task.title}"
+        for task in tasks.values()
+        for before in task.after
     )
     parameters = [
         (f"`{name}`", parameter_help(name).replace("|", "\\|"), f"`{value!r}`")

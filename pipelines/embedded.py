@@ -20,12 +20,12 @@ from pathlib import Path
 from trainer import entrypoint, export_hf
 from trainer.runtime.log import log
 
-CORPUS_BYTES = 6_000_000
+CORPUS_BYTES = 600_000
 VALIDATION_SHARE = 0.03
 _SHORTEST = 200
 """Characters; a shorter docstring is a phrase, not a text."""
 
-VOCAB_SIZE = 2048
+VOCAB_SIZE = 1024
 END_OF_TEXT = "<|endoftext|>"
 TEACHER_FLAGS = {
     "block_size": 128,
@@ -89,7 +89,7 @@ def build_corpus(directory: Path, *, limit: int = CORPUS_BYTES) -> Path:
     if (directory / "train.jsonl").exists():
         return directory
     log.info(
-        "building a corpus of %.0f MB from the installed Python's own documentation", limit / 1e6
+        "building a corpus of %.1f MB from the installed Python's own documentation", limit / 1e6
     )
     directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".corpus-", dir=directory.parent))

@@ -21,6 +21,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -39,7 +40,7 @@ from pipelines.embedded import build_corpus, build_teacher
 from pipelines.parameters import check_parameters, parse_parameters
 from pipelines.settings import LOCAL_IMAGE, Settings
 from pipelines.spec import compiled, titles_of
-from pipelines.stages import STAGES
+from pipelines.stages import CACHED, ONLINE, STAGES
 from pipelines.submit import switch
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import LiquidError
@@ -49,6 +50,8 @@ from trainer.settings.flags import OneLineParser
 
 STUDENT = {"d_model": 96, "n_layers": 3, "n_heads": 4, "eval_max_tokens": 16_384}
 DEMO: dict[str, Any] = {
+    "teacher": CACHED,
+    "target_workers": 1,
     "dataset_config": "",
     "eval_ctx_lens": "64,128",
     "anneal_block_size": 64,
@@ -73,8 +76,14 @@ DEMO: dict[str, Any] = {
     "continue_log_interval": 20,
     "continue_more_settings": {"eval_max_tokens": 16_384},
 }
-"""The default runs, at a fifth of their length or less and an eighth of their context."""
+"""The default runs, at a fifth of their length or less and an eighth of their context.
 
+The teacher runs once, for a second run to show what that saves. Its targets are one shard, which is
+the work of one.
+"""
+
+_stopping = threading.Event()
+"""Set once this process is told to end."""
 _END_SECONDS = GRACE_SECONDS + 2.0
 """How long a training has to save and to end before it is killed."""
 _FINISHED = re.compile(r"Task '(?P<task>[\w-]+)' finished with status (?P<status>\w+)")
@@ -86,15 +95,21 @@ _QUIET = re.compile(r" = .*\((default|command line|checkpoint|--config)\)$")
 class LocalRun:
     """The result of a run of the pipeline."""
 
+    teacher: str = ONLINE
+    """The parameter of that name, which decides what there is to run."""
     ran: list[str] = field(default_factory=list)
-    """Titles of the stages that ran; the others came from the cache."""
+    """Titles of the stages that ran, in the order in which they first ended."""
     outputs: dict[str, Any] = field(default_factory=dict)
     """The pipeline's output artifacts: ``report``, ``before``, ``after``."""
 
     @property
     def cached(self) -> list[str]:
         """Titles of the stages taken from an earlier run."""
-        return [stage.title for stage in STAGES.values() if stage.title not in self.ran]
+        return [
+            stage.title
+            for stage in STAGES.values()
+            if stage.only_if_teacher in ("", self.teacher) and stage.title not in self.ran
+        ]
 
 
 class _Readable(io.TextIOBase):
@@ -108,8 +123,12 @@ class _Readable(io.TextIOBase):
         self.last_error = ""
         self._traceback_indent: int | None = None
         self._gone: set[str] = set()
+        self.last = ""
+        """Title of the stage that ended last."""
 
     def write(self, text: str) -> int:
+        if _stopping.is_set():
+            raise SystemExit  # the runner's thread, before it starts what comes next
         self._observe(self.raw.write, text, "the log file")
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
@@ -141,9 +160,10 @@ class _Readable(io.TextIOBase):
             ours = line.startswith("trainer.runtime.errors.")
             self.last_error = line.partition(": ")[2] if ours else line
         elif match := _FINISHED.search(line):
-            title = self.titles[match["task"]]
-            self.run.ran.append(title)
-            self._show(f"── {title}: {match['status'].lower()}")
+            self.last = self.titles[match["task"]]
+            if self.last not in self.run.ran:
+                self.run.ran.append(self.last)
+            self._show(f"── {self.last}: {match['status'].lower()}")
         elif line.startswith('{"severity"'):
             with contextlib.suppress(ValueError):
                 record = json.loads(line)
@@ -164,7 +184,7 @@ def run_pipeline(work: Path, parameters: dict[str, Any]) -> LocalRun:
     Raises:
         LiquidError: a task failed; names it and its message.
     """
-    run = LocalRun()
+    run = LocalRun(parameters.get("teacher", ONLINE))
     local.init(
         local.SubprocessRunner(use_venv=False),
         pipeline_root=str(work / "artifacts"),
@@ -186,7 +206,7 @@ def run_pipeline(work: Path, parameters: dict[str, Any]) -> LocalRun:
                 stream.titles = titles_of(compiled(pipeline))
                 run.outputs = dict(pipeline(**parameters).outputs)
         except RuntimeError as error:
-            failed = run.ran[-1] if run.ran else "the pipeline"
+            failed = stream.last or "the pipeline"
             reason = stream.last_error or _COLOR.sub("", str(error))
             raise LiquidError(f"{failed} failed: {reason} (all output: {log_file})") from None
         except (KeyboardInterrupt, SystemExit):
@@ -224,6 +244,7 @@ def ending_tasks() -> contextlib.AbstractContextManager[None]:
 
 
 def _end_children() -> None:
+    _stopping.set()
     children = psutil.Process().children(recursive=True)
     for child in children:
         with contextlib.suppress(psutil.NoSuchProcess):

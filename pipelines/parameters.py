@@ -19,11 +19,17 @@ from typing import Any, NoReturn
 
 from pipelines.anneal import build_pipeline
 from pipelines.settings import Settings, nearest
-from pipelines.stages import STAGES
+from pipelines.stages import CACHED, ONLINE, STAGES
 from trainer.runtime.errors import UsageError
 from trainer.runtime.messages import brief
 from trainer.settings.accumulation import accumulation
-from trainer.settings.config import REQUIRED, SETTINGS, TrainConfig, check_shapes
+from trainer.settings.config import (
+    REQUIRED,
+    SETTINGS,
+    TargetSettings,
+    TrainConfig,
+    check_shapes,
+)
 from trainer.settings.layers import for_evaluation, resolve
 from trainer.settings.secret_names import shown_name, without_values
 from trainer.settings.values import given
@@ -37,6 +43,9 @@ _OWN_HELP = {
     "grad_accum": "micro-batches per update; 0 makes it 64 windows an update",
     "more_settings": "any further settings of the trainer, a JSON object",
     "eval_ctx_lens": "contexts to evaluate at, in tokens, e.g. 512,1024",
+    "teacher": "online: each training runs it; cached: it runs once, trainings read its targets",
+    "target_workers": "machines that run a cached teacher, each over its share of the tokens",
+    "target_bytes": "bytes that a cached teacher's targets take for each token",
     "teacher_name": "teacher: a Hugging Face causal LM by hub name or directory",
     "dataset_name": "data set: hub name, or a directory or file of text, json or parquet",
     "block_size": "training context in tokens",
@@ -47,12 +56,15 @@ _OWN_HELP = {
 """Descriptions of parameters that the trainer's own do not fit."""
 _GIVEN_BY_STAGE = {
     "save_best_on": "give best_metric",
+    "teacher_targets": "give teacher=cached",
     "resume_gcs_uri": "the annealing alone resumes, from the parameter of that name",
     "tokens_dir": "it is the output of the first stage",
     "output_gcs_uri": "it is where the stage's output belongs",
     "hf_token_value": "it would be stored with the run; give hf_secret_name",
 }
 """What `more_settings` may not hold, beside what has a parameter, and what to do instead."""
+_MOST_WORKERS = 64
+"""Of a cached teacher; each is a machine of its own."""
 _MOST_EXACT = 2**53
 """Runs store numbers as doubles, which hold every whole number up to this one."""
 _SECRET = re.compile(r"projects/[^/\s]+/secrets/[^/\s]+(/versions/[^/\s]+)?")
@@ -142,6 +154,7 @@ def check_parameters(values: Mapping[str, Any], processes: Mapping[str, int] | N
         UsageError: the stage, the trainer's setting, its value and what is allowed.
     """
     values = parameter_defaults() | dict(values)
+    _check_targets(values)
     metric = values.pop("best_metric") or "val_loss_student"
     method = values.pop("resize_method")
     for stage in _STAGES:
@@ -163,6 +176,39 @@ def check_parameters(values: Mapping[str, Any], processes: Mapping[str, int] | N
             accumulation(resolved, (processes or {}).get(stage, 1))
         except UsageError as error:
             raise UsageError(f"PARAMS for stage {stage}: {error}") from None
+
+
+def _check_targets(values: dict[str, Any]) -> None:
+    """Take out what is for the cached teacher alone, and refuse what it could not serve."""
+    teacher, workers = values.pop("teacher"), values.pop("target_workers")
+    size = values.pop("target_bytes")
+    if teacher not in (ONLINE, CACHED):
+        raise UsageError(f"PARAMS: teacher={teacher!r}: choose {ONLINE} or {CACHED}")
+    if not 1 <= workers <= _MOST_WORKERS:
+        raise UsageError(
+            f"PARAMS: target_workers={workers} must be at least 1 and at most {_MOST_WORKERS}"
+        )
+    try:
+        TargetSettings(target_bytes=size)
+    except UsageError as error:
+        raise UsageError(f"PARAMS: {error}") from None
+    if teacher == ONLINE:
+        return
+    sizes = sorted((values["anneal_block_size"], values["continue_block_size"]))
+    if sizes[0] > 0 and sizes[1] % sizes[0]:
+        raise UsageError(
+            f"PARAMS: teacher={CACHED} takes contexts of which one divides the other;"
+            f" anneal_block_size={values['anneal_block_size']} and"
+            f" continue_block_size={values['continue_block_size']} do not, so give others, or"
+            f" teacher={ONLINE}"
+        )
+    for stage in ("anneal", "continue"):
+        scheme = values[f"{stage}_more_settings"].get("kd_scheme", "forward_kl")
+        if scheme != "forward_kl":
+            raise UsageError(
+                f"PARAMS for stage {stage}: kd_scheme={scheme!r} needs the teacher's whole"
+                f" distribution; give teacher={ONLINE}, or kd_scheme=forward_kl"
+            )
 
 
 def _check_more(more: Mapping[str, Any], stage: str) -> None:

@@ -32,11 +32,8 @@ from pipelines.parameters import (
 from pipelines.settings import Settings, load_settings
 from pipelines.spec import (
     find_stage,
-    in_order,
-    parameters_of,
     processes_of,
     tasks_of,
-    titles_of,
     with_downstream,
 )
 from pipelines.submit import Switches, new_run_id, send_to_vertex
@@ -95,10 +92,10 @@ def check_reach(
     Raises:
         UsageError: a parameter that only skipped tasks read, or none.
     """
-    tasks, titles, remarks = tasks_of(spec), titles_of(spec), []
+    tasks, remarks = tasks_of(spec), []
     for parameter in parameters:
-        readers = [key for key in in_order(spec) if parameter in parameters_of(tasks[key])]
-        skipped = [titles[key] for key in readers if key not in repeated]
+        readers = [key for key, task in tasks.items() if parameter in task.parameters]
+        skipped = [tasks[key].title for key in readers if key not in repeated]
         if not readers:
             raise UsageError(f"PARAMS: this run has no parameter {parameter!r}; leave it out")
         if len(skipped) == len(readers):
@@ -164,27 +161,32 @@ def _repetition(
     from google.cloud import aiplatform_v1beta1 as beta
     from google.protobuf import json_format
 
-    from pipelines.vertex import details_of
+    from pipelines.vertex import details_of, roots_of
 
     number = original.labels.get(_NUMBER_LABEL, "")
     if not number.isdecimal():
         raise LiquidError(f"{original.name} cannot be repeated: it has no label {_NUMBER_LABEL}")
     spec = json_format.MessageToDict(original._pb.pipeline_spec)
-    tasks, titles = tasks_of(spec), titles_of(spec)
+    tasks = tasks_of(spec)
     states = beta.PipelineTaskDetail.State
-    again = {titles[key] for key in with_downstream(spec, find_stage(spec, stage))}
+    again = {tasks[key].root for key in with_downstream(spec, find_stage(spec, stage))}
     details = details_of(original)
+    roots = roots_of(details)
     # Skipped is what came from the cache
     skipped = {
-        task.task_name
-        for task in details
-        if task.state in (states.SUCCEEDED, states.SKIPPED) and task.task_name not in again
+        root.task_name
+        for root in roots.values()
+        if root.state in (states.SUCCEEDED, states.SKIPPED) and root.task_name not in again
     }
-    repeated = [key for key in in_order(spec) if titles[key] not in skipped]
-    remarks = [f"runs again: {', '.join(titles[key] for key in repeated)}"]
+    repeated = [key for key, task in tasks.items() if task.root not in skipped]
+    # The other branch of a condition runs only where what decides it is given
+    idle = {task.task_name for task in details if task.state == states.NOT_TRIGGERED}
+    idle -= {task.title for task in tasks.values() if task.deciding.intersection(parameters)}
+    listed = [tasks[key].title for key in repeated if tasks[key].title not in idle]
+    remarks = [f"runs again: {', '.join(listed)}"]
     remarks += check_reach(spec, repeated, parameters)
     for key in repeated if not cache else ():
-        tasks[key]["cachingOptions"] = {"enableCache": False}
+        tasks[key].spec["cachingOptions"] = {"enableCache": False}
     job = beta.PipelineJob(
         display_name=original.display_name,
         pipeline_spec=spec,
@@ -198,7 +200,7 @@ def _repetition(
             beta.PipelineTaskRerunConfig(
                 task_id=task.task_id,
                 task_name=task.task_unique_name or task.task_name,
-                skip_task=task.task_name in skipped,
+                skip_task=roots[task.task_id].task_name in skipped,
             )
             for task in details
         ],

@@ -71,6 +71,11 @@ class Settings:
                 raise UsageError(
                     f"{stage.upper()}_REPLICAS={machine.replicas}: only training takes several"
                 )
+            if machine.accelerator_count > 1 and STAGES[stage].fans_out:
+                raise UsageError(
+                    f"{stage.upper()}_ACCELERATOR_COUNT={machine.accelerator_count}: each worker"
+                    " uses one GPU; give PARAMS=target_workers=… for more of them"
+                )
         if self.pipeline_root and "://" not in self.pipeline_root:
             raise UsageError(f"PIPELINE_ROOT={self.pipeline_root!r} must start with gs://")
         if self.poll_seconds < 1:

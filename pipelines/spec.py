@@ -1,12 +1,16 @@
 """What a compiled pipeline holds: tasks, their titles, order, parameters and processes.
 
-It may be one of another release, whose stages have other titles.
+It may be one of another release, whose stages have other titles. Tasks inside a condition or a loop
+are listed among the others; a task of a loop stands for all its rounds.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from typing import Any
 
@@ -15,36 +19,109 @@ from google.protobuf import json_format
 from pipelines.stages import STAGES
 from trainer.runtime.errors import UsageError
 
+_OF_CONDITION = re.compile(r"inputs\.parameter_values\['([^']+)'\]")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task that runs a component."""
+
+    title: str
+    spec: dict[str, Any]
+    """As the YAML holds it."""
+    parameters: frozenset[str]
+    """The pipeline's parameters that it reads, and those that decide whether it runs."""
+    deciding: frozenset[str]
+    """Those that decide whether it runs; none for what always does."""
+    after: frozenset[str]
+    """Keys of the tasks that it depends on."""
+    root: str
+    """What it is part of at the pipeline's top: the title of a condition or loop, or its own."""
+
+
+@dataclass(frozen=True)
+class _Level:
+    """A pipeline, or what is inside one of its conditions or loops."""
+
+    root: str = ""
+    """See `Task.root`; empty at the top."""
+    names: Mapping[str, str] | None = None
+    """By name of an input: the pipeline's parameter that it holds; None: they are these."""
+    deciding: frozenset[str] = frozenset()
+    """Parameters that decide whether its tasks run."""
+    after: frozenset[str] = frozenset()
+    """Keys of the tasks that it depends on."""
+
+    def parameters(self, task: Mapping[str, Any]) -> dict[str, str]:
+        """By name of an input of a task here: the pipeline's parameter that it holds."""
+        inputs = task.get("inputs", {}).get("parameters", {})
+        taken = {
+            name: entry["componentInputParameter"]
+            for name, entry in inputs.items()
+            if "componentInputParameter" in entry
+        }
+        if self.names is None:
+            return taken
+        return {name: self.names[of] for name, of in taken.items() if of in self.names}
+
 
 def compiled(pipeline: Any) -> dict[str, Any]:
     """What a pipeline compiles to, as its YAML would hold it."""
     return dict(json_format.MessageToDict(pipeline.pipeline_spec))
 
 
-def tasks_of(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """By key: the tasks."""
-    return dict(spec["root"]["dag"]["tasks"])
+def tasks_of(spec: Mapping[str, Any]) -> dict[str, Task]:
+    """By key, which is one of the whole pipeline: the tasks, each after those it depends on."""
+    return _tasks(spec, spec["root"]["dag"], _Level())
+
+
+def _tasks(spec: Mapping[str, Any], dag: Mapping[str, Any], level: _Level) -> dict[str, Task]:
+    before = {key: sorted(task.get("dependentTasks", ())) for key, task in dag["tasks"].items()}
+    found: dict[str, Task] = {}
+    last: dict[str, frozenset[str]] = {}
+    """By key at this level: the tasks that are the last ones there."""
+    for key in TopologicalSorter(dict(sorted(before.items()))).static_order():
+        task = dag["tasks"][key]
+        title = task["taskInfo"]["name"]
+        root = level.root or title
+        names = level.parameters(task)
+        after = _together(last[other] for other in before[key]) or level.after
+        condition = task.get("triggerPolicy", {}).get("condition", "")
+        deciding = level.deciding.union(
+            names[name] for name in _OF_CONDITION.findall(condition) if name in names
+        )
+        component = spec["components"][task["componentRef"]["name"]]
+        if "dag" not in component:
+            parameters = deciding.union(names.values())
+            found[key] = Task(title, task, parameters, deciding, after, root)
+            last[key] = frozenset({key})
+            continue
+        inner = _tasks(spec, component["dag"], _Level(root, names, deciding, after))
+        last[key] = frozenset(inner) - _together(one.after for one in inner.values())
+        found |= inner
+    return found
+
+
+def _together(sets: Iterable[frozenset[str]]) -> frozenset[str]:
+    return frozenset(itertools.chain.from_iterable(sets))
 
 
 def titles_of(spec: Mapping[str, Any]) -> dict[str, str]:
     """By key of a task: its title."""
-    return {key: task["taskInfo"]["name"] for key, task in tasks_of(spec).items()}
-
-
-def in_order(spec: Mapping[str, Any]) -> list[str]:
-    """The keys of the tasks, each after those it depends on."""
-    tasks = sorted(tasks_of(spec).items())
-    before = {key: task.get("dependentTasks", ()) for key, task in tasks}
-    return list(TopologicalSorter(before).static_order())
+    return {key: task.title for key, task in tasks_of(spec).items()}
 
 
 def with_downstream(spec: Mapping[str, Any], key: str) -> set[str]:
-    """The keys of a task and of every task that depends on it."""
-    again = {key}
-    for other in in_order(spec):
-        if again.intersection(tasks_of(spec)[other].get("dependentTasks", ())):
-            again.add(other)
-    return again
+    """The keys of a task, of every task that depends on it, and of what is repeated with them.
+
+    What lies inside one condition or loop at the pipeline's top is repeated as a whole.
+    """
+    tasks = tasks_of(spec)
+    roots = {tasks[key].root}
+    for task in tasks.values():
+        if any(tasks[other].root in roots for other in task.after):
+            roots.add(task.root)
+    return {key for key, task in tasks.items() if task.root in roots}
 
 
 def find_stage(spec: Mapping[str, Any], stage: str) -> str:
@@ -57,18 +134,10 @@ def find_stage(spec: Mapping[str, Any], stage: str) -> str:
     for key, title in titles.items():
         if stage in (key, title):
             return key
-    known = [titles[key] for key in in_order(spec)]
+    known = list(titles.values())
     near = difflib.get_close_matches(stage, known, 1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise UsageError(f"STAGE={stage!r} is not in this run; {hint}It has {', '.join(known)}")
-
-
-def parameters_of(task: Mapping[str, Any]) -> set[str]:
-    """The pipeline's parameters that a task reads."""
-    inputs = task.get("inputs", {}).get("parameters", {}).values()
-    return {
-        entry["componentInputParameter"] for entry in inputs if "componentInputParameter" in entry
-    }
 
 
 def processes_of(spec: Mapping[str, Any]) -> dict[str, int]:
@@ -78,13 +147,13 @@ def processes_of(spec: Mapping[str, Any]) -> dict[str, int]:
     """
     processes = {}
     for task in tasks_of(spec).values():
-        component = spec["components"][task["componentRef"]["name"]]
+        component = spec["components"][task.spec["componentRef"]["name"]]
         inputs = component.get("inputDefinitions", {}).get("parameters", {})
         pools = inputs.get("worker_pool_specs", {}).get("defaultValue")
-        own = task.get("inputs", {}).get("parameters", {}).get("worker_pool_specs", {})
+        own = task.spec.get("inputs", {}).get("parameters", {}).get("worker_pool_specs", {})
         pools = own.get("runtimeValue", {}).get("constant", pools)
         for stage in STAGES.values() if pools else ():
-            if stage.configurable and f"{stage.key}_more_settings" in parameters_of(task):
+            if stage.configurable and f"{stage.key}_more_settings" in task.parameters:
                 processes[stage.key] = sum(
                     int(pool["replica_count"] * pool["machine_spec"].get("accelerator_count", 1))
                     for pool in pools

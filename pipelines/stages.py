@@ -81,6 +81,10 @@ class Stage:
     """The stage whose machine it uses; empty: it has one of its own."""
     configurable: bool = False
     """Whether any setting of the trainer may be given for it, in ``{key}_more_settings``."""
+    only_if_teacher: str = ""
+    """The value that the parameter ``teacher`` must have; empty: it always runs."""
+    fans_out: bool = False
+    """Whether several tasks share its work; one that is lost starts again on every backend."""
 
     @property
     def machine_name(self) -> str:
@@ -90,16 +94,30 @@ class Stage:
         return name
 
 
+ONLINE, CACHED = "online", "cached"
+"""What the parameter ``teacher`` may be."""
+
 _PICKING = Machine(cpu="1", memory="4Gi")
+
+
+def _light(key: str, title: str, **more: Any) -> Stage:
+    """A stage that reads and writes little, on the machine of those that pick."""
+    return Stage(key, title, _PICKING, shares_machine_of="pick", **more)
+
+
 STAGES = {
     stage.key: stage
     for stage in (
         Stage("prepare", "prepare", Machine(cpu="8", memory="32Gi")),
+        _light("plan", "plan-targets", only_if_teacher=CACHED),
+        Stage("targets", "teacher-targets", _GPU, only_if_teacher=CACHED, fans_out=True),
+        _light("join", "join-targets", only_if_teacher=CACHED),
+        _light("online", "teacher-online", only_if_teacher=ONLINE),
         Stage("anneal", "anneal", _GPU, trains=True, configurable=True),
         Stage("pick", "pick-best-annealed", _PICKING),
         Stage("resize", "resize-and-reset", Machine(cpu="2", memory="16Gi")),
         Stage("continue", "continue", _GPU, trains=True, configurable=True),
-        Stage("pick_again", "pick-best-continued", _PICKING, shares_machine_of="pick"),
+        _light("pick_again", "pick-best-continued"),
         Stage("evaluate", "evaluate", _GPU, configurable=True),
     )
 }

@@ -18,6 +18,8 @@ from pipelines.settings import Settings
 from trainer.runtime.errors import LiquidError, UsageError
 
 REQUEST_SECONDS = 60.0
+_TELLING = ("FAILED", "CANCELLED", "CANCELLING", "CANCEL_PENDING", "RUNNING", "PENDING")
+"""States of a task that say more of a loop than those of its other rounds, most first."""
 _REQUEST = re.compile(r"^(GET|POST) https?://\S+: ")
 
 
@@ -134,8 +136,27 @@ def look(settings: Settings, api: Any, name: str) -> tuple[str, dict[str, str]]:
     """
     with readable_errors(settings):
         job = api.get_pipeline_job(name=name, timeout=REQUEST_SECONDS)
-    states = {task.task_name: task.state.name for task in details_of(job) if task.task_name}
+    details = details_of(job)
+    around = {task.parent_task_id for task in details}
+    states: dict[str, str] = {}
+    for task in details:
+        # Of conditions and loops, what is inside says more; the rounds of a loop have one name
+        untaken = task.state.name == "NOT_TRIGGERED"
+        if task.task_name and task.task_id not in around and not untaken:
+            of_rounds = (task.state.name, states.get(task.task_name, ""))
+            states[task.task_name] = next((s for s in _TELLING if s in of_rounds), of_rounds[0])
     return job.state.name.removeprefix("PIPELINE_STATE_"), states
+
+
+def roots_of(details: list[Any]) -> dict[int, Any]:
+    """By id of a task: the detail of the condition or loop around it all, or its own."""
+    by_id = {task.task_id: task for task in details}
+
+    def root(task: Any) -> Any:
+        parent = by_id.get(task.parent_task_id)
+        return task if parent is None or parent is task else root(parent)
+
+    return {task.task_id: root(task) for task in details}
 
 
 def details_of(job: Any) -> list[Any]:

@@ -25,9 +25,13 @@ import yaml
 from kfp import dsl
 
 from components.evaluate import evaluate
+from components.join_targets import join_targets
+from components.no_targets import no_targets
 from components.pick_best import pick_best
+from components.plan_targets import plan_targets
 from components.prepare_tokens import prepare_tokens
 from components.resize_reset import resize_reset
+from components.teacher_targets import teacher_targets
 from components.train import train
 from pipelines.compile import compile_to
 from pipelines.settings import load_settings
@@ -303,6 +307,89 @@ def test_pick_resize_and_evaluate(
     assert len(rows) == 4
     assert (before, after) == (rows[1]["student_loss"], rows[3]["student_loss"])
     assert "| context |" in Path(report.path).read_text()
+
+
+PLANNED = {
+    "target_workers": 2,
+    "target_bytes": 32,
+    "anneal_block_size": 32,
+    "anneal_temperature": 3.0,
+    "anneal_temp_schedule": "0:1.2,4:1.0",
+    "continue_block_size": 64,
+    "continue_temperature": 1.0,
+    "continue_temp_schedule": "2:0.8",
+}
+
+
+def test_the_plan_serves_both_trainings() -> None:
+    """An entry at update 0 leaves none for the temperature before it."""
+    shares = [json.loads(share) for share in plan_targets.python_func(**PLANNED)]
+    assert [share.pop("worker") for share in shares] == [0, 1]
+    assert shares == 2 * [
+        {
+            "teacher_context": 64,
+            "target_temperatures": [0.8, 1.0, 1.2],
+            "target_bytes": 32,
+            "workers": 2,
+        }
+    ]
+    for given, message in (
+        ({"target_bytes": 0}, "--target_bytes=0 must be at least 1"),
+        ({"anneal_temp_schedule": "0:0"}, "--temp_schedule='0:0': entry 1"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            plan_targets.python_func(**PLANNED | given)
+
+
+def test_a_training_reads_the_targets_that_workers_made(
+    new: New, tokens: Any, teacher_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"tokens": tokens, "teacher_name": str(teacher_dir), "eval_ctx_lens": "32,64"}
+    places = [
+        teacher_targets.python_func(share=share, targets=new(dsl.Dataset, f"share-{n}"), **given)
+        for n, share in enumerate(plan_targets.python_func(**PLANNED))
+    ]
+    joined = new(dsl.Dataset, "targets")
+    (place,) = join_targets.python_func(places=[there for (there,) in places], targets=joined)
+    described = json.loads((Path(joined.path) / "targets.json").read_text())
+    assert place == joined.path
+    assert joined.metadata["fingerprint"] == described["fingerprint"]
+    capsys.readouterr()
+    checkpoints = new(dsl.Model, "on-targets")
+    train.python_func(
+        teacher_targets=place,
+        block_size=32,
+        train_steps=2,
+        warmup_steps=1,
+        lr_peak=1e-3,
+        temp_schedule=PLANNED["anneal_temp_schedule"],
+        global_batch=4,
+        micro_batch=4,
+        more_settings={"d_model": 32, "n_layers": 2, "n_heads": 4, "eval_max_tokens": 500},
+        checkpoints=checkpoints,
+        metrics=new(dsl.Metrics, "on-targets-metrics"),
+        **given,
+    )
+    assert f"in place of the teacher: its targets at {place}" in capsys.readouterr().err
+    meta = json.loads((Path(checkpoints.path) / "final.pt.meta.json").read_text())
+    assert meta["teacher_targets"] == described["fingerprint"]
+    assert "val_loss_teacher@64" in meta["metrics"]
+    assert no_targets.python_func() == ("",), "what a training takes for the teacher itself"
+
+
+def test_targets_in_a_store_that_other_machines_cannot_read(
+    new: New, tokens: Any, teacher_dir: Path
+) -> None:
+    (share, _) = plan_targets.python_func(**PLANNED)
+    elsewhere = dsl.Dataset(name="targets", uri="minio://bucket/targets")
+    with pytest.raises(UsageError, match=r"minio://bucket/targets: other machines cannot read it"):
+        teacher_targets.python_func(
+            tokens=tokens,
+            teacher_name=str(teacher_dir),
+            share=share,
+            eval_ctx_lens="32",
+            targets=elsewhere,
+        )
 
 
 @pytest.mark.parametrize(

@@ -110,12 +110,20 @@ class Loopback:
             return job
         ended = self.looks > 3
         last = job["labels"].get("ends", "succeeded").upper()
-        tasks = [("prepare", "SUCCEEDED"), ("anneal", last if ended else "RUNNING")]
-        # Vertex AI lists the run itself among its tasks
-        tasks.append((job["name"].rpartition("/")[2], last if ended else "RUNNING"))
+        loop = "SUCCEEDED" if ended else "RUNNING"
+        # Vertex AI lists the run itself among its tasks, and a loop beside its rounds
+        tasks = [
+            (job["name"].rpartition("/")[2], "0", last if ended else "RUNNING"),
+            ("prepare", "1", "SUCCEEDED"),
+            ("teacher-online", "1", "NOT_TRIGGERED"),
+            ("shares", "1", loop),
+            ("teacher-targets", "4", loop),
+            ("teacher-targets", "4", "SUCCEEDED"),
+            ("anneal", "1", last if ended else "RUNNING"),
+        ]
         details = [
-            {"taskId": str(number), "taskName": name, "state": state}
-            for number, (name, state) in enumerate(tasks, start=1)
+            {"taskId": str(number), "parentTaskId": parent, "taskName": name, "state": state}
+            for number, (name, parent, state) in enumerate(tasks, start=1)
         ]
         state = f"PIPELINE_STATE_{last}" if ended else "PIPELINE_STATE_RUNNING"
         return job | {"state": state, "jobDetail": {"taskDetails": details}}

@@ -19,13 +19,16 @@ import torch
 
 import trainer
 from pipelines.local import LocalRun, _Readable, code_digest, run_pipeline
-from pipelines.stages import STAGES
+from pipelines.stages import ONLINE, STAGES
 from tests.interrupts import with_interrupts
 from trainer.checkpoints.reading import read_checkpoint
 from trainer.models.positions import resize_positions
 from trainer.runtime.errors import LiquidError
 
-TITLES = [stage.title for stage in STAGES.values()]
+TITLES = [stage.title for stage in STAGES.values() if stage.only_if_teacher in ("", ONLINE)]
+
+LONG = {"anneal_train_steps": 100_000, "anneal_log_interval": 1}
+"""A training that does not end by itself."""
 
 
 def task_directory(run: LocalRun, task: str) -> Path:
@@ -108,9 +111,9 @@ def test_what_a_rerun_does_again(
     assert unchanged.outputs["report"].path == first_run.outputs["report"].path
     last = run_pipeline(work, parameters | {"continue_train_steps": 3})
     assert last.ran == ["continue", "pick-best-continued", "evaluate"]
-    assert last.cached == ["prepare", "anneal", "pick-best-annealed", "resize-and-reset"]
+    assert last.cached == [title for title in TITLES if title not in last.ran]
     first = run_pipeline(work, parameters | {"anneal_train_steps": 4})
-    assert first.ran == [title for title in TITLES if title != "prepare"]
+    assert first.ran == [title for title in TITLES if title not in ("prepare", "teacher-online")]
 
 
 def test_other_code_and_no_cache_run_again(
@@ -149,9 +152,23 @@ def test_a_failed_stage_is_named_with_its_own_message(
     assert "pipeline.log" in message
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status", "more", "awaited"),
+    [
+        (signal.SIGTERM, 143, LONG, "step 2/100000"),
+        (signal.SIGINT, 130, LONG, "step 2/100000"),
+        # A share, which another thread runs; those behind it are not begun
+        (signal.SIGTERM, 143, {"teacher": "cached"}, "files of these targets are to be made here"),
+    ],
+    ids=["SIGTERM", "SIGINT", "in a loop"],
+)
 def test_the_task_that_runs_ends_with_the_run(
-    parameters: dict[str, Any], tmp_path: Path, number: signal.Signals, status: int
+    parameters: dict[str, Any],
+    tmp_path: Path,
+    number: signal.Signals,
+    status: int,
+    more: dict[str, Any],
+    awaited: str,
 ) -> None:
     """A signal to the run alone, as from a process manager."""
     code = (
@@ -164,7 +181,7 @@ def test_the_task_that_runs_ends_with_the_run(
         "        run_pipeline(Path(argv[0]), json.loads(argv[1]))\n"
         "raise SystemExit(run_command(main))\n"
     )
-    given = parameters | {"anneal_train_steps": 100_000, "anneal_log_interval": 1}
+    given = parameters | more
     root = Path(__file__).parents[2]
     run = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path), json.dumps(given)],
@@ -176,7 +193,7 @@ def test_the_task_that_runs_ends_with_the_run(
         preexec_fn=with_interrupts,
     )
     assert run.stdout is not None
-    while "step 2/100000" not in (line := run.stdout.readline()):
+    while awaited not in (line := run.stdout.readline()):
         assert line, run.communicate()[1]
     children = psutil.Process(run.pid).children(recursive=True)
     assert any(child.is_running() for child in children)
@@ -186,6 +203,7 @@ def test_the_task_that_runs_ends_with_the_run(
     assert "Traceback" not in errors
     assert "the one that was running starts over" in errors
     assert not [child for child in children if child.is_running()]
+    assert len(list(tmp_path.glob("artifacts/*/for-loop-*"))) == ("teacher" in more)
 
 
 def test_an_error_of_another_kind_is_shown_as_it_is() -> None:

@@ -16,6 +16,7 @@ from pipelines.compile import compile_to, main
 from pipelines.describe import DOCUMENT, up_to_date
 from pipelines.parameters import parameter_defaults
 from pipelines.settings import load_settings
+from pipelines.spec import tasks_of
 from pipelines.stages import STAGES
 from trainer.runtime.errors import LiquidError, UsageError
 
@@ -32,6 +33,9 @@ MACHINES = {
     "SERVICE_ACCOUNT": "robot@p.iam.gserviceaccount.com",
     "LABELS": "team=small-models",
 }
+
+
+GPU_STAGES = ("teacher-targets", "anneal", "continue", "evaluate")
 
 
 @pytest.fixture(scope="module", params=["vertex", "kfp", "local"])
@@ -51,14 +55,26 @@ def compiled(
 def test_the_released_pipeline_spec_parses_it(compiled: tuple[str, dict[str, Any], str]) -> None:
     spec = json_format.ParseDict(compiled[1], pipeline_spec_pb2.PipelineSpec())
     assert spec.pipeline_info.name == "liquid-annealing"
-    names = {task.task_info.name for task in spec.root.dag.tasks.values()}
+    assert spec.root.dag.tasks
+    names = {task["taskInfo"]["name"] for task in every_task(compiled[1]).values()}
     assert names == {stage.title for stage in STAGES.values()}
 
 
+def every_task(spec: dict[str, Any]) -> dict[str, Any]:
+    """By key: the tasks that run a component."""
+    dags = [part["dag"] for part in (spec["root"], *spec["components"].values()) if "dag" in part]
+    return {
+        key: task
+        for dag in dags
+        for key, task in dag["tasks"].items()
+        if "dag" not in spec["components"][task["componentRef"]["name"]]
+    }
+
+
 def executors(spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """By task name: its container."""
+    """By task name: its container; those inside conditions and loops too."""
     found = {}
-    for name, task in spec["root"]["dag"]["tasks"].items():
+    for name, task in every_task(spec).items():
         component = spec["components"][task["componentRef"]["name"]]
         executor = spec["deploymentSpec"]["executors"][component["executorLabel"]]
         found[task["taskInfo"]["name"]] = {"task": task, "key": name, **executor["container"]}
@@ -81,7 +97,7 @@ def custom_job(spec: dict[str, Any], executor: dict[str, Any]) -> dict[str, Any]
 def test_gpus_only_where_they_were_asked_for(compiled: tuple[str, dict[str, Any], str]) -> None:
     backend, spec, _ = compiled
     for name, executor in executors(spec).items():
-        gpu = name in ("anneal", "continue", "evaluate")
+        gpu = name in GPU_STAGES
         accelerator = executor.get("resources", {}).get("accelerator")
         if backend == "kfp":
             assert (accelerator is not None) == gpu, name
@@ -100,14 +116,14 @@ def test_a_gpu_stage_is_told_how_many_gpus_to_expect(
     told = {}
     for name, executor in executors(spec).items():
         variables = executor.get("env", [])
-        if backend == "vertex" and name in ("anneal", "continue", "evaluate"):
+        if backend == "vertex" and name in GPU_STAGES:
             pools = custom_job(spec, executor)["worker_pool_specs"]
             variables = pools[0]["container_spec"]["env"]
             assert all(pool["container_spec"]["env"] == variables for pool in pools)
         for variable in variables:
             if variable["name"] == "EXPECTED_GPUS":
                 told[name] = variable["value"]
-    here = {"anneal": "2", "continue": "1", "evaluate": "1"}
+    here = {"teacher-targets": "1", "anneal": "2", "continue": "1", "evaluate": "1"}
     assert told == ({} if backend == "local" else here)
 
 
@@ -132,6 +148,52 @@ def test_gpu_stages_are_custom_jobs_on_vertex(tmp_path: Path) -> None:
     assert [entry["replica_count"] for entry in pools] == [1, 2]
 
 
+def test_each_worker_that_makes_targets_has_a_machine_of_its_own(
+    compiled: tuple[str, dict[str, Any], str], tmp_path: Path
+) -> None:
+    """A loop of tasks over what the plan says, of which each is a job, or asks for a GPU."""
+    backend, spec, _ = compiled
+    (loop,) = (
+        task
+        for part in spec["components"].values()
+        for task in part.get("dag", {}).get("tasks", {}).values()
+        if "parameterIterator" in task
+    )
+    assert loop["dependentTasks"] == ["plan-targets"]
+    # In the local runner one after another, since it mixes what tasks print
+    assert loop.get("iteratorPolicy") == ({"parallelismLimit": 1} if backend == "local" else None)
+    worker = executors(spec)["teacher-targets"]
+    assert worker["task"]["retryPolicy"]["maxRetryCount"] == (1 if backend == "local" else 3)
+    if backend == "kfp":
+        assert worker["resources"]["accelerator"]["resourceType"] == "nvidia.com/gpu"
+        assert worker["resources"]["cpuLimit"] == 12.0
+    if backend == "vertex":
+        assert custom_job(spec, worker)["strategy"] == "STANDARD"
+        machine = {"MACHINE_TYPE": "g2-standard-12", "ACCELERATOR_TYPE": "NVIDIA_L4", "SPOT": "1"}
+        given = load_settings({f"TARGETS_{name}": value for name, value in machine.items()})
+        path = compile_to(tmp_path / "pipeline.yaml", given, backend)
+        other = next(iter(yaml.safe_load_all(path.read_text())))
+        job = custom_job(other, executors(other)["teacher-targets"])
+        (pool,) = job["worker_pool_specs"]
+        assert job["strategy"] == "SPOT"
+        assert job["restart_job_on_worker_restart"] is True
+        assert pool["machine_spec"]["machine_type"] == "g2-standard-12"
+
+
+def test_what_targets_cost_is_not_repeated_for_another_seed_or_schedule(
+    compiled: tuple[str, dict[str, Any], str],
+) -> None:
+    tasks = tasks_of(compiled[1])
+    assert tasks["teacher-targets"].parameters == {
+        "teacher",
+        "teacher_name",
+        "eval_ctx_lens",
+        "hf_secret_name",
+    }
+    assert tasks["plan-targets"].after == {"prepare-tokens"}
+    assert tasks["train"].after == {"prepare-tokens", "join-targets", "no-targets"}
+
+
 def test_the_type_of_the_boot_disk_may_be_given(tmp_path: Path) -> None:
     settings = load_settings({"ANNEAL_DISK_TYPE": "hyperdisk-balanced"})
     path = compile_to(tmp_path / "pipeline.yaml", settings, "vertex")
@@ -152,7 +214,7 @@ def test_image_retries_and_no_installing(compiled: tuple[str, dict[str, Any], st
     backend, spec, text = compiled
     assert not re.search(r"pip3? install|PIP_", text)
     for name, executor in executors(spec).items():
-        custom = backend == "vertex" and name in ("anneal", "continue", "evaluate")
+        custom = backend == "vertex" and name in GPU_STAGES
         assert custom or executor["image"] == IMAGE, name
         if backend != "local":
             retry = executor["task"]["retryPolicy"]
@@ -167,7 +229,7 @@ def test_every_stage_is_the_first_process_of_its_container(
     backend, spec, _ = compiled
     for name, executor in executors(spec).items():
         commands = [executor["command"]]
-        if backend == "vertex" and name in ("anneal", "continue", "evaluate"):
+        if backend == "vertex" and name in GPU_STAGES:
             pools = custom_job(spec, executor)["worker_pool_specs"]
             commands = [pool["container_spec"]["command"] for pool in pools]
         for command in commands:
@@ -243,6 +305,7 @@ def test_another_name_of_the_gpu_resource(tmp_path: Path) -> None:
         if "accelerator" in executor["resources"]
     }
     assert kinds == {
+        "teacher-targets": "nvidia.com/gpu",
         "anneal": "amd.com/gpu",
         "continue": "nvidia.com/gpu",
         "evaluate": "nvidia.com/gpu",

@@ -54,6 +54,29 @@ def test_the_defaults_and_the_demonstration_are_right() -> None:
     )
 
 
+def test_what_a_cached_teacher_takes() -> None:
+    check_parameters({"teacher": "cached", "target_workers": 1})
+    check_parameters({"teacher": "cached", "continue_block_size": 512})
+    reverse = {"anneal_more_settings": {"kd_scheme": "reverse_kl"}}
+    check_parameters(reverse)
+    for values, message in (
+        ({"teacher": "offline"}, "teacher='offline': choose online or cached"),
+        ({"target_workers": 0}, "target_workers=0 must be at least 1 and at most 64"),
+        ({"target_bytes": 0}, "--target_bytes=0 must be at least 1"),
+        (
+            {"teacher": "cached", "continue_block_size": 768},
+            "anneal_block_size=512 and continue_block_size=768 do not",
+        ),
+        (
+            {"teacher": "cached"} | reverse,
+            "for stage anneal: kd_scheme='reverse_kl' needs the teacher's whole",
+        ),
+    ):
+        with pytest.raises(UsageError, match=r"^PARAMS") as caught:
+            check_parameters(values)
+        assert message in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -90,6 +113,7 @@ def test_the_defaults_and_the_demonstration_are_right() -> None:
         ({"continue_more_settings": {"resume_gcs_uri": "gs://b/x"}}, "the annealing alone resumes"),
         ({"evaluate_more_settings": {"tokens_dir": "/t"}}, "it is the output of the first stage"),
         ({"evaluate_more_settings": {"seed": 7}}, "give seed"),
+        ({"anneal_more_settings": {"teacher_targets": "gs://b/t"}}, "give teacher=cached"),
     ],
 )
 def test_what_a_stage_would_refuse_is_found_at_once(values: dict[str, Any], message: str) -> None:

@@ -27,6 +27,7 @@ def test_environment_over_file_over_default(tmp_path: Path) -> None:
 def test_gpu_stages_ask_for_gpus_and_the_others_do_not() -> None:
     machines = load_settings({}).machines
     assert {stage for stage, machine in machines.items() if machine.gpu} == {
+        "targets",
         "anneal",
         "continue",
         "evaluate",
@@ -53,6 +54,7 @@ def test_all_that_is_missing_is_named_at_once() -> None:
         ({"ANNEAL_SPOT": "perhaps"}, "ANNEAL_SPOT='perhaps': 1 or 0 is needed"),
         ({"PREPARE_ACCELERATOR_COUNT": "1"}, "without PREPARE_ACCELERATOR_TYPE"),
         ({"EVALUATE_REPLICAS": "2"}, "only training takes several"),
+        ({"TARGETS_ACCELERATOR_COUNT": "8"}, "each worker uses one GPU; give PARAMS=target_wor"),
         ({"ANNEAL_REPLICAS": "0"}, "ANNEAL_REPLICAS=0 must be at least 1"),
         ({"LABELS": "team"}, "LABELS='team': write NAME=VALUE,NAME=VALUE"),
         ({"LABELS": "Team=a"}, "LABELS: Team=a is not a label of Google Cloud"),

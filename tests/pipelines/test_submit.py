@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -24,6 +25,7 @@ from pipelines import submit
 from tests.faults.server import ObjectServer
 from tests.interrupts import with_interrupts
 from tests.pipelines.loopback import Loopback
+from tests.pipelines.test_compile import every_task
 from trainer.runtime.commands import run_command
 from trainer.runtime.log import log
 
@@ -143,7 +145,8 @@ def test_the_request_to_vertex(vertex: Loopback, environment: dict[str, str]) ->
     }
     spec = body["pipelineSpec"]
     tasks = spec["root"]["dag"]["tasks"]
-    assert {task["cachingOptions"].get("enableCache", False) for task in tasks.values()} == {False}
+    every = every_task(spec).values()
+    assert {task["cachingOptions"].get("enableCache", False) for task in every} == {False}
     executors = spec["deploymentSpec"]["executors"]
     assert executors["exec-prepare-tokens"]["container"]["image"] == IMAGE
     assert executors["exec-prepare-tokens"]["container"]["resources"]["cpuLimit"] == 16.0
@@ -167,7 +170,7 @@ def test_the_request_to_vertex(vertex: Loopback, environment: dict[str, str]) ->
 
 def test_caching_is_on_unless_switched_off(vertex: Loopback, environment: dict[str, str]) -> None:
     assert run("submit", environment, "vertex").returncode == 0
-    tasks = vertex.requests[-1][2]["pipelineSpec"]["root"]["dag"]["tasks"]
+    tasks = every_task(vertex.requests[-1][2]["pipelineSpec"])
     assert {task["cachingOptions"]["enableCache"] for task in tasks.values()} == {True}
 
 
@@ -177,7 +180,10 @@ def test_waiting_follows_to_the_end(vertex: Loopback, environment: dict[str, str
     assert "prepare: succeeded" in done.stdout
     assert done.stdout.index("anneal: running") < done.stdout.index("anneal: succeeded")
     assert "run: succeeded" in done.stdout
-    assert done.stdout.count(": succeeded") == 3, "the run itself is none of its tasks"
+    # A loop's rounds are one stage; neither the loop itself nor the run is one
+    assert done.stdout.count("teacher-targets: running") == 1
+    assert done.stdout.count(": succeeded") == 4
+    assert "not_triggered" not in done.stdout
 
 
 def test_who_stops_waiting_is_told_that_the_run_goes_on(
@@ -339,33 +345,73 @@ OLD_TITLES = {
 
 
 def finished_run(
-    vertex: Loopback, environment: dict[str, str], titles: Mapping[str, str] | None = None
+    vertex: Loopback,
+    environment: dict[str, str],
+    titles: Mapping[str, str] | None = None,
+    *,
+    teacher: str = "online",
 ) -> str:
     """Submit, and let every task of the run have succeeded; returns the run's id.
 
     With ``titles``, as an earlier release would have submitted it, which had other ones.
     """
-    assert run("submit", environment | {"PARAMS": "seed=7"}, "vertex").returncode == 0
+    params = f"seed=7 teacher={teacher}" if teacher != "online" else "seed=7"
+    assert run("submit", environment | {"PARAMS": params}, "vertex").returncode == 0
     (name,) = vertex.jobs
     job = vertex.jobs[name]
-    tasks = job["pipelineSpec"]["root"]["dag"]["tasks"]
+    spec = job["pipelineSpec"]
     for key, title in (titles or {}).items():
-        tasks[key]["taskInfo"]["name"] = title
-    details = [
-        {
-            "taskId": str(number),
-            "taskName": task["taskInfo"]["name"],
-            "taskUniqueName": f"unique-{key}",
-            "state": "SUCCEEDED",
-        }
-        for number, (key, task) in enumerate(tasks.items(), start=1)
-    ]
-    run_id = name.rpartition("/")[2]
-    # Vertex AI lists the run itself among its tasks
-    details.append({"taskId": "99", "taskName": run_id, "state": "SUCCEEDED"})
+        spec["root"]["dag"]["tasks"][key]["taskInfo"]["name"] = title
+    # Vertex AI lists the run itself among its tasks, and what is inside of some below them
+    details = [{"taskId": "99", "taskName": name.rpartition("/")[2], "state": "SUCCEEDED"}]
+    add_details(details, spec, spec["root"]["dag"], parent="99", teacher=teacher)
     job["jobDetail"] = {"taskDetails": details}
     job["labels"] = {"vertex-ai-pipelines-run-billing-id": "123"}
     return name.rpartition("/")[2]
+
+
+TEACHER_TASKS = ("condition-branches-1", "condition-3", "condition-4", "for-loop-2")
+TEACHER_TASKS += ("plan-targets", "teacher-targets", "join-targets", "no-targets")
+"""What decides on the teacher, and all that is inside of it."""
+
+
+def skips(body: Mapping[str, Any]) -> dict[str, set[bool]]:
+    """By a task's key: whether it is skipped; of a loop's, whether its rounds are."""
+    found: dict[str, set[bool]] = {}
+    for config in body["pipelineTaskRerunConfigs"]:
+        key = config["taskName"].removeprefix("unique-")
+        found.setdefault(key, set()).add(config.get("skipTask", False))
+    return found
+
+
+def add_details(
+    details: list[dict[str, str]],
+    spec: Mapping[str, Any],
+    dag: Mapping[str, Any],
+    *,
+    parent: str,
+    teacher: str,
+) -> None:
+    """What Vertex AI says of the tasks of a pipeline, a condition or a loop of two rounds."""
+    for key, task in dag["tasks"].items():
+        title = task["taskInfo"]["name"]
+        untaken = title in {"cached", "online"} - {teacher}
+        number = str(100 + len(details))
+        details.append(
+            {
+                "taskId": number,
+                "parentTaskId": parent,
+                "taskName": title,
+                "taskUniqueName": f"unique-{key}",
+                "state": "NOT_TRIGGERED" if untaken else "SUCCEEDED",
+            }
+        )
+        inside = spec["components"][task["componentRef"]["name"]].get("dag")
+        for _ in range(0 if inside is None else 2 if "parameterIterator" in task else 1):
+            first = len(details)
+            add_details(details, spec, inside, parent=number, teacher=teacher)
+            for detail in details[first:] if untaken else ():
+                detail["state"] = "NOT_TRIGGERED"
 
 
 def test_rerun_repeats_a_stage_and_what_follows(
@@ -381,18 +427,15 @@ def test_rerun_repeats_a_stage_and_what_follows(
     assert path.startswith(f"/v1beta1/{PARENT}?")
     assert body["originalPipelineJobId"] == "123"
     assert body["runtimeConfig"]["parameterValues"] == {"seed": 7, "continue_train_steps": 8000}
-    skipped = {
-        config["taskName"].removeprefix("unique-"): config.get("skipTask", False)
-        for config in body["pipelineTaskRerunConfigs"]
-    }
-    assert skipped == {
-        "prepare-tokens": True,
-        "train": True,
-        "pick-best": True,
-        "resize-reset": True,
-        "train-2": False,
-        "pick-best-2": False,
-        "evaluate": False,
+    assert skips(body) == {
+        "prepare-tokens": {True},
+        **{key: {True} for key in TEACHER_TASKS},
+        "train": {True},
+        "pick-best": {True},
+        "resize-reset": {True},
+        "train-2": {False},
+        "pick-best-2": {False},
+        "evaluate": {False},
     }
     assert body["serviceAccount"] == SERVICE_ACCOUNT
     assert "runs again: " in done.stdout
@@ -424,11 +467,8 @@ def test_rerun_skips_what_came_from_the_cache(
     assert done.returncode == 0, done.stderr
     assert "runs again: continue, pick-best-continued, evaluate\n" in done.stdout
     body = vertex.requests[-1][2]
-    skipped = [c["taskName"] for c in body["pipelineTaskRerunConfigs"] if c.get("skipTask")]
-    assert set(skipped) == {f"unique-{key}" for key in ("prepare-tokens", "train")} | {
-        "unique-pick-best",
-        "unique-resize-reset",
-    }
+    skipped = {key for key, skipping in skips(body).items() if skipping == {True}}
+    assert skipped == {"prepare-tokens", "train", "pick-best", "resize-reset", *TEACHER_TASKS}
     done = run("rerun", environment | given | {"PARAMS": "anneal_train_steps=9"})
     assert done.returncode == 2
     assert "read by anneal, which would be skipped" in last_message(done)
@@ -477,9 +517,62 @@ def test_rerun_without_the_cache(vertex: Loopback, environment: dict[str, str]) 
     given = {"RUN": finished_run(vertex, environment), "STAGE": "continue", "CACHE": "0"}
     done = run("rerun", environment | given)
     assert done.returncode == 0, done.stderr
-    tasks = vertex.requests[-1][2]["pipelineSpec"]["root"]["dag"]["tasks"]
+    tasks = every_task(vertex.requests[-1][2]["pipelineSpec"])
     cached = {key for key, task in tasks.items() if task["cachingOptions"].get("enableCache")}
-    assert cached == {"prepare-tokens", "train", "pick-best", "resize-reset"}
+    assert cached == {"prepare-tokens", "train", "pick-best", "resize-reset"} | {
+        key for key in TEACHER_TASKS if key.endswith("-targets")
+    }
+
+
+def test_rerun_repeats_what_makes_the_targets_as_a_whole(
+    vertex: Loopback, environment: dict[str, str]
+) -> None:
+    """Its workers come from the cache, but for those that are to be made again."""
+    original = finished_run(vertex, environment, teacher="cached")
+    given = environment | {"RUN": original}
+    done = run("rerun", given | {"STAGE": "join-targets"})
+    assert done.returncode == 0, done.stderr
+    listed = "plan-targets, teacher-targets, join-targets, anneal, pick-best-annealed, "
+    assert f"runs again: {listed}" in done.stdout
+    body = vertex.requests[-1][2]
+    assert [key for key, skipping in skips(body).items() if skipping != {False}] == [
+        "prepare-tokens"
+    ]
+    tasks = every_task(body["pipelineSpec"])
+    assert tasks["teacher-targets"]["cachingOptions"] == {"enableCache": True}
+    done = run("rerun", given | {"STAGE": "continue", "PARAMS": "target_bytes=32"})
+    assert done.returncode == 2
+    assert "read by teacher-targets, which would be skipped" in last_message(done)
+
+
+def test_rerun_repeats_all_shares_where_one_failed(
+    vertex: Loopback, environment: dict[str, str]
+) -> None:
+    original = finished_run(vertex, environment, teacher="cached")
+    details = next(iter(vertex.jobs.values()))["jobDetail"]["taskDetails"]
+    around = {"teacher-targets", "shares", "cached", "condition-branches-1", "join-targets"}
+    for detail in details:
+        if detail["taskName"] in around:
+            detail["state"] = "FAILED"
+    next(d for d in details if d["taskName"] == "teacher-targets")["state"] = "SUCCEEDED"
+    done = run("rerun", environment | {"RUN": original, "STAGE": "evaluate"})
+    assert done.returncode == 0, done.stderr
+    assert "runs again: plan-targets, teacher-targets, join-targets, evaluate\n" in done.stdout
+    skipping = skips(vertex.requests[-1][2])
+    assert all(skipping[key] == {False} for key in TEACHER_TASKS)
+
+
+def test_rerun_with_the_other_form_of_the_teacher(
+    vertex: Loopback, environment: dict[str, str]
+) -> None:
+    given = {"RUN": finished_run(vertex, environment), "PARAMS": "teacher=cached"}
+    done = run("rerun", environment | given | {"STAGE": "anneal"})
+    assert done.returncode == 2
+    assert "teacher is read by plan-targets" in last_message(done)
+    done = run("rerun", environment | given | {"STAGE": "teacher-targets"})
+    assert done.returncode == 0, done.stderr
+    assert "teacher-targets, join-targets, " in done.stdout
+    assert skips(vertex.requests[-1][2])["condition-branches-1"] == {False}
 
 
 def test_a_dry_rerun_prints_the_request_and_sends_none(
@@ -506,8 +599,8 @@ def test_rerun_errors(vertex: Loopback, environment: dict[str, str]) -> None:
         ({"STAGE": "evaluate"}, 2, "missing: RUN"),
         (known | {"WAIT": "yes"}, 2, "WAIT='yes': 1 or 0 is needed"),
         (known | {"RUN": "My Run"}, 2, "RUN='My Run' is no run's id"),
-        (known | {"STAGE": "continue-102"}, 2, "did you mean continue? It has prepare, anne"),
-        (known | {"STAGE": "x"}, 2, "is not in this run; It has prepare, anneal, pick-best-"),
+        (known | {"STAGE": "continue-102"}, 2, "did you mean continue? It has prepare, plan"),
+        (known | {"STAGE": "x"}, 2, "is not in this run; It has prepare, plan-targets, teac"),
         (known | {"PARAMS": "anneal_seed=1"}, 2, "unknown parameter 'anneal_seed'"),
         (known | {"PARAMS": "anneal_train_steps=9"}, 2, "skipped; give STAGE=anneal"),
         (known | {"PARAMS": "continue_alpha=2"}, 2, "stage continue: --alpha=2 must be between"),
