@@ -9,11 +9,12 @@ See bench/README.md for what the figures mean and which packages the peers need.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from measure import Timing, fresh_memory, gemm_roof, kernel_table, time_runs
 from peers import Loss, PeerStep, full_logits, liger, orda, teacher_entropy, torchtune_chunked, trl
+from stored_targets import Batch, StoredTargets, body_rate
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from trainer.loss import chunked as distill
@@ -37,6 +39,7 @@ from trainer.models.teacher import Teacher, TeacherSpec
 from trainer.runtime.devices import has_fp8
 from trainer.runtime.processes import Processes
 from trainer.settings.config import TrainConfig
+from trainer.targets.records import Layout
 from trainer.training.precision import choose_precision
 from trainer.training.step import TrainStep
 
@@ -44,6 +47,7 @@ VOCABULARY = 50257
 STUDENT = StudentConfig(VOCABULARY, d_model=768, n_layers=10, n_heads=12, positions=4096)
 RATE = 1e-4
 OURS, OURS_FP8 = "this trainer", "this trainer, fp8 teacher"
+CE_ALONE, STORED = "this trainer, CE alone", "this trainer, stored targets"
 TORCHTUNE = "torchtune, chunked KL"
 PEERS: dict[str, Callable[[float, float], Loss]] = {
     "Hugging Face, full logits": full_logits,
@@ -176,7 +180,8 @@ def bench_step(
     teacher.prepare(compiled=True, sharded=False)
     with fresh_memory():
         expected = own_step((section, OURS), teacher, (ids, labels), options, report, (flops, roof))
-        del teacher
+    bench_stored(section, "bf16", context, teacher, options, report)
+    del teacher
     body = torch.compile(model.transformer, dynamic=False)
     weights = Student(STUDENT).initialize(0).state_dict()
     student = gpt2_model(weights, STUDENT, STUDENT.positions).cuda().train()
@@ -213,6 +218,65 @@ def bench_fp8(roof: float, options: argparse.Namespace, report: dict[str, Any]) 
             teacher.release()
             batch = draw_batch(context, options)
             own_step((section, OURS_FP8), teacher, batch, options, report, (flops, roof))
+        teacher.release()
+        bench_writing(section, "fp8", context, teacher, options, report)
+
+
+def bench_stored(
+    section: str,
+    precision: str,
+    context: int,
+    teacher: Teacher,
+    options: argparse.Namespace,
+    report: dict[str, Any],
+) -> None:
+    """The step on CE alone and from targets that are read from disk."""
+    stored = bench_writing(section, precision, context, teacher, options, report)
+    teacher.release()
+    windows = options.tokens // context
+    for name, alpha in ((CE_ALONE, 0.0), (STORED, options.alpha)):
+        with fresh_memory():
+            step = built_step(None, windows, context, stored.index.made.layout)
+            batches = stored.batches(context, windows)
+            mix = Mix(alpha, options.temperature)
+            # Longer than of the others: what is read ahead must not be all that is measured
+            runs = max(options.runs, 100)
+            timing = time_runs(partial(one_step, step, batches, mix), runs=runs, warmup=20)
+            kinds, _ = kernel_table(partial(one_step, step, batches, mix))
+            del step
+        record(report, section, name, timing, options.tokens)
+        for kind, duration in kinds.items():
+            say(f"    {duration:7.2f} ms  {kind}")
+    ratio = report[section][STORED]["tokens/s"] / report[section][CE_ALONE]["tokens/s"]
+    report[section]["stored targets to CE alone"] = round(ratio, 3)
+    say(f"  {section} · from stored targets at {ratio:.3f} of the speed of CE alone")
+
+
+def bench_writing(
+    section: str,
+    precision: str,
+    context: int,
+    teacher: Teacher,
+    options: argparse.Namespace,
+    report: dict[str, Any],
+) -> StoredTargets:
+    """Targets a second, beside the teacher's body alone."""
+    alone = body_rate(teacher, context, options.tokens, options.runs)
+    stored = StoredTargets(
+        teacher,
+        options.targets,
+        tokens=options.target_tokens,
+        context=context,
+        temperatures=tuple(sorted({1.0, options.temperature})),
+    )
+    rate = stored.tokens_per_second
+    report.setdefault(section, {})[f"targets, {precision} teacher"] = {
+        "tokens/s": round(rate),
+        "body alone tokens/s": round(alone),
+        "share": round(rate / alone, 3),
+    }
+    say(f"  {section} · {precision}: {rate:,.0f} targets/s, {rate / alone:.3f} of the body alone")
+    return stored
 
 
 def agrees(
@@ -242,31 +306,9 @@ def own_step(
     section, name = place
     # From where the training loop has them
     ids, labels = (part.cpu().pin_memory() for part in batch)
-    windows, context = ids.shape
-    config = TrainConfig(
-        teacher_name="gpt2-xl",
-        dataset_name="random",
-        block_size=context,
-        micro_batch=windows,
-        global_batch=windows,
-        grad_accum=1,
-        bf16=True,
-        compile="on",
-    )
+    step = built_step(teacher, *ids.shape)
     mix = Mix(options.alpha, options.temperature)
-    device = torch.device("cuda")
-    student = Student(STUDENT).initialize(0)
-    step = TrainStep(
-        config, student, teacher, choose_precision(config, device), Processes(device=device), {}
-    )
-
-    def run() -> Tensor:
-        output = step.micro_step(ids, labels, mix, accumulation=1, last=True)
-        step.update(RATE)
-        for _ in step.outcomes(wait=False):
-            pass
-        return output.loss.detach()
-
+    run = partial(one_step, step, itertools.repeat((ids, labels, None)), mix)
     first = float(run())
     say(f"  {name}: loss {first:.5f} before the first update")
     timing = time_runs(run, runs=options.runs)
@@ -277,6 +319,36 @@ def own_step(
         say(f"    {duration:7.2f} ms  {kind}")
     print("\n".join(longest), flush=True)
     return first
+
+
+def built_step(
+    teacher: Teacher | None, windows: int, context: int, layout: Layout | None = None
+) -> TrainStep:
+    """The product's own step, with the default student."""
+    config = TrainConfig(
+        teacher_name="gpt2-xl",
+        dataset_name="random",
+        block_size=context,
+        micro_batch=windows,
+        global_batch=windows,
+        grad_accum=1,
+        bf16=True,
+        compile="on",
+    )
+    device = torch.device("cuda")
+    student, processes = Student(STUDENT).initialize(0), Processes(device=device)
+    precision = choose_precision(config, device)
+    return TrainStep(config, student, teacher, precision, processes, {}, layout)
+
+
+def one_step(step: TrainStep, batches: Iterator[Batch], mix: Mix) -> Tensor:
+    """An update; returns its loss."""
+    ids, labels, records = next(batches)
+    output = step.micro_step(ids, labels, mix, records=records, accumulation=1, last=True)
+    step.update(RATE)
+    for _ in step.outcomes(wait=False):
+        pass
+    return output.loss.detach()
 
 
 def record(
@@ -315,6 +387,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", help="only peers with one of these words")
     parser.add_argument("--no_loss", action="store_true", help="leave out the loss alone")
     parser.add_argument("--no_fp8", action="store_true", help="leave out the fp8 teacher")
+    parser.add_argument("--targets", type=Path, default=Path("/tmp/bench_targets"))
+    parser.add_argument("--target_tokens", type=int, default=2_097_152, help="that are stored")
     parser.add_argument("--json", type=Path, help="where the figures go")
     return parser.parse_args()
 
