@@ -290,7 +290,7 @@ def trying(test: Callable[[Any], int], strategy: st.SearchStrategy[Any], length:
         database=None,
         suppress_health_check=list(HealthCheck),
     )(given(strategy)(once))()
-    assert min(seen[0], seen[2]) > seen.total() / 5, seen
+    assert min(seen[0], seen[2]) > seen.total() / 8, seen
 
 
 @pytest.mark.parametrize("length", ["short", SOAK])

@@ -542,7 +542,7 @@ def test_rerun_repeats_what_makes_the_targets_as_a_whole(
     assert tasks["teacher-targets"]["cachingOptions"] == {"enableCache": True}
     done = run("rerun", given | {"STAGE": "continue", "PARAMS": "target_bytes=32"})
     assert done.returncode == 2
-    assert "read by teacher-targets, which would be skipped" in last_message(done)
+    assert "read by plan-targets, which would be skipped" in last_message(done)
 
 
 def test_rerun_repeats_all_shares_where_one_failed(
