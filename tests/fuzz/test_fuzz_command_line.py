@@ -290,7 +290,8 @@ def trying(test: Callable[[Any], int], strategy: st.SearchStrategy[Any], length:
         database=None,
         suppress_health_check=list(HealthCheck),
     )(given(strategy)(once))()
-    assert min(seen[0], seen[2]) > seen.total() / 8, seen
+    # Few cases may by chance hold few of a kind
+    assert min(seen[0], seen[2]) > (0 if length == "short" else seen.total() / 8), seen
 
 
 @pytest.mark.parametrize("length", ["short", SOAK])

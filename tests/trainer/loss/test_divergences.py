@@ -152,7 +152,7 @@ def test_the_step_computes_what_the_kernel_lacks(skewed: str, device: str) -> No
     teacher: Any = SimpleNamespace(head=t_head, bias=None)
     precision = Precision(torch.device(device), torch.float32, torch.float32)
     mix = Mix(0.7, 2.0, skewed)
-    loss, ce, kd = StudentWithLoss(student, teacher, precision)(ids, ids, t_hidden, mix)
+    loss, ce, kd = StudentWithLoss(student, teacher, precision)(ids, ids, t_hidden, None, mix)
     found = torch.autograd.grad(loss, list(student.parameters()))
 
     logits = student.logits(ids).flatten(0, 1)

@@ -242,7 +242,8 @@ def test_another_teacher_of_the_same_name_is_told(
     weights = bytearray((copy / "model.safetensors").read_bytes())
     weights[-3] ^= 1
     (copy / "model.safetensors").write_bytes(weights)
-    with pytest.raises(DataError, match="teacher_digest 'sha256 "):
+    assert teacher_targets.teacher_digest(str(copy)) != made.teacher_digest
+    with pytest.raises(DataError, match="the targets to be made are not those at"):
         teacher_targets.run(own, two_temperatures, str(targets))
 
 

@@ -81,7 +81,7 @@ def run(
     # The start time may be part of a location: one for all processes
     by_user = resolve(command_line, config_file, now=processes.broadcast(time.time()))
     check_before_reading(by_user)
-    log_values(f"imported in {(seconds := seconds_since_start()):.1f} s", import_seconds=seconds)
+    imported = seconds_since_start()
     wake(processes.device)
     if not by_user.values["resume_gcs_uri"]:
         accumulation(by_user, processes.world_size)  # a checkpoint's batch size is checked below
@@ -103,6 +103,7 @@ def run(
     if own is not None:
         _check_same_run(config, own)
         _check_same_targets(config, own, index)
+    log_values(f"imported in {imported:.1f} s", import_seconds=imported)
     for line in resolved.lines():
         log.info(line)
     _check_metric(config)
