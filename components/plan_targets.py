@@ -29,18 +29,14 @@ def plan_targets(
     from dataclasses import asdict
 
     from trainer.runtime.strict_json import dumps
-    from trainer.settings.config import TargetSettings
-    from trainer.settings.schedules import TEMPERATURE_RANGE, StepSchedule
+    from trainer.settings.config import TargetSettings, TrainConfig
 
     temperatures: set[float] = set()
     for initial, text in (
         (anneal_temperature, anneal_temp_schedule),
         (continue_temperature, continue_temp_schedule),
     ):
-        schedule = StepSchedule.parse(
-            text, initial, name="temp_schedule", allowed=TEMPERATURE_RANGE
-        )
-        temperatures |= schedule.values()
+        temperatures.update(TrainConfig(T=initial, temp_schedule=text).schedule_T.values())
     shares = []
     for worker in range(target_workers):
         # Refuses here what would fail on every worker

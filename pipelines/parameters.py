@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from pipelines.anneal import build_pipeline
 from pipelines.settings import Settings, nearest
 from pipelines.stages import CACHED, ONLINE, STAGES
+from trainer.loss.divergences import LINEAR_SCHEME
 from trainer.runtime.errors import UsageError
 from trainer.runtime.messages import brief
 from trainer.settings.accumulation import accumulation
@@ -203,11 +204,11 @@ def _check_targets(values: dict[str, Any]) -> None:
             f" teacher={ONLINE}"
         )
     for stage in ("anneal", "continue"):
-        scheme = values[f"{stage}_more_settings"].get("kd_scheme", "forward_kl")
-        if scheme != "forward_kl":
+        scheme = values[f"{stage}_more_settings"].get("kd_scheme", LINEAR_SCHEME)
+        if scheme != LINEAR_SCHEME:
             raise UsageError(
                 f"PARAMS for stage {stage}: kd_scheme={scheme!r} needs the teacher's whole"
-                f" distribution; give teacher={ONLINE}, or kd_scheme=forward_kl"
+                f" distribution; give teacher={ONLINE}, or kd_scheme={LINEAR_SCHEME}"
             )
 
 

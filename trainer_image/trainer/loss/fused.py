@@ -72,16 +72,7 @@ def usable(
     operands = [student_hidden, student_head]
     if mix.alpha > 0.0:
         operands += [part for part in (teacher_hidden, teacher_head) if part is not None]
-    return _runs_on_device(operands, mix)
-
-
-def sparse_usable(student_hidden: Tensor, student_head: Tensor, mix: Mix) -> bool:
-    """Whether `sparse_distill_loss` of this module can take these operands, as of `usable`."""
-    return _runs_on_device([student_hidden, student_head], mix)
-
-
-def _runs_on_device(operands: list[Tensor], mix: Mix) -> bool:
-    student_hidden, device = operands[0], operands[0].device
+    device = student_hidden.device
     return (
         student_hidden.shape[0] > 0
         and in_kernel(mix, (part.dtype for part in operands))

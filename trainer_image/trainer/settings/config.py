@@ -10,7 +10,7 @@ command that makes teacher targets, and of no other.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from functools import cached_property, partial
 from typing import Any
 
@@ -489,10 +489,7 @@ class TargetSettings:
     )
 
     def __post_init__(self) -> None:
-        for spec in fields(self):
-            check, value = spec.metadata["check"], getattr(self, spec.name)
-            if value is not None:
-                check(spec.name, value)
+        _check_each(vars(self), TARGET_SETTINGS)
         last = self.workers - 1
         if self.worker is not None and self.worker > last:
             raise UsageError(f"--worker={self.worker}: of --workers={self.workers}, {last} is last")
@@ -506,6 +503,13 @@ class TargetSettings:
 TARGET_SETTINGS = {spec.name: spec for spec in fields(TargetSettings)}
 
 
+def _check_each(values: Mapping[str, Any], settings: Mapping[str, Field[Any]]) -> None:
+    for name, value in values.items():
+        check = settings[name].metadata["check"]
+        if check is not None and value is not None:
+            check(name, value)
+
+
 def check_values(values: Mapping[str, Any]) -> None:
     """Check each of some settings by itself, and those that exclude each other.
 
@@ -514,10 +518,7 @@ def check_values(values: Mapping[str, Any]) -> None:
     Raises:
         UsageError: naming the setting, its value and what is allowed.
     """
-    for name, value in values.items():
-        check = SETTINGS[name].metadata["check"]
-        if check is not None and value is not None:
-            check(name, value)
+    _check_each(values, SETTINGS)
     precisions = [f"--{name}" for name in ("fp16", "bf16", "fp32") if values.get(name)]
     if len(precisions) > 1:
         raise UsageError(

@@ -21,7 +21,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.targets.records import LOWEST, Drawn, Layout
@@ -52,7 +51,8 @@ def draw(
     """
     if logits.shape[1] == layout.vocabulary:
         padded = empty_logits(len(logits), layout.vocabulary, logits.dtype, logits.device)
-        logits = padded.copy_(F.pad(logits, (0, padded.shape[1] - logits.shape[1])))
+        padded[:, : layout.vocabulary] = logits
+        logits = padded
     logits[:, layout.vocabulary :] = -torch.inf
     own = _Blocks.of(logits, layout, compiled)
     label_log_probs = own.log_probs(logits.gather(1, labels[:, None]))[:, 0]

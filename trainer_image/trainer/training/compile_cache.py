@@ -22,6 +22,7 @@ from trainer.runtime.errors import LiquidError
 from trainer.runtime.log import log
 from trainer.settings.config import NO_COMPILE_CACHE, TrainConfig
 from trainer.storage.base import StorageMissingError
+from trainer.storage.files import in_home
 from trainer.storage.places import is_remote, read_bytes
 from trainer.training.precision import Precision
 
@@ -129,7 +130,7 @@ def _distrusted(uri: str, data: bytes, digest: str) -> str:
         return "it is not the one that the run's snapshot names"
     if is_remote(uri):
         return ""
-    path = Path(uri).expanduser()
+    path = Path(in_home(uri))
     for each in (path, path.parent):
         status = each.stat()
         if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o002:
