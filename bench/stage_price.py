@@ -41,7 +41,7 @@ def prepared_tokens(flags: list[str], work: Path) -> list[str]:
     target = work / "tokens"
     of_data = [flag for flag in flags if flag.startswith(("--teacher", "--dataset", "--cache"))]
     command = [sys.executable, "-m", "trainer.prepare_tokens", str(target), *of_data]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True)
     kept = [flag for flag in flags if not flag.startswith(("--dataset", "--cache"))]
     return [*kept, f"--tokens_dir={target}"]
 
