@@ -186,8 +186,8 @@ def trained_teacher(root: Path) -> tuple[Path, Path]:
         "d_model": 128,
         "n_layers": 3,
         "n_heads": 4,
-        "train_steps": 250,
-        "eval_every": 250,
+        "train_steps": 150,
+        "eval_every": 150,
     }
     with log_as_it_was():
         entrypoint.main([f"--{name}={value}" for name, value in flags.items()])

@@ -132,7 +132,7 @@ def kill_often(job: Settings, uri: str, kills: int, tmp_path: Path, seed: int) -
     return counts
 
 
-@pytest.mark.parametrize("place", ["local", "gs"])
+@pytest.mark.parametrize("place", [pytest.param("local", marks=pytest.mark.soak), "gs"])
 def test_kills(
     place: str, job: Settings, tmp_path: Path, gcs_bucket: str, gcs_proxy: FaultProxy
 ) -> None:
@@ -180,12 +180,13 @@ def test_a_run_whose_sidecars_are_all_gone_loses_nothing(
     job: Settings, tmp_path: Path, gcs_bucket: str, ended: bool
 ) -> None:
     uri = f"{gcs_bucket}/run"
+    job |= {"train_steps": 24, "log_interval": 8}
     lost = job | {"output_gcs_uri": uri, "local_workdir": str(tmp_path / "work")}
     process = start(lost)
     if ended:
         process.communicate(timeout=240)
     else:
-        assert wait_for(process, "step 20/60")
+        assert wait_for(process, "step 16/24")
         process.kill()
         process.communicate()
     location = open_location(uri)

@@ -96,7 +96,7 @@ def kill_often(output: str, flags: list[str], unbroken: str, kills: int, seed: i
     return reached
 
 
-@pytest.mark.parametrize("place", ["local", "gs"])
+@pytest.mark.parametrize("place", [pytest.param("local", marks=pytest.mark.soak), "gs"])
 def test_kills(
     place: str, flags: list[str], tmp_path: Path, gcs_bucket: str, gcs_proxy: FaultProxy
 ) -> None:

@@ -156,7 +156,7 @@ def test_a_failed_stage_is_named_with_its_own_message(
     ("number", "status", "more", "awaited"),
     [
         (signal.SIGTERM, 143, LONG, "step 2/100000"),
-        (signal.SIGINT, 130, LONG, "step 2/100000"),
+        pytest.param(signal.SIGINT, 130, LONG, "step 2/100000", marks=pytest.mark.soak),
         # A share, which another thread runs; those behind it are not begun
         (signal.SIGTERM, 143, {"teacher": "cached"}, "files of these targets are to be made here"),
     ],

@@ -114,6 +114,7 @@ def test_a_restart_finds_all_that_was_compiled(first: Settings, tmp_path: Path) 
     assert compiled_of(final.meta) is not None, "later starts may use it too"
 
 
+@pytest.mark.soak
 def test_another_run_uses_what_it_is_told_to(first: Settings, tmp_path: Path) -> None:
     output = Path(first["local_workdir"])
     other = first | {

@@ -467,12 +467,12 @@ def comparison(
         "d_model": 64,
         "n_layers": 2,
         "n_heads": 4,
-        "train_steps": 150,
-        "warmup_steps": 15,
+        "train_steps": 90,
+        "warmup_steps": 9,
         "lr_peak": 3e-3,
         "micro_batch": 16,
         "global_batch": 16,
-        "eval_every": 150,
+        "eval_every": 90,
     }
     ce = train(common, alpha=0.0, local_workdir=str(work / "ce"))
     kd = train(common, alpha=0.7, T=1.0, local_workdir=str(work / "kd"))
