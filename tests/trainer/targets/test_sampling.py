@@ -204,6 +204,13 @@ def test_a_gpu_draws_the_same(temperatures: tuple[float, ...]) -> None:
         ours, theirs = getattr(found, name).cpu(), getattr(expected, name)
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4), name
     records = layout.encode(found, uniform.cuda())
+    wide, places, dither = logits.cuda(), labels.cuda(), uniform.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = layout.encode(draw(wide, places, layout, dither, compiled=True), dither)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(again, records), "and the next pass waits for nothing"
     assert torch.allclose(
         layout.label_log_probs(records).cpu(), expected.label_log_probs, atol=2e-3
     )

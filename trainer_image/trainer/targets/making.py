@@ -208,9 +208,10 @@ class _Scribe:
         tokens = np.zeros(together * context + 1, dtype=np.int64)
         piece = stream[start : start + len(tokens)]
         tokens[: len(piece)] = piece
-        ids = torch.from_numpy(tokens).to(self.teacher.device)
+        # On the way before the teacher starts, for which neither then has to wait
+        ids = _sent(tokens, self.teacher.device)
+        uniform = _sent(draws(made.seed, start, together * context), self.teacher.device)
         hidden = self.teacher.hidden(ids[:-1].view(together, context)).flatten(0, 1)
-        uniform = torch.from_numpy(draws(made.seed, start, len(hidden))).to(ids.device)
         records, finite = [], torch.ones((), dtype=torch.bool, device=ids.device)
         for chunk in _chunks(hidden):
             drawn = draw(
@@ -265,6 +266,12 @@ class _Scribe:
                 f"teacher {self.teacher.spec.name!r} computes logits that are not finite {where};"
                 " give another --teacher_precision"
             )
+
+
+def _sent(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """Numbers on a device, which goes on with what it does meanwhile."""
+    tensor = torch.from_numpy(numbers)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class _OnItsWay:

@@ -187,7 +187,9 @@ class Layout:
             ),
             1,
         ).double()
-        first, last = torch.tensor(self._ranges, dtype=torch.float64, device=device).unbind(1)
+        first, last = (
+            constant(ends, device, torch.float64) for ends in zip(*self._ranges, strict=True)
+        )
         shares = ((numbers - first) / (last - first)).clamp(0.0, 1.0)
         header = _rounded(shares * _STEPS, _turned(dither, 0, shares.shape[1]))
         place, kept = torch.arange(self.places, device=device), drawn.kept[:, None]
@@ -277,7 +279,7 @@ class Layout:
             # square of the step, here the mean of both sides' squares
             squares = (_DEPTH / _NIBBLES**2) ** 2 * (4.0 * code**2 + 1.0)
             factors.append(-slope * below + math.log1p(-(slope**2) * squares / 12.0))
-        return _constant(tuple(factors), nibbles.device)[nibbles]
+        return constant(tuple(factors), nibbles.device)[nibbles]
 
     def label_log_probs(self, records: Tensor) -> Tensor:
         """``[N]``: the true next token's log-probability at temperature 1, in nats."""
@@ -298,13 +300,13 @@ class Layout:
         if records.ndim != 2 or records.shape[1] != self.record_bytes:
             raise ValueError(f"records {tuple(records.shape)} are not of {self.record_bytes} bytes")
         front, ids_bytes = self._front_bytes, self.places * self.id_bytes
-        first, last = (_constant(ends, records.device) for ends in zip(*self._ranges, strict=True))
+        first, last = (constant(ends, records.device) for ends in zip(*self._ranges, strict=True))
         numbers = _from_bytes(records[:, : front - 1], 2) / _STEPS * (last - first) + first
         kept = records[:, front - 1 : front].int().clamp(max=len(self.drawn_beside) - 1)
         return numbers, kept, _from_bytes(records[:, front : front + ids_bytes], self.id_bytes)
 
     def _drawn_of(self, kept: Tensor) -> Tensor:
-        return _constant(self.drawn_beside, kept.device)[kept.long()]
+        return constant(self.drawn_beside, kept.device)[kept.long()]
 
     def _nibble_places(self, kept: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
         """Byte ``[N, places]`` and shift of drawn entries' codes, behind those of kept ones."""
@@ -314,9 +316,11 @@ class Layout:
 
 
 @lru_cache(256)
-def _constant(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    """Numbers on a device, copied there once: a training decodes in every step."""
-    return torch.tensor(numbers, device=device)
+def constant(
+    numbers: tuple[float, ...], device: torch.device, kind: torch.dtype | None = None
+) -> Tensor:
+    """Numbers on a device, copied there once: each copy would wait for all that the device does."""
+    return torch.tensor(numbers, dtype=kind, device=device)
 
 
 def _log_prob(codes: Tensor) -> Tensor:

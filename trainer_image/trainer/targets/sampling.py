@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.targets.records import LOWEST, Drawn, Layout
+from trainer.targets.records import LOWEST, Drawn, Layout, constant
 
 BLOCK = 128
 """Ids of a block."""
@@ -177,7 +177,7 @@ class _Largest:
     @classmethod
     def of(cls, own: _Blocks, layout: Layout) -> _Largest:
         """Also takes the entries that are kept out of ``own``: their scores become 0."""
-        drawn_beside = torch.tensor(layout.drawn_beside, device=own.top.device)
+        drawn_beside = constant(layout.drawn_beside, own.top.device)
         most = len(drawn_beside)
         chosen = own.maxima.topk(min(most, own.maxima.shape[1])).indices
         values, places = own.gathered(chosen).flatten(1).topk(most)
