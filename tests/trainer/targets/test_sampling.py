@@ -203,7 +203,7 @@ def test_a_gpu_draws_the_same(temperatures: tuple[float, ...]) -> None:
     for name in ("level", "log_partitions", "negentropies", "label_log_probs"):
         ours, theirs = getattr(found, name).cpu(), getattr(expected, name)
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4), name
-    records = layout.encode(found, uniform.cuda())
+    records = layout.encode(found, uniform.cuda(), compiled=True)
     wide, places, dither = logits.cuda(), labels.cuda(), uniform.cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:

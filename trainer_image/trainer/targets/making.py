@@ -222,7 +222,8 @@ class _Scribe:
                 compiled=self.compiled,
             )
             finite &= drawn.negentropies.isfinite().all() & drawn.label_log_probs.isfinite().all()
-            records.append(made.layout.encode(drawn, uniform[1, chunk]))
+            dither = uniform[1, chunk]
+            records.append(made.layout.encode(drawn, dither, compiled=self.compiled))
         return torch.cat(records).view(together, context, -1), finite
 
     @torch.no_grad()

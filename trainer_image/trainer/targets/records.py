@@ -22,8 +22,9 @@ of the probability, is what was rounded (Gupta et al., 2015, arXiv:1502.02551).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -169,31 +170,41 @@ class Layout:
 
     # ── writing
 
-    def encode(self, drawn: Drawn, dither: Tensor) -> Tensor:
+    def encode(self, drawn: Drawn, dither: Tensor, *, compiled: bool = False) -> Tensor:
         """Records ``[N, record_bytes]`` in uint8.
 
         Args:
             drawn: as the layout asks for it.
             dither: ``[N]`` numbers in [0, 1), uniform over the draws, that decide on rounding.
+            compiled: use `torch.compile`, for which ``N`` should be the same in every call.
         """
-        tokens, device = len(drawn.ids), drawn.ids.device
+        device = drawn.ids.device
+        ends = [constant(end, device, torch.float64) for end in zip(*self._ranges, strict=True)]
+        numbers = [
+            drawn.label_log_probs,
+            drawn.level,
+            *drawn.negentropies.unbind(1),
+            *(drawn.log_partitions[:, place] for place in self._partitioned),
+        ]
+        encode = _compiled_encoding() if compiled else Layout._encode
+        beside = constant(self.drawn_beside, device)
+        return encode(self, drawn, torch.stack(numbers, 1).double(), dither, ends, beside)
+
+    def _encode(
+        self,
+        drawn: Drawn,
+        numbers: Tensor,
+        dither: Tensor,
+        ends: list[Tensor],
+        drawn_beside: Tensor,
+    ) -> Tensor:
+        tokens, device = numbers.shape[0], numbers.device
         dither = dither.double()[:, None]
-        numbers = torch.cat(
-            (
-                drawn.label_log_probs[:, None],
-                drawn.level[:, None],
-                drawn.negentropies,
-                drawn.log_partitions[:, self._partitioned],
-            ),
-            1,
-        ).double()
-        first, last = (
-            constant(ends, device, torch.float64) for ends in zip(*self._ranges, strict=True)
-        )
+        first, last = ends
         shares = ((numbers - first) / (last - first)).clamp(0.0, 1.0)
         header = _rounded(shares * _STEPS, _turned(dither, 0, shares.shape[1]))
         place, kept = torch.arange(self.places, device=device), drawn.kept[:, None]
-        used = place < kept + self._drawn_of(kept)
+        used = place < kept + drawn_beside[kept]
         # One column more than a record, for what goes nowhere
         records = torch.zeros((tokens, self.record_bytes + 1), dtype=torch.uint8, device=device)
         front = torch.cat(
@@ -321,6 +332,11 @@ def constant(
 ) -> Tensor:
     """Numbers on a device, copied there once: each copy would wait for all that the device does."""
     return torch.tensor(numbers, dtype=kind, device=device)
+
+
+@cache
+def _compiled_encoding() -> Callable[..., Tensor]:
+    return torch.compile(Layout._encode, dynamic=False)
 
 
 def _log_prob(codes: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ biased instead, and trains a student that is worse than with no teacher (Anshuma
 arXiv:2503.16870). Here K depends on how many are kept, since a record holds more drawn entries.
 
 Logits are taken in blocks of the vocabulary. Largest entries are looked for in the blocks with the
-largest maxima, and a drawn one first among the sums of blocks, then within its block; so only two
-passes go over all of a token's logits.
+largest maxima, and a drawn one first among the sums of blocks, then within its block; so only one
+pass goes over all of a token's logits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +87,7 @@ def _kept_and_drawn(
 
 @dataclass
 class _Blocks:
-    """Logits in blocks, with what two passes over them tell."""
+    """Logits in blocks, with what a pass over them tells."""
 
     logits: Tensor
     """``[N, blocks, BLOCK]``; past the vocabulary, and where an entry was kept, -inf."""
@@ -107,11 +106,9 @@ class _Blocks:
     @classmethod
     def of(cls, logits: Tensor, layout: Layout, compiled: bool) -> _Blocks:
         blocks = logits.unflatten(1, (-1, BLOCK))
-        largest, statistics = _compiled() if compiled else (_maxima, _statistics)
-        maxima = largest(blocks)
-        top = maxima.amax(-1).to(torch.promote_types(logits.dtype, torch.float32))
-        sums, log_sum, log_partitions, negentropies = statistics(
-            blocks, top, layout.temperatures, layout.reference
+        statistics = _compiled_statistics() if compiled else _statistics
+        maxima, top, sums, log_sum, log_partitions, negentropies = statistics(
+            blocks, layout.temperatures, layout.reference
         )
         return cls(
             blocks, maxima, top, sums, log_sum, log_partitions, negentropies, layout.reference
@@ -132,31 +129,36 @@ class _Blocks:
 
 
 def _statistics(
-    blocks: Tensor, top: Tensor, temperatures: tuple[float, ...], reference: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums of scores by block, log Σ exp(logit - top), log-partitions and negentropies."""
-    below = (blocks.to(top.dtype) - top[:, None, None]).clamp(min=_FAR_BELOW)
-    sums = torch.exp(below / reference).sum(-1)
-    # Block by block, so that a long sum loses no digits
-    log_sum = torch.exp(below).sum(-1).sum(-1).log()
+    blocks: Tensor, temperatures: tuple[float, ...], reference: float
+) -> tuple[Tensor, ...]:
+    """Maxima of blocks, the largest logit, sums of scores by block, log Σ exp(logit - top),
+    log-partitions and negentropies."""
+    kind = torch.promote_types(blocks.dtype, torch.float32)
+    maxima = blocks.amax(-1)
+    # Each block beside its own maximum, so that one pass does; a long sum loses no digits either
+    own = maxima.to(kind).clamp(min=torch.finfo(kind).min)
+    below = (blocks.to(kind) - own[:, :, None]).clamp(min=_FAR_BELOW)
+    powers = {t: torch.exp(below / t) for t in {1.0, reference, *temperatures}}
+    sums = {t: values.sum(-1) for t, values in powers.items()}
+    weighted = [(powers[t] * below).sum(-1) for t in temperatures]
+    top = own.amax(-1)
+    beside = (own - top[:, None]).clamp(min=_FAR_BELOW)
+    sums = {t: value * torch.exp(beside / t) for t, value in sums.items()}
+    log_sum = sums[1.0].sum(-1).log()
     log_partitions, negentropies = [], []
-    for temperature in temperatures:
-        powers = torch.exp(below / temperature)
-        total = powers.sum(-1).sum(-1)
-        weighted = (powers * below).sum(-1).sum(-1) / temperature
+    for temperature, part in zip(temperatures, weighted, strict=True):
+        total = sums[temperature].sum(-1)
+        # Of a block beside the largest logit
+        part = part * torch.exp(beside / temperature) + sums[temperature] * beside
         log_partitions.append(total.log() - log_sum / temperature)
-        negentropies.append(weighted / total - total.log())
-    return sums, log_sum, torch.stack(log_partitions, 1), torch.stack(negentropies, 1)
-
-
-def _maxima(blocks: Tensor) -> Tensor:
-    return blocks.amax(-1)
+        negentropies.append(part.sum(-1) / temperature / total - total.log())
+    found = torch.stack(log_partitions, 1), torch.stack(negentropies, 1)
+    return maxima, top, sums[reference], log_sum, *found
 
 
 @cache
-def _compiled() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The two passes over all logits."""
-    return torch.compile(_maxima, dynamic=False), torch.compile(_statistics, dynamic=False)
+def _compiled_statistics() -> Callable[..., tuple[Tensor, ...]]:
+    return torch.compile(_statistics, dynamic=False)
 
 
 @dataclass
