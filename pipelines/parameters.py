@@ -31,13 +31,15 @@ from trainer.settings.config import (
     TrainConfig,
     check_shapes,
 )
-from trainer.settings.layers import for_evaluation, resolve
+from trainer.settings.layers import Resolved, for_evaluation, resolve
 from trainer.settings.secret_names import shown_name, without_values
 from trainer.settings.values import given
 
 _STAGES = [stage.key for stage in STAGES.values() if stage.configurable]
 _OTHER_NAMES = {"temperature": "T", "resize_method": "pos_resize"}
 """Parameters that the trainer has another name for."""
+_NO_SETTING = ("teacher", "target_workers", "target_bytes", "best_metric")
+"""Parameters that are no settings of the trainer."""
 _OWN_HELP = {
     "best_metric": "metric that decides which checkpoint of each training goes on; lower is better",
     "resume_gcs_uri": "checkpoint to anneal from, gs://…; empty starts from scratch",
@@ -156,18 +158,11 @@ def check_parameters(values: Mapping[str, Any], processes: Mapping[str, int] | N
     """
     values = parameter_defaults() | dict(values)
     _check_targets(values)
-    metric = values.pop("best_metric") or "val_loss_student"
-    method = values.pop("resize_method")
+    metric = values["best_metric"] or "val_loss_student"
     for stage in _STAGES:
-        named = {split_stage(name): value for name, value in values.items()}
-        own = {rest: value for (of, rest), value in named.items() if of in ("", stage)}
-        more = own.pop("more_settings")
-        asked = {_OTHER_NAMES.get(name, name): value for name, value in own.items()}
-        if asked.get("grad_accum") == 0:
-            del asked["grad_accum"]
         try:
-            _check_more(more, stage)
-            resolved = resolve(given(**(asked | {"pos_resize": method} | more)), {})
+            _check_more(values[f"{stage}_more_settings"], stage)
+            resolved = stage_settings(values, stage)
             if stage == "evaluate":
                 for_evaluation(resolved.config, "teacher_name")  # tokens are of the first stage
                 continue
@@ -179,10 +174,29 @@ def check_parameters(values: Mapping[str, Any], processes: Mapping[str, int] | N
             raise UsageError(f"PARAMS for stage {stage}: {error}") from None
 
 
-def _check_targets(values: dict[str, Any]) -> None:
-    """Take out what is for the cached teacher alone, and refuse what it could not serve."""
-    teacher, workers = values.pop("teacher"), values.pop("target_workers")
-    size = values.pop("target_bytes")
+def stage_settings(values: Mapping[str, Any], stage: str) -> Resolved:
+    """The trainer's settings that a stage runs with.
+
+    Args:
+        values: every parameter.
+        stage: one that takes settings of the trainer, by its key.
+
+    Raises:
+        UsageError: a value is not one that its setting can take.
+    """
+    named = {split_stage(name): value for name, value in values.items() if name not in _NO_SETTING}
+    own = {rest: value for (of, rest), value in named.items() if of in ("", stage)}
+    more = own.pop("more_settings")
+    asked = {_OTHER_NAMES.get(name, name): value for name, value in own.items()}
+    if asked.get("grad_accum") == 0:
+        del asked["grad_accum"]
+    return resolve(given(**(asked | more)), {})
+
+
+def _check_targets(values: Mapping[str, Any]) -> None:
+    """Refuse what a cached teacher could not serve."""
+    teacher, workers = values["teacher"], values["target_workers"]
+    size = values["target_bytes"]
     if teacher not in (ONLINE, CACHED):
         raise UsageError(f"PARAMS: teacher={teacher!r}: choose {ONLINE} or {CACHED}")
     if not 1 <= workers <= _MOST_WORKERS:
