@@ -36,6 +36,10 @@ compile: $(STAMP) ## compile the pipeline to build/pipeline.yaml (BACKEND=vertex
 build-image: $(STAMP) ## build and push TRAINER_IMAGE: with Cloud Build, or BUILDER=docker [DRY_RUN=1]
 	@$(BIN)/python -m pipelines.build_image
 
+.PHONY: estimate
+estimate: $(STAMP) ## tokens, time and price of each stage, before a run [PARAMS= PRICES= BACKEND=kfp JSON=1]
+	@$(BIN)/python -m pipelines.estimate $(BACKEND)
+
 .PHONY: submit-pipeline
 submit-pipeline: $(STAMP) ## submit to Vertex AI: PROJECT= PIPELINE_ROOT= TRAINER_IMAGE= [PARAMS= WAIT=1 DRY_RUN=1]
 	@$(BIN)/python -m pipelines.submit vertex

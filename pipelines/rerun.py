@@ -5,9 +5,10 @@
 
 Everything else that succeeded, or came from the cache, is skipped. The new run is the old one, with
 its image, machines, service account, network, key, labels and parameters, but for the parameters
-given (and ``LABELS``, which are added). ``WAIT=1`` follows it, ``DRY_RUN=1`` prints the request,
-``CACHE=0`` keeps the repeated tasks from being found in the cache. (In the local runner the cache
-does all this: ``make run-local PARAMS=…``.)
+given (and ``LABELS``, which are added). What it will take is printed first. ``WAIT=1`` follows it,
+``DRY_RUN=1`` sends nothing and with ``JSON=1`` prints the request, ``CACHE=0`` keeps the repeated
+tasks from being found in the cache. (In the local runner the cache does all this: ``make run-local
+PARAMS=…``.)
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from google.protobuf import json_format
+
+from pipelines.estimates.plan import Plan
+from pipelines.estimates.prices import Prices, read_prices
+from pipelines.estimates.stages import estimate
 from pipelines.parameters import (
     check_cloud_parameters,
     check_parameters,
@@ -32,7 +38,9 @@ from pipelines.parameters import (
 from pipelines.settings import Settings, load_settings
 from pipelines.spec import (
     find_stage,
+    machine_of,
     processes_of,
+    stage_of,
     tasks_of,
     with_downstream,
 )
@@ -126,13 +134,14 @@ def rerun(settings: Settings, run: str, stage: str, parameters: dict[str, Any]) 
     }
     missing = {name: what for name, (value, what) in named.items() if not value}
     name = run_name(settings.require("project", "region", beside=missing), run)
+    prices = read_prices(settings.prices)
     from pipelines import vertex
 
     with vertex.readable_errors(settings):
         vertex.connect(settings)
         api = vertex.client(settings, "v1beta1")
         original = api.get_pipeline_job(name=name, timeout=vertex.REQUEST_SECONDS)
-    job, remarks = _repetition(original, stage, parameters, switches.cache)
+    job, remarks, values, repeated = _repetition(original, stage, parameters, switches.cache)
     # Its custom jobs have an account and a network of their own, the same ones
     for key in ("service_account", "network"):
         kept, own = getattr(original, key), getattr(settings, key)
@@ -140,17 +149,46 @@ def rerun(settings: Settings, run: str, stage: str, parameters: dict[str, Any]) 
             kept = kept or "what the run had, none"
             remarks.append(f"{key.upper()}={own} is not used: a repetition keeps {kept}")
     job.labels.update(settings.labels)
-    print("\n".join(remarks), file=sys.stderr if switches.dry_run else sys.stdout)
-    if switches.dry_run:
+    print("\n".join(remarks), file=sys.stderr if switches.request_alone else sys.stdout)
+    spec = json_format.MessageToDict(job._pb.pipeline_spec)
+    switches.show(estimate(_plan(settings.region, spec, repeated, values, prices, switches.cache)))
+    if switches.request_alone:
         print(type(job).to_json(job))
-    else:
+    if not switches.dry_run:
         send_to_vertex(settings, api, job, new_run_id(), wait=switches.wait)
+
+
+def _plan(
+    region: str,
+    spec: Mapping[str, Any],
+    repeated: list[str],
+    values: Mapping[str, Any],
+    prices: Prices,
+    cache: bool,
+) -> Plan:
+    """What is to be estimated: the tasks that run again, on the machines of the original."""
+    tasks = tasks_of(spec)
+    defaults = parameter_defaults()
+    again = "these, by RUN and STAGE"
+    again += ", unless one of an earlier run with the same inputs is in the cache" * cache
+    return Plan(
+        backend="vertex",
+        region=region,
+        stages=[(stage_of(tasks[key]), tasks[key].title) for key in repeated],
+        machines={stage_of(task): machine_of(spec, task) for task in tasks.values()},
+        # A stored run holds whole numbers as doubles
+        values={name: type(value)(values.get(name, value)) for name, value in defaults.items()},
+        prices=prices,
+        new=again,
+    )
 
 
 def _repetition(
     original: Any, stage: str, parameters: Mapping[str, Any], cache: bool
-) -> tuple[Any, list[str]]:
-    """The new run, and what to say of it: the original, but for parameters and tasks to skip.
+) -> tuple[Any, list[str], dict[str, Any], list[str]]:
+    """The new run, what to say of it, its parameters, and the keys of the tasks that run again.
+
+    It is the original, but for parameters and tasks to skip.
 
     The library's own ``rerun`` is not used: it takes no CMEK key (a type of the wrong version).
 
@@ -159,7 +197,6 @@ def _repetition(
         LiquidError: the original does not carry the number that a repetition refers to it by.
     """
     from google.cloud import aiplatform_v1beta1 as beta
-    from google.protobuf import json_format
 
     from pipelines.vertex import details_of, roots_of
 
@@ -182,8 +219,8 @@ def _repetition(
     # The other branch of a condition runs only where what decides it is given
     idle = {task.task_name for task in details if task.state == states.NOT_TRIGGERED}
     idle -= {task.title for task in tasks.values() if task.deciding.intersection(parameters)}
-    listed = [tasks[key].title for key in repeated if tasks[key].title not in idle]
-    remarks = [f"runs again: {', '.join(listed)}"]
+    running = [key for key in repeated if tasks[key].title not in idle]
+    remarks = [f"runs again: {', '.join(tasks[key].title for key in running)}"]
     remarks += check_reach(spec, repeated, parameters)
     for key in repeated if not cache else ():
         tasks[key].spec["cachingOptions"] = {"enableCache": False}
@@ -213,7 +250,7 @@ def _repetition(
     # A run of another release may have other parameters
     known = parameter_defaults()
     check_parameters({name: values[name] for name in values if name in known}, processes_of(spec))
-    return job, remarks
+    return job, remarks, values, running
 
 
 def main(argv: list[str]) -> None:

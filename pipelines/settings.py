@@ -60,6 +60,7 @@ class Settings:
     namespace: str = described(
         "", "your profile's namespace, where open-source Kubeflow Pipelines serves several users"
     )
+    prices: str = described("", "file of prices for the estimate; empty is pipelines/prices.yaml")
     machines: Mapping[str, Machine] = field(default_factory=lambda: dict(DEFAULT_MACHINES))
     given: frozenset[str] = frozenset()
     """Names that the environment or the file gives."""

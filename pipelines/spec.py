@@ -16,7 +16,7 @@ from typing import Any
 
 from google.protobuf import json_format
 
-from pipelines.stages import STAGES
+from pipelines.stages import STAGES, Machine
 from trainer.runtime.errors import UsageError
 
 _OF_CONDITION = re.compile(r"inputs\.parameter_values\['([^']+)'\]")
@@ -140,22 +140,60 @@ def find_stage(spec: Mapping[str, Any], stage: str) -> str:
     raise UsageError(f"STAGE={stage!r} is not in this run; {hint}It has {', '.join(known)}")
 
 
-def processes_of(spec: Mapping[str, Any]) -> dict[str, int]:
-    """By stage, how many processes its custom training job runs: one a GPU.
+def stage_of(task: Task) -> str:
+    """The key of a task's stage; empty for one of another release that is not known here.
 
-    A stage's task is known by the parameters that it reads: titles change from release to release.
+    Titles change from release to release; a training is known by the parameters that it reads too.
     """
+    for stage in STAGES.values():
+        own = stage.configurable and f"{stage.key}_more_settings" in task.parameters
+        if own or task.title == stage.title:
+            return stage.key
+    return ""
+
+
+def machine_of(spec: Mapping[str, Any], task: Task) -> Machine:
+    """What a task runs on: the machines of its custom training job, or CPU and memory."""
+    pools = _given_to(spec, task, "worker_pool_specs")
+    if pools:
+        first = pools[0]["machine_spec"]
+        return Machine(
+            machine_type=first.get("machine_type", ""),
+            accelerator_type=first.get("accelerator_type", ""),
+            accelerator_count=int(first.get("accelerator_count", 0)),
+            replicas=sum(int(pool["replica_count"]) for pool in pools),
+            spot=_given_to(spec, task, "strategy") == "SPOT",
+            timeout_hours=_hours(str(_given_to(spec, task, "timeout"))),
+        )
+    component = spec["components"][task.spec["componentRef"]["name"]]
+    executor = spec["deploymentSpec"]["executors"][component["executorLabel"]]
+    resources = executor["container"].get("resources", {})
+    return Machine(
+        cpu=str(resources.get("resourceCpuLimit", Machine.cpu)),
+        memory=str(resources.get("resourceMemoryLimit", Machine.memory)),
+    )
+
+
+def _hours(timeout: str) -> int:
+    """Of a duration as the service writes it, 259200s."""
+    seconds = timeout.removesuffix("s")
+    return int(seconds) // 3600 if seconds.isdecimal() else Machine.timeout_hours
+
+
+def _given_to(spec: Mapping[str, Any], task: Task, name: str) -> Any:
+    """The constant that a task's component has for an input; None: it has no such input."""
+    component = spec["components"][task.spec["componentRef"]["name"]]
+    inputs = component.get("inputDefinitions", {}).get("parameters", {})
+    own = task.spec.get("inputs", {}).get("parameters", {}).get(name, {})
+    return own.get("runtimeValue", {}).get("constant", inputs.get(name, {}).get("defaultValue"))
+
+
+def processes_of(spec: Mapping[str, Any]) -> dict[str, int]:
+    """By stage, how many processes its custom training job runs: one a GPU."""
     processes = {}
     for task in tasks_of(spec).values():
-        component = spec["components"][task.spec["componentRef"]["name"]]
-        inputs = component.get("inputDefinitions", {}).get("parameters", {})
-        pools = inputs.get("worker_pool_specs", {}).get("defaultValue")
-        own = task.spec.get("inputs", {}).get("parameters", {}).get("worker_pool_specs", {})
-        pools = own.get("runtimeValue", {}).get("constant", pools)
-        for stage in STAGES.values() if pools else ():
-            if stage.configurable and f"{stage.key}_more_settings" in task.parameters:
-                processes[stage.key] = sum(
-                    int(pool["replica_count"] * pool["machine_spec"].get("accelerator_count", 1))
-                    for pool in pools
-                )
+        stage, pools = stage_of(task), _given_to(spec, task, "worker_pool_specs")
+        if pools and stage and STAGES[stage].configurable:
+            machine = machine_of(spec, task)
+            processes[stage] = machine.replicas * max(1, machine.accelerator_count)
     return processes

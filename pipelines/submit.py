@@ -4,8 +4,9 @@
     make submit-kfp HOST=http://… TRAINER_IMAGE=…
 
 Everything comes from the environment or the settings file, see `pipelines.settings`; beside those
-``PARAMS`` (the pipeline's parameters), ``WAIT=1`` (follow the run to its end), ``DRY_RUN=1`` (print
-the request and send nothing) and ``CACHE=0`` (run every task again).
+``PARAMS`` (the pipeline's parameters), ``WAIT=1`` (follow the run to its end), ``DRY_RUN=1`` (send
+nothing; with ``JSON=1`` print the request) and ``CACHE=0`` (run every task again). Before a run is
+sent, its estimate is printed, as ``make estimate`` does.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from typing import Any
 
 from pipelines.anneal import NAME
 from pipelines.compile import compile_to
+from pipelines.estimates.plan import plan_of_run
+from pipelines.estimates.stages import Estimate, estimate
+from pipelines.estimates.text import text
 from pipelines.parameters import check_cloud_parameters, check_parameters, parse_parameters
 from pipelines.settings import Settings, load_settings
 from trainer.runtime.commands import run_command
@@ -54,15 +58,27 @@ def switch(name: str, *, default: bool = False) -> bool:
 
 @dataclass(frozen=True)
 class Switches:
-    """How to submit: ``DRY_RUN``, ``WAIT`` and ``CACHE``, read before anything is sent.
+    """How to submit: ``DRY_RUN``, ``JSON``, ``WAIT`` and ``CACHE``, read before anything is sent.
 
     Raises:
-        UsageError: one of them is neither 1 nor 0.
+        UsageError: one of them is neither 1 nor 0, or ``JSON`` is 1 without ``DRY_RUN``.
     """
 
     dry_run: bool = field(default_factory=partial(switch, "DRY_RUN"))
     wait: bool = field(default_factory=partial(switch, "WAIT"))
     cache: bool = field(default_factory=partial(switch, "CACHE", default=True))
+    request_alone: bool = field(default_factory=partial(switch, "JSON"))
+
+    def __post_init__(self) -> None:
+        if self.request_alone and not self.dry_run:
+            raise UsageError("JSON=1 prints the request in place of sending it; give DRY_RUN=1 too")
+
+    def show(self, estimate: Estimate) -> None:
+        """Print what the run will take, but where the request alone is asked for."""
+        if not self.request_alone:
+            print(text(estimate), flush=True)
+        if self.dry_run and not self.request_alone:
+            print("\nnothing is sent, by DRY_RUN=1; JSON=1 beside it prints the request")
 
 
 def new_run_id() -> str:
@@ -79,6 +95,7 @@ def submit_vertex(settings: Settings, parameters: dict[str, Any]) -> None:
     """
     switches = Switches()
     settings.require("project", "region", "pipeline_root", "trainer_image")
+    plan = plan_of_run(settings, parameters, "vertex", cache=switches.cache)
     from google.cloud import aiplatform
     from google.cloud.aiplatform_v1 import PipelineJob
 
@@ -103,7 +120,10 @@ def submit_vertex(settings: Settings, parameters: dict[str, Any]) -> None:
         )
         resource = job.to_dict()
         resource |= {"serviceAccount": settings.service_account, "network": settings.network}
+        switches.show(estimate(plan))
         if switches.dry_run:
+            if not switches.request_alone:
+                return
             request = {"parent": settings.place, "pipelineJobId": job_id, "pipelineJob": resource}
             print(json.dumps(request, indent=2, default=str))
             return
@@ -138,6 +158,7 @@ def submit_kfp(settings: Settings, parameters: dict[str, Any], host: str) -> Non
     switches = Switches()
     beside = {} if host else {"HOST": "address of Kubeflow Pipelines, http://…"}
     settings.require("trainer_image", beside=beside)
+    plan = plan_of_run(settings, parameters, "kfp", cache=switches.cache)
     from pipelines import kubeflow
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -151,7 +172,10 @@ def submit_kfp(settings: Settings, parameters: dict[str, Any], host: str) -> Non
             "service_account": settings.service_account or None,
             "namespace": settings.namespace or None,
         }
+        switches.show(estimate(plan))
         if switches.dry_run:
+            if not switches.request_alone:
+                return
             print(json.dumps({"host": host, **request}, indent=2))
             print("---")
             print(path.read_text())

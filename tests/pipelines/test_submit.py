@@ -217,7 +217,7 @@ def test_a_dry_run_sends_nothing_and_needs_no_credentials(
     vertex: Loopback, environment: dict[str, str]
 ) -> None:
     del environment["GOOGLE_APPLICATION_CREDENTIALS"]
-    done = run("submit", environment | {"DRY_RUN": "1", "PARAMS": "seed=7"}, "vertex")
+    done = run("submit", environment | {"DRY_RUN": "1", "JSON": "1", "PARAMS": "seed=7"}, "vertex")
     assert done.returncode == 0, done.stderr
     request = json.loads(done.stdout)
     assert request["pipelineJob"]["runtimeConfig"]["parameterValues"] == {"seed": 7}
@@ -578,7 +578,12 @@ def test_rerun_with_the_other_form_of_the_teacher(
 def test_a_dry_rerun_prints_the_request_and_sends_none(
     vertex: Loopback, environment: dict[str, str]
 ) -> None:
-    given = {"RUN": finished_run(vertex, environment), "STAGE": "evaluate", "DRY_RUN": "1"}
+    given = {
+        "RUN": finished_run(vertex, environment),
+        "STAGE": "evaluate",
+        "DRY_RUN": "1",
+        "JSON": "1",
+    }
     vertex.requests.clear()
     done = run("rerun", environment | given | {"PARAMS": "eval_ctx_lens=1024"})
     assert done.returncode == 0, done.stderr
@@ -691,7 +696,13 @@ def test_settings_that_kubeflow_would_drop(kubeflow: Loopback, name: str, messag
 
 
 def test_a_dry_run_for_kubeflow_prints_all_that_would_be_sent(kubeflow: Loopback) -> None:
-    given = {"HOST": kubeflow.url, "TRAINER_IMAGE": IMAGE, "DRY_RUN": "1", "CACHE": "0"}
+    given = {
+        "HOST": kubeflow.url,
+        "TRAINER_IMAGE": IMAGE,
+        "DRY_RUN": "1",
+        "CACHE": "0",
+        "JSON": "1",
+    }
     given |= {"EXPERIMENT": "e", "NAMESPACE": "ns", "SERVICE_ACCOUNT": "sa", "PARAMS": "seed=7"}
     done = run("submit", given, "kfp")
     assert done.returncode == 0, done.stderr

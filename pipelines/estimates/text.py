@@ -1,0 +1,176 @@
+"""An estimate as people read it, and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import textwrap
+from dataclasses import asdict
+from typing import Any
+
+from pipelines.anneal import NAME
+from pipelines.estimates.stages import Amount, Estimate, StageCost
+from pipelines.parameters import parameter_defaults
+from trainer.runtime.messages import shortened
+
+_WIDTH = 100
+_BACKENDS = {"vertex": "Vertex AI", "kfp": "open-source Kubeflow Pipelines"}
+
+
+def text(estimate: Estimate) -> str:
+    """All lines: header, table, total, what is not known, parameters."""
+    plan = estimate.plan
+    prices = plan.prices
+    place = _BACKENDS[plan.backend]
+    if plan.backend == "vertex":
+        place += f" in {plan.region}; prices of {prices.region}, as known in {prices.date}"
+    lines = [f"estimate of {NAME} on {place} ({prices.source})", ""]
+    lines += _table([_header(prices.currency), *(_cells(stage) for stage in estimate.stages)])
+    lines += ["", *_totals(estimate), f"new: {plan.new}"]
+    lines += [f"note: {note}" for note in estimate.notes]
+    lines += ["", *_parameters(estimate)]
+    return "\n".join(lines)
+
+
+def _header(currency: str) -> tuple[str, ...]:
+    return ("stage", "machine", "tokens", "time", currency, "how known")
+
+
+def _cells(stage: StageCost) -> tuple[str, ...]:
+    return (
+        stage.title,
+        stage.machine,
+        tokens_text(stage.tokens),
+        _seconds_of(stage.seconds),
+        _money_of(stage.price),
+        stage.known,
+    )
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    """Rows with columns of equal width, numbers to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    right = (2, 3, 4)
+    return [
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _totals(estimate: Estimate) -> list[str]:
+    prices = estimate.plan.prices
+    low, high = (estimate.total("seconds", power) for power in (-1, 1))
+    line = f"total: {_seconds_of(estimate.total('seconds'))}, one stage after another"
+    line += f" (from {_seconds_of(low)} to {_seconds_of(high)})"
+    if without := estimate.without("seconds"):
+        line += f", without {', '.join(without)}"
+    if estimate.plan.backend != "vertex":
+        return [line, "price: not known; the prices are those of Vertex AI's machines"]
+    low, high = (estimate.total("price", power) for power in (-1, 1))
+    cost = f"price: {_money_of(estimate.total('price'))} {prices.currency}"
+    cost += f" (from {_money_of(low)} to {_money_of(high)} by the times alone)"
+    if without := estimate.without("price"):
+        cost += f", without {', '.join(without)}"
+    starts = f"{prices.custom_job_start / 60:g} min for a GPU machine to start"
+    return [
+        line,
+        cost,
+        f"assumed: {starts}, {prices.task_start:g} s for another",
+        "not counted: waiting for machines, work that is lost with them, downloads, disks, storage",
+    ]
+
+
+def _parameters(estimate: Estimate) -> list[str]:
+    defaults, values = parameter_defaults(), estimate.plan.values
+    other = {name: value for name, value in values.items() if value != defaults.get(name)}
+    lines = ["parameters that differ from their defaults:"] if other else []
+    lines += [f"  {_pair(name, value)}" for name, value in other.items()]
+    lines.append("parameters as by default:")
+    rest = " ".join(_pair(name, values[name]) for name in values if name not in other)
+    wrapped = textwrap.wrap(
+        rest,
+        _WIDTH,
+        initial_indent="  ",
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return lines + wrapped
+
+
+def _pair(name: str, value: Any) -> str:
+    """A parameter as ``PARAMS`` takes it, but for the end of a long one."""
+    written = value if isinstance(value, str) else json.dumps(value)
+    return f"{name}={shortened(shlex.quote(written))}"
+
+
+def tokens_text(tokens: float | None) -> str:
+    """``39.3 M``; ``?`` where the data set's size is not known."""
+    if tokens is None:
+        return "–"
+    if math.isnan(tokens):
+        return "?"
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if tokens >= size:
+            return f"{tokens / size:.3g} {unit}"
+    return f"{tokens:.0f}"
+
+
+def _seconds_of(amount: Amount | None) -> str:
+    if amount is None:
+        return "?"
+    more = f" + {amount.per_token * 1e6:.2g} s/M" if amount.per_token else ""
+    return duration_text(amount.fixed) + more
+
+
+def duration_text(seconds: float) -> str:
+    """``45 s``, ``12 min``, ``3 h 05 min``."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _money_of(amount: Amount | None) -> str:
+    if amount is None:
+        return "?"
+    more = f" + {amount.per_token * 1e6:.2g}/M" if amount.per_token else ""
+    return f"{amount.fixed:.2f}{more}"
+
+
+def as_json(estimate: Estimate) -> dict[str, Any]:
+    """The same as JSON types: seconds, money, ``null`` for what is not known."""
+    plan = estimate.plan
+    stages = []
+    for stage in estimate.stages:
+        entry = asdict(stage)
+        if stage.tokens is not None and math.isnan(stage.tokens):
+            entry["tokens"] = None
+        stages.append(entry)
+    return {
+        "backend": plan.backend,
+        "region": plan.region,
+        "prices": {
+            "source": plan.prices.source,
+            "date": plan.prices.date,
+            "region": plan.prices.region,
+            "currency": plan.prices.currency,
+        },
+        "stages": stages,
+        "total": {
+            what: {
+                "estimate": asdict(estimate.total(what)),
+                "low": asdict(estimate.total(what, -1)),
+                "high": asdict(estimate.total(what, 1)),
+                "without": estimate.without(what),
+            }
+            for what in ("seconds", "price")
+        },
+        "new": plan.new,
+        "notes": estimate.notes,
+        "parameters": dict(plan.values),
+    }
