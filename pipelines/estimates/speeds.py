@@ -1,8 +1,9 @@
 """How fast GPUs train and run the networks: what was measured, and what follows from it.
 
 Each row was measured on one GPU with 16,384 tokens an update (bench/README.md). For anything else,
-the time of a token is its floating-point operations over a share of the GPU's peak. The shares are
-those of the rows; on another GPU they are taken to be the same, which was not measured.
+the time of a token is its floating-point operations over a share of the GPU's peak, and something
+for each forward and backward pass, of which smaller micro-batches need more. The shares are those
+of the rows; on another GPU they are taken to be the same, which was not measured.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ TEACHER_SHARE, TEACHER_SHARE_FP8 = 0.60, 0.77
 """Beside a student; in fp8 of the bf16 peak too."""
 MAKING_SHARE, MAKING_SHARE_FP8 = 0.50, 0.62
 """Less, since targets are drawn too."""
+PASS_SECONDS = 5e-3
+"""What a pass takes beside its operations; the shares hold it for passes of `FULL_PASS` tokens."""
+FULL_PASS = 16_384
 STORED_COST = 1.02
 """Training on stored targets over training at alpha 0."""
 
@@ -63,6 +67,8 @@ class Row:
     student: tuple[int, int] | None = (10, 768)
     teacher: tuple[int, int] | None = None
     fp8: bool = False
+    pass_tokens: int = FULL_PASS
+    """Of a micro-batch."""
 
 
 _XL = (48, 1600)
@@ -72,7 +78,13 @@ MEASURED = (
     Row("H100", ONLINE, 512, 167_900, teacher=_XL, fp8=True),
     Row("H100", ONLINE, 1024, 160_300, teacher=_XL, fp8=True),
     Row("H200", ONLINE, 512, 141_000, teacher=_XL),
-    Row("H100", ONLINE, 512, 402_000, teacher=(24, 1024)),
+    Row("H100", ONLINE, 512, 125_600, teacher=_XL, pass_tokens=4096),
+    Row("H100", ONLINE, 1024, 125_100, teacher=_XL, pass_tokens=8192),
+    Row("H100", ONLINE, 512, 317_600, teacher=(24, 1024)),
+    Row("H100", ONLINE, 512, 359_200, teacher=(16, 1024)),
+    Row("H100", ONLINE, 512, 458_100, student=(6, 512), teacher=(24, 1024)),
+    Row("H100", ALONE, 512, 380_500, pass_tokens=4096),
+    Row("H100", ALONE, 512, 1_199_900, student=(6, 512)),
     Row("H100", ALONE, 512, 560_000),
     Row("H100", ALONE, 1024, 543_000),
     Row("H100", ALONE, 1024, 268_000, student=(16, 1024)),
@@ -98,6 +110,8 @@ class Work:
     """The teacher's precision."""
     usual: bool = True
     """Whether all settings that change the speed are as they were measured."""
+    pass_tokens: int = FULL_PASS
+    """Of a micro-batch; more than `FULL_PASS` gain nothing."""
     recomputed: bool = False
     """Whether the backward pass computes the student's activations again."""
 
@@ -123,12 +137,22 @@ def speed(gpu: str, work: Work) -> Speed:
         gpu: one of `PEAKS`.
         work: what it does.
     """
-    for row in MEASURED:
-        if work.usual and _matches(row, gpu, work):
-            return Speed(row.tokens_per_second, "measured", MEASURED_FACTOR)
+    if work.usual:
+        for row in MEASURED:
+            if _matches(row, gpu, work) and row.pass_tokens == min(work.pass_tokens, FULL_PASS):
+                return Speed(row.tokens_per_second, "measured", MEASURED_FACTOR)
+        for row in MEASURED:
+            if _matches(row, gpu, work) and row.pass_tokens == FULL_PASS:
+                rate = 1.0 / (1.0 / row.tokens_per_second + _smaller_passes(work))
+                return Speed(rate, "measured with larger micro-batches", RULE_FACTOR)
     near = gpu in ("H100", "H200")
     known = "by FLOPs" if near else f"by FLOPs, {gpu} not measured"
     return Speed(by_flops(gpu, work), known, RULE_FACTOR if near else OTHER_GPU_FACTOR)
+
+
+def _smaller_passes(work: Work) -> float:
+    """Seconds more for each token than in passes of `FULL_PASS` tokens."""
+    return PASS_SECONDS * max(0.0, 1.0 / work.pass_tokens - 1.0 / FULL_PASS)
 
 
 def _matches(row: Row, gpu: str, work: Work) -> bool:
@@ -169,7 +193,7 @@ def by_flops(gpu: str, work: Work) -> float:
         if work.kind == MAKING:
             share = MAKING_SHARE_FP8 if fp8 else MAKING_SHARE
         seconds += work.teacher.forward_flops(work.context) / (share * peak)
-    return 1.0 / seconds
+    return 1.0 / (seconds + _smaller_passes(work))
 
 
 def scoring_seconds(gpu: str, network: Network, context: int, *, teacher: bool) -> float:

@@ -285,6 +285,7 @@ class _Maker:
             self.teacher,
             fp8=config.teacher_precision == "fp8",
             usual=usual,
+            pass_tokens=(config.micro_batch * config.context) or speeds.FULL_PASS,
             recomputed=config.activation_checkpointing,
         )
 
