@@ -21,7 +21,7 @@ PRICES = Path(str(pipelines.__file__)).with_name("prices.yaml")
 _DATE = re.compile(r"\d{4}-\d{2}(-\d{2})?")
 _TEXTS = ("date", "region", "currency")
 _NUMBERS = ("vertex_fee", "run", "custom_job_start", "task_start")
-_TABLES = ("machines", "accelerators")
+_ALL = (*_TEXTS, *_NUMBERS, "machines", "accelerators")
 _MOST = 1e6
 _GIB = {"": 2.0**-30, "K": 1e3 / 2**30, "M": 1e6 / 2**30, "G": 1e9 / 2**30, "T": 1e12 / 2**30}
 _GIB |= {f"{unit}i": 2.0 ** (10 * power - 30) for power, unit in enumerate("KMGTPE", start=1)}
@@ -65,7 +65,7 @@ class Prices:
         """What all machines of a stage cost on Vertex AI for an hour; None: a price is missing."""
         if not machine.gpu:
             found = self.plain(machine)
-            return found and self.vertex_fee * self.machines[found].on_demand
+            return self.vertex_fee * self.machines[found].on_demand if found else None
         base = self.machines.get(machine.machine_type)
         if base is None:
             return None
@@ -114,11 +114,10 @@ def read_prices(path: str = "") -> Prices:
     """
     name = f"PRICES={path!r}" if path else str(PRICES.name)
     content = read_settings(path or PRICES, name)
-    known = (*_TEXTS, *_NUMBERS, *_TABLES)
     for key in content:
-        if key not in known:
-            raise UsageError(f"{name}: unknown entry {brief(key)}{nearest(str(key), known)}")
-    missing = [key for key in known if content.get(key) is None]
+        if key not in _ALL:
+            raise UsageError(f"{name}: unknown entry {brief(key)}{nearest(str(key), _ALL)}")
+    missing = [key for key in _ALL if content.get(key) is None]
     if missing:
         raise UsageError(f"{name}: missing: {', '.join(missing)}; see pipelines/prices.yaml")
     for key in _TEXTS:
@@ -129,9 +128,18 @@ def read_prices(path: str = "") -> Prices:
     numbers = {key: _number(content[key], f"{name}: {key}") for key in _NUMBERS}
     if numbers["vertex_fee"] < 1.0:
         raise UsageError(f"{name}: vertex_fee={numbers['vertex_fee']:g} must be at least 1")
-    texts = {key: content[key] for key in _TEXTS}
-    tables = {key: _table(content[key], f"{name}: {key}") for key in _TABLES}
-    return Prices(source=path or PRICES.name, **texts, **numbers, **tables)
+    return Prices(
+        source=path or PRICES.name,
+        date=content["date"],
+        region=content["region"],
+        currency=content["currency"],
+        vertex_fee=numbers["vertex_fee"],
+        run=numbers["run"],
+        custom_job_start=numbers["custom_job_start"],
+        task_start=numbers["task_start"],
+        machines=_table(content["machines"], f"{name}: machines"),
+        accelerators=_table(content["accelerators"], f"{name}: accelerators"),
+    )
 
 
 def _table(content: Any, where: str) -> dict[str, Price]:

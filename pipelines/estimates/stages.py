@@ -45,14 +45,34 @@ class StageCost:
     machine: str
     tokens: float | None
     """That it goes over; NaN: all of a data set of unknown size; None: it does not go by tokens."""
-    seconds: Amount | None
-    """From the order of its machines to the end; None: not estimated."""
-    price: Amount | None
-    """In the currency of the prices; None: not known."""
+    work: Amount | None
+    """Seconds once it runs; None: not estimated."""
     known: str
-    """How the time is known, or why it is not."""
+    """How that is known, or why it is not."""
     factor: float = speeds.ASSUMED_FACTOR
-    """By how much the time may be off, up or down."""
+    """By how much it may be off, up or down."""
+    start: float = 0.0
+    """Seconds until it runs, which are assumed."""
+    hourly: float | None = None
+    """What its machines cost together for an hour; None: not known."""
+
+    def seconds(self, power: int = 0) -> Amount | None:
+        """From the order of its machines to the end; None: not estimated.
+
+        Args:
+            power: 0 as estimated; -1 and 1 the least and the most.
+        """
+        if self.work is None:
+            return None
+        start = self.start * speeds.ASSUMED_FACTOR**power
+        return self.work.times(self.factor**power) + Amount(start)
+
+    def price(self, power: int = 0) -> Amount | None:
+        """Of those seconds, in the currency of the prices; None: not known."""
+        seconds = self.seconds(power)
+        if seconds is None or self.hourly is None:
+            return None
+        return seconds.times(self.hourly / 3600)
 
 
 @dataclass
@@ -63,24 +83,14 @@ class Estimate:
     stages: list[StageCost] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def total(self, what: str, power: int = 0) -> Amount:
-        """The sum over the stages that are estimated.
+    def seconds(self, power: int = 0) -> Amount:
+        """Of all stages that are estimated, one after another; see `StageCost.seconds`."""
+        return sum((stage.seconds(power) or Amount() for stage in self.stages), Amount())
 
-        Args:
-            what: ``seconds`` or ``price``.
-            power: 0 as estimated; -1 and 1 the least and the most.
-        """
-        total = Amount()
-        for stage in self.stages:
-            amount = getattr(stage, what)
-            total += amount.times(stage.factor**power) if amount else Amount()
-        if what == "price" and self.plan.backend == "vertex":
-            total += Amount(self.plan.prices.run)
-        return total
-
-    def without(self, what: str) -> list[str]:
-        """Titles of the stages that are not in the total."""
-        return [stage.title for stage in self.stages if getattr(stage, what) is None]
+    def price(self, power: int = 0) -> Amount:
+        """Of all stages whose price is known, and of the run itself."""
+        run = Amount(self.plan.prices.run if self.plan.backend == "vertex" else 0.0)
+        return sum((stage.price(power) or Amount() for stage in self.stages), run)
 
 
 def estimate(plan: Plan) -> Estimate:
@@ -124,7 +134,7 @@ class _Maker:
     def stage(self, key: str, title: str) -> StageCost:
         """The line of a stage."""
         if not key:
-            return StageCost(title, "–", None, None, None, "not estimated: of another release")
+            return StageCost(title, "–", None, None, "not estimated: of another release")
         machine = self.plan.machines[key]
         if key in ("anneal", "continue"):
             return self._training(key, title, machine)
@@ -150,23 +160,23 @@ class _Maker:
         """A line from what a stage takes once it runs; ``tasks`` run at the same time."""
         name = self._machine_name(machine, tasks)
         if work is None:
-            return StageCost(title, name, tokens, None, None, f"not estimated: {known}")
+            return StageCost(title, name, tokens, None, f"not estimated: {known}")
         prices = self.plan.prices
         vertex = self.plan.backend == "vertex"
         job = machine.gpu and vertex
-        seconds = work + Amount(prices.custom_job_start if job else prices.task_start)
+        start = prices.custom_job_start if job else prices.task_start
         hourly = prices.hourly(machine) if vertex else None
         if hourly is None and vertex:
             self._note(f"{prices.source} has no price for {name}")
         if machine.spot:
             self._note(f"{title} is on spot machines, whose price changes from day to day")
-        if job and seconds.fixed > machine.timeout_hours * 3600:
+        if job and start + work.fixed > machine.timeout_hours * 3600:
             self._note(
                 f"{title} takes longer than the {machine.timeout_hours} hours after which it is"
                 " stopped; see …_TIMEOUT_HOURS"
             )
-        price = None if hourly is None else seconds.times(hourly / 3600 * tasks)
-        return StageCost(title, name, tokens, seconds, price, known, factor)
+        cost = None if hourly is None else hourly * tasks
+        return StageCost(title, name, tokens, work, known, factor, start, cost)
 
     def _machine_name(self, machine: Machine, tasks: int) -> str:
         count = machine.replicas * tasks

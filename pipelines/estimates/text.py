@@ -6,6 +6,7 @@ import json
 import math
 import shlex
 import textwrap
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -42,8 +43,8 @@ def _cells(stage: StageCost) -> tuple[str, ...]:
         stage.title,
         stage.machine,
         tokens_text(stage.tokens),
-        _seconds_of(stage.seconds),
-        _money_of(stage.price),
+        _seconds_of(stage.seconds()),
+        _money_of(stage.price()),
         stage.known,
     )
 
@@ -63,18 +64,17 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
 
 def _totals(estimate: Estimate) -> list[str]:
     prices = estimate.plan.prices
-    low, high = (estimate.total("seconds", power) for power in (-1, 1))
-    line = f"total: {_seconds_of(estimate.total('seconds'))}, one stage after another"
-    line += f" (from {_seconds_of(low)} to {_seconds_of(high)})"
-    if without := estimate.without("seconds"):
-        line += f", without {', '.join(without)}"
+    line = f"total: {_seconds_of(estimate.seconds())}, one stage after another"
+    line += f" (from {_seconds_of(estimate.seconds(-1))} to {_seconds_of(estimate.seconds(1))})"
+    without = [stage.title for stage in estimate.stages if stage.seconds() is None]
+    line += f", without {', '.join(without)}" if without else ""
     if estimate.plan.backend != "vertex":
         return [line, "price: not known; the prices are those of Vertex AI's machines"]
-    low, high = (estimate.total("price", power) for power in (-1, 1))
-    cost = f"price: {_money_of(estimate.total('price'))} {prices.currency}"
-    cost += f" (from {_money_of(low)} to {_money_of(high)} by the times alone)"
-    if without := estimate.without("price"):
-        cost += f", without {', '.join(without)}"
+    cost = f"price: {_money_of(estimate.price())} {prices.currency}"
+    low, high = (_money_of(estimate.price(power)) for power in (-1, 1))
+    cost += f" (from {low} to {high} by the times alone)"
+    without = [stage.title for stage in estimate.stages if stage.price() is None]
+    cost += f", without {', '.join(without)}" if without else ""
     starts = f"{prices.custom_job_start / 60:g} min for a GPU machine to start"
     return [
         line,
@@ -145,12 +145,16 @@ def _money_of(amount: Amount | None) -> str:
 def as_json(estimate: Estimate) -> dict[str, Any]:
     """The same as JSON types: seconds, money, ``null`` for what is not known."""
     plan = estimate.plan
-    stages = []
-    for stage in estimate.stages:
-        entry = asdict(stage)
-        if stage.tokens is not None and math.isnan(stage.tokens):
-            entry["tokens"] = None
-        stages.append(entry)
+    stages = [
+        {
+            "title": stage.title,
+            "machine": stage.machine,
+            "tokens": None if stage.tokens is None or math.isnan(stage.tokens) else stage.tokens,
+            "known": stage.known,
+            **{name: _range(getattr(stage, name)) for name in ("seconds", "price")},
+        }
+        for stage in estimate.stages
+    ]
     return {
         "backend": plan.backend,
         "region": plan.region,
@@ -161,16 +165,14 @@ def as_json(estimate: Estimate) -> dict[str, Any]:
             "currency": plan.prices.currency,
         },
         "stages": stages,
-        "total": {
-            what: {
-                "estimate": asdict(estimate.total(what)),
-                "low": asdict(estimate.total(what, -1)),
-                "high": asdict(estimate.total(what, 1)),
-                "without": estimate.without(what),
-            }
-            for what in ("seconds", "price")
-        },
+        "total": {name: _range(getattr(estimate, name)) for name in ("seconds", "price")},
         "new": plan.new,
         "notes": estimate.notes,
         "parameters": dict(plan.values),
     }
+
+
+def _range(amount: Callable[[int], Amount | None]) -> dict[str, Any] | None:
+    """As estimated, the least and the most, each a fixed part and one for each token."""
+    found = {name: amount(power) for name, power in (("estimate", 0), ("low", -1), ("high", 1))}
+    return {name: asdict(value) for name, value in found.items() if value is not None} or None
