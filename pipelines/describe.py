@@ -10,13 +10,17 @@ from trainer.runtime.signals import watch_signals
 if __name__ == "__main__":
     watch_signals()  # before anything is imported that takes a while
 
+import shlex
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from pipelines.anneal import build_pipeline
-from pipelines.parameters import parameter_defaults, parameter_help
-from pipelines.settings import Settings
+from pipelines.estimates.plan import plan_of_run
+from pipelines.estimates.stages import estimate
+from pipelines.estimates.text import DEFAULTS, text
+from pipelines.parameters import parameter_defaults, parameter_help, parse_parameters
+from pipelines.settings import Settings, load_settings
 from pipelines.spec import compiled, tasks_of
 from pipelines.stages import DEFAULT_MACHINES
 from trainer.runtime.commands import run_command
@@ -24,6 +28,25 @@ from trainer.runtime.errors import LiquidError
 from trainer.settings.flags import OneLineParser
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "pipeline.md"
+
+
+EXAMPLE = {
+    "PARAMS": "teacher=cached target_workers=2",
+    "TARGETS_SPOT": "1",
+    "ANNEAL_MACHINE_TYPE": "a3-highgpu-1g",
+    "ANNEAL_ACCELERATOR_TYPE": "NVIDIA_H100_80GB",
+}
+"""Variables of the estimate that the document shows."""
+
+
+def example() -> list[str]:
+    """The command with these variables and what it prints, but for the long end of it."""
+    settings = load_settings(EXAMPLE)
+    parameters = parse_parameters(EXAMPLE["PARAMS"])
+    printed = text(estimate(plan_of_run(settings, parameters, "vertex", cache=True)))
+    given = " ".join(f"{name}={shlex.quote(value)}" for name, value in EXAMPLE.items())
+    shown = printed.partition(DEFAULTS)[0].splitlines()
+    return ["```", f"$ make estimate {given}", *shown, f"{DEFAULTS}", "  …", "```"]
 
 
 def parts() -> dict[str, list[str]]:
@@ -43,6 +66,7 @@ def parts() -> dict[str, list[str]]:
     return {
         "picture": ["```mermaid", "flowchart TD", *arrows, "```"],
         "parameters": _table(("parameter", "what it is", "default"), parameters),
+        "estimate": example(),
         "settings": _table(("setting", "what it is", "default"), _rows(Settings())),
         "machines": [
             f"One set a stage: `{{STAGE}}_{{NAME}}` with STAGE one of {', '.join(names)}.",
@@ -73,7 +97,7 @@ def _cell(value: object) -> str:
     return "–" if value in ("", {}, None) else f"`{value}`"
 
 
-def up_to_date(text: str) -> str:
+def up_to_date(document: str) -> str:
     """The document's text with picture and tables as they are now.
 
     Raises:
@@ -81,12 +105,12 @@ def up_to_date(text: str) -> str:
     """
     for name, lines in parts().items():
         start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        before, _, rest = text.partition(start)
+        before, _, rest = document.partition(start)
         _, found, after = rest.partition(end)
         if not found:
             raise LiquidError(f"{DOCUMENT} has no place for {name}, between {start!r} and {end!r}")
-        text = "\n".join([before + start, *lines, "", end + after])
-    return text
+        document = "\n".join([before + start, *lines, "", end + after])
+    return document
 
 
 def main(argv: list[str]) -> None:

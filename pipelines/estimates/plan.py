@@ -12,8 +12,7 @@ from pipelines.settings import Settings
 from pipelines.stages import STAGES, Machine
 
 _CACHE = (
-    "not known before the run; a stage whose image, parameters and inputs are those of an earlier"
-    " one comes from the cache, and all are counted here"
+    "not known before the run; what the cache has from earlier ones costs nothing, but is counted"
 )
 
 

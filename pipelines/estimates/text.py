@@ -16,6 +16,7 @@ from pipelines.parameters import parameter_defaults
 from trainer.runtime.messages import shortened
 
 _WIDTH = 100
+DEFAULTS = "parameters as by default:"
 _BACKENDS = {"vertex": "Vertex AI", "kfp": "open-source Kubeflow Pipelines"}
 
 
@@ -89,7 +90,7 @@ def _parameters(estimate: Estimate) -> list[str]:
     other = {name: value for name, value in values.items() if value != defaults.get(name)}
     lines = ["parameters that differ from their defaults:"] if other else []
     lines += [f"  {_pair(name, value)}" for name, value in other.items()]
-    lines.append("parameters as by default:")
+    lines.append(DEFAULTS)
     rest = " ".join(_pair(name, values[name]) for name in values if name not in other)
     wrapped = textwrap.wrap(
         rest,
