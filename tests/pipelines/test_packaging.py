@@ -30,3 +30,17 @@ def test_every_directory_with_code_is_packaged() -> None:
     }
     assert packaged == code
     assert {"trainer", "trainer.models", "trainer.models.gpt2"} <= code
+
+
+def test_every_data_file_is_packaged() -> None:
+    """What code reads beside itself would be missing from an installation."""
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    named = {
+        path
+        for package, patterns in setuptools["package-data"].items()
+        for pattern in patterns
+        for path in (ROOT / package).glob(pattern)
+    }
+    files = {path for path in (ROOT / "pipelines").rglob("*") if path.is_file()}
+    assert named == {path for path in files if path.suffix not in (".py", ".pyc")}
+    assert named
