@@ -268,7 +268,8 @@ class _Maker:
             return "fp32 on a GPU was not measured"
         return ""
 
-    def _student(self) -> Network:
+    @cached_property
+    def student(self) -> Network:
         """The student: that of the annealing, in every stage."""
         assert isinstance(self.teacher, Network)
         config = stage_settings(self.values, "anneal").config
@@ -291,7 +292,7 @@ class _Maker:
         return Work(
             kind,
             config.context,
-            self._student(),
+            self.student,
             self.teacher,
             fp8=config.teacher_precision == "fp8",
             usual=usual,
@@ -304,7 +305,7 @@ class _Maker:
         assert isinstance(self.teacher, Network)
         tokens = self._validation_tokens(config)
         gpu = speeds.gpu_of(machine.accelerator_type)
-        student = self._student()
+        student = self.student
         seconds = 0.0
         for context in config.contexts:
             each = speeds.scoring_seconds(gpu, student, context, teacher=False)

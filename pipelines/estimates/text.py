@@ -129,10 +129,12 @@ def _seconds_of(amount: Amount | None) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """``45 s``, ``12 min``, ``3 h 05 min``."""
+    """``45 s``, ``12 min``, ``3 h 05 min``, ``730 h``."""
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
+    if minutes >= 6000:
+        return f"{round(minutes / 60)} h"
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 

@@ -159,3 +159,12 @@ def test_a_training_longer_than_its_timeout_is_noted() -> None:
 def test_another_region_has_other_prices() -> None:
     found = estimated({}, {"REGION": "europe-west4"})
     assert any("the run is in europe-west4" in note for note in found.notes)
+
+
+def test_a_machine_without_a_price_is_left_out_of_the_sum_and_said() -> None:
+    machine = {"MACHINE_TYPE": "n1-ultramem-40", "ACCELERATOR_TYPE": "NVIDIA_TESLA_V100"}
+    found = estimated({}, on("ANNEAL", machine))
+    assert line(found, "anneal").price() is None
+    assert seconds(line(found, "anneal")) > 300
+    assert any("has no price for n1-ultramem-40, 1 V100" in note for note in found.notes)
+    assert found.price().fixed < estimated({}).price().fixed
