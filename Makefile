@@ -8,7 +8,17 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 
-# What is given on the command line reaches the commands as environment: make submit-pipeline NAME=…
+# A name on the command line that no command reads is refused, before anything is set up or sent
+GIVEN := $(strip $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$v)))
+ifneq ($(GIVEN),)
+CHECKING := PYTHONPATH=trainer_image:. $(firstword $(wildcard $(BIN)/python) $(PYTHON))
+WRONG := $(shell $(CHECKING) -m pipelines.make_variables '$(MAKECMDGOALS)' '$(GIVEN)')
+ifneq ($(WRONG),)
+$(error $(WRONG))
+endif
+endif
+
+# What is given on the command line reaches the commands as environment: make submit-pipeline PROJECT=…
 export
 
 .PHONY: help
@@ -16,9 +26,12 @@ help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml constraints.txt
-	@echo "setting up $(VENV) (once)"
-	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cloud,pipelines,dev]'
+	@echo "setting up $(VENV), once: some GB to download, so some minutes; nothing outside it is changed"
+	@test -d $(VENV) || { echo "1/2 a virtual environment of $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
+	@echo "2/2 the packages of pyproject.toml in the versions of constraints.txt: torch, transformers, kfp, Google's clients"
+	@started=$$(date +%s); if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
+		$(BIN)/python -m pip install $$quiet --disable-pip-version-check -c constraints.txt -e '.[cloud,pipelines,dev]' \
+		&& echo "set up in $$(($$(date +%s) - started)) s"
 	@touch $@
 
 .PHONY: setup
@@ -72,5 +85,9 @@ soak: $(STAMP) ## the long fault tests: kills, storage faults, races, stops, fuz
 	@$(BIN)/python -m pytest -q -m soak
 
 .PHONY: clean
-clean: ## remove what run-local made
+clean: ## remove the runs of run-local and their cache; with ALL=1 its teacher and corpus too
+ifeq ($(ALL),1)
 	rm -rf work
+else
+	@test ! -d work || find work -mindepth 1 -maxdepth 1 ! -name 'teacher*' ! -name corpus -exec rm -rf {} +
+endif

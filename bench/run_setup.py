@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from pipelines.embedded import build_corpus, build_tokenizer
+from trainer.runtime.log import FORMAT, JSON
 
 STARTED = time.perf_counter()
 CONTEXT = 512
@@ -115,7 +116,7 @@ def train(
         [sys.executable, "-m", "trainer.entrypoint", *flags],
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | dict(environ),
+        env=os.environ | dict(environ) | {FORMAT: JSON},
         start_new_session=True,
     )
     # With the workers that it may have started, which would keep the pipe open

@@ -24,6 +24,7 @@ from pathlib import Path
 from pipelines.embedded import build_corpus, build_tokenizer
 from tests.faults.proxy import FaultProxy
 from tests.faults.server import ObjectServer
+from trainer.runtime.log import FORMAT, JSON
 
 BANDWIDTH = 5_000_000
 """Bytes a second."""
@@ -44,7 +45,7 @@ def seconds(output: str, save_every: int, common: list[str], environment: dict[s
         [sys.executable, "-m", "trainer.entrypoint", *flags],
         capture_output=True,
         text=True,
-        env=os.environ | environment,
+        env=os.environ | environment | {FORMAT: JSON},
         check=True,
     )
     lines = [json.loads(line) for line in done.stderr.splitlines()]

@@ -22,6 +22,7 @@ from pipelines.settings import Settings, load_settings
 from pipelines.submit import switch
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import LiquidError, UsageError
+from trainer.runtime.log import set_up_logging
 from trainer.settings.flags import OneLineParser
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +62,7 @@ def main(argv: list[str]) -> None:
         UsageError: see `commands`.
         LiquidError: a command is not installed, or fails.
     """
+    set_up_logging()
     OneLineParser("python -m pipelines.build_image", description=__doc__).parse_args(argv)
     lines = commands(load_settings(), os.environ.get("BUILDER") or "cloud")
     if switch("DRY_RUN"):

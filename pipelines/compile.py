@@ -18,6 +18,7 @@ from pipelines.anneal import BACKENDS, build_pipeline
 from pipelines.settings import Settings, load_settings, settings_file
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import UsageError
+from trainer.runtime.log import set_up_logging
 from trainer.settings.flags import OneLineParser
 
 
@@ -40,6 +41,7 @@ def compile_to(path: Path, settings: Settings, backend: str = "vertex") -> Path:
 
 def main(argv: list[str]) -> None:
     """The command line."""
+    set_up_logging()
     logging.getLogger("kfp").setLevel(logging.ERROR)
     parser = OneLineParser("python -m pipelines.compile", description=__doc__)
     parser.add_argument("path", type=Path, nargs="?", default=Path("build/pipeline.yaml"))

@@ -4,7 +4,9 @@
     PARAMS="continue_train_steps=160" python -m pipelines.local
 
 Tasks run one after another in the kfp local runner. A task whose inputs are as in an earlier run is
-taken from the cache, so a changed parameter of one stage reruns that stage and what follows.
+taken from the cache, so a changed parameter of one stage reruns that stage and what follows. Each
+run has a directory ``work/runs/NAME`` with its parameters, its log and what its stages wrote;
+``RUN=NAME`` gives the name, which is else the time and the parameters given.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,6 +39,7 @@ import components
 import trainer
 from pipelines.anneal import build_pipeline
 from pipelines.embedded import build_corpus, build_teacher
+from pipelines.local_runs import LOG, PARAMETERS, name_of_run, open_run
 from pipelines.parameters import check_parameters, parse_parameters
 from pipelines.settings import LOCAL_IMAGE, Settings
 from pipelines.spec import compiled, titles_of
@@ -44,7 +47,8 @@ from pipelines.stages import CACHED, ONLINE, STAGES
 from pipelines.submit import switch
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import LiquidError
-from trainer.runtime.log import log, quiet_libraries, set_up_logging
+from trainer.runtime.log import FORMAT, JSON, log, quiet_libraries, set_up_logging
+from trainer.runtime.messages import duration
 from trainer.runtime.signals import GRACE_SECONDS, ending_first
 from trainer.settings.flags import OneLineParser
 
@@ -86,6 +90,7 @@ _stopping = threading.Event()
 """Set once this process is told to end."""
 _END_SECONDS = GRACE_SECONDS + 2.0
 """How long a training has to save and to end before it is killed."""
+_EXECUTING = re.compile(r"Executing task '(?P<task>[\w-]+)'")
 _FINISHED = re.compile(r"Task '(?P<task>[\w-]+)' finished with status (?P<status>\w+)")
 _COLOR = re.compile(r"\x1b\[\d+m")
 _QUIET = re.compile(r" = .*\((default|command line|checkpoint|--config)\)$")
@@ -99,6 +104,8 @@ class LocalRun:
     """The parameter of that name, which decides what there is to run."""
     ran: list[str] = field(default_factory=list)
     """Titles of the stages that ran, in the order in which they first ended."""
+    directory: Path = Path()
+    """Of its parameters, its log and what its stages wrote."""
     outputs: dict[str, Any] = field(default_factory=dict)
     """The pipeline's output artifacts: ``report``, ``before``, ``after``."""
 
@@ -123,6 +130,8 @@ class _Readable(io.TextIOBase):
         self.last_error = ""
         self._traceback_indent: int | None = None
         self._gone: set[str] = set()
+        self._began: dict[str, float] = {}
+        """By the runner's name of a task that runs: when it started."""
         self.last = ""
         """Title of the stage that ended last."""
 
@@ -139,6 +148,8 @@ class _Readable(io.TextIOBase):
         """Nothing: what is shown is flushed line by line, the log file when it is closed."""
 
     def _show(self, line: str) -> None:
+        if self.run.directory != Path():  # which has been told, and is in most paths
+            line = line.replace(f"{self.run.directory}/", "")
         self._observe(partial(print, file=self.shown, flush=True), line, "the standard output")
 
     def _observe(self, write: Callable[[str], object], text: str, name: str) -> None:
@@ -160,10 +171,10 @@ class _Readable(io.TextIOBase):
             ours = line.startswith("trainer.runtime.errors.")
             self.last_error = line.partition(": ")[2] if ours else line
         elif match := _FINISHED.search(line):
-            self.last = self.titles[match["task"]]
-            if self.last not in self.run.ran:
-                self.run.ran.append(self.last)
-            self._show(f"── {self.last}: {match['status'].lower()}")
+            self._finished(match["task"], match["status"].lower())
+        elif match := _EXECUTING.search(line):
+            self._began[match["task"]] = time.monotonic()
+            self._show(f"── {self._title(match['task'])}: started")
         elif line.startswith('{"severity"'):
             with contextlib.suppress(ValueError):
                 record = json.loads(line)
@@ -172,35 +183,47 @@ class _Readable(io.TextIOBase):
                 if not _QUIET.search(record["message"]):
                     self._show(f"   {record['message']}")
 
+    def _title(self, task: str) -> str:
+        return self.titles.get(task, task)
 
-def run_pipeline(work: Path, parameters: dict[str, Any]) -> LocalRun:
+    def _finished(self, task: str, status: str) -> None:
+        self.last = self._title(task)
+        if self.last not in self.run.ran:
+            self.run.ran.append(self.last)
+        took = time.monotonic() - self._began.pop(task, time.monotonic())
+        self._show(f"── {self.last}: {status} after {duration(took)}")
+
+
+def run_pipeline(work: Path, parameters: dict[str, Any], directory: Path | None = None) -> LocalRun:
     """Run the pipeline in the kfp local runner with its cache.
 
     Args:
-        work: artifacts go to its ``artifacts``, the cache to ``cache``, the full log to
-            ``pipeline.log``.
+        work: of all local runs, which share its ``cache``.
         parameters: of the pipeline, over its defaults.
+        directory: of `open_run`; a new one by default.
 
     Raises:
         LiquidError: a task failed; names it and its message.
     """
-    run = LocalRun(parameters.get("teacher", ONLINE))
+    code = code_digest()
+    directory = directory or open_run(work, parameters, code)
+    run = LocalRun(parameters.get("teacher", ONLINE), directory=directory)
     local.init(
         local.SubprocessRunner(use_venv=False),
-        pipeline_root=str(work / "artifacts"),
+        pipeline_root=str(directory),
         enable_caching=switch("CACHE", default=True),
         cache_root=str(work / "cache"),
     )
-    log_file = work / "pipeline.log"
-    log_file.parent.mkdir(parents=True, exist_ok=True)
+    log_file = directory / LOG
     with contextlib.ExitStack() as stack, warnings.catch_warnings():
-        raw = log_file.open("w", encoding="utf-8")
+        raw = log_file.open("a", encoding="utf-8")
         stack.callback(_close, raw)
+        stack.enter_context(_lines_as_json())
         warnings.simplefilter("ignore")
         stream = _Readable(sys.stdout, raw, run)
         try:
             # The image's name is part of the cache's key, so changed code is not taken from it
-            settings = Settings(trainer_image=f"{LOCAL_IMAGE}:{code_digest()}")
+            settings = Settings(trainer_image=f"{LOCAL_IMAGE}:{code}")
             with contextlib.redirect_stdout(stream):
                 pipeline = build_pipeline(settings, "local")
                 stream.titles = titles_of(compiled(pipeline))
@@ -217,6 +240,19 @@ def run_pipeline(work: Path, parameters: dict[str, Any]) -> LocalRun:
             )
             raise
     return run
+
+
+@contextlib.contextmanager
+def _lines_as_json() -> Iterator[None]:
+    """Let what the tasks log be told from what else they print."""
+    before = os.environ.get(FORMAT)
+    os.environ[FORMAT] = JSON
+    try:
+        yield
+    finally:
+        os.environ.pop(FORMAT)
+        if before is not None:
+            os.environ[FORMAT] = before
 
 
 def _close(file: TextIO) -> None:
@@ -278,11 +314,16 @@ def run_here(work: Path) -> None:
     """Build what the demonstration needs, run it with ``PARAMS``, and print its table."""
     parameters = parse_parameters(os.environ.get("PARAMS", ""))
     check_parameters(DEMO | parameters)
-    started = time.monotonic()
+    started, name = time.monotonic(), name_of_run(parameters)
+    places = {"teacher_name": str(work / "teacher"), "dataset_name": str(work / "corpus")}
+    every = DEMO | places | parameters
+    directory = open_run(work, every, code_digest(), name=name, given=os.environ.get("RUN", ""))
+    log.info("run in %s: all parameters in %s, all output in %s", directory, PARAMETERS, LOG)
+    if parameters:
+        log.info("given: %s", ", ".join(f"{name}={value}" for name, value in parameters.items()))
     corpus = build_corpus(work / "corpus")
-    teacher = build_teacher(work / "teacher", corpus, workdir=work / "teacher-run")
-    places = {"teacher_name": str(teacher), "dataset_name": str(corpus)}
-    run = run_pipeline(work, DEMO | places | parameters)
+    build_teacher(work / "teacher", corpus, workdir=work / "teacher-run")
+    run = run_pipeline(work, every, directory)
     rows = json.loads(Path(run.outputs["report"].path).with_name("metrics").read_text())
     print(f"\n{'phase':24} {'context':>7} {'student':>9} {'teacher':>9}   nats per token")
     for row in rows:
@@ -293,7 +334,8 @@ def run_here(work: Path) -> None:
     print(f"annealed         {run.outputs['before'].path}")
     print(f"continued        {run.outputs['after'].path}")
     print(f"report           {run.outputs['report'].path}")
-    print(f"took             {time.monotonic() - started:.0f} s")
+    print(f"run              {directory}")
+    print(f"took             {duration(time.monotonic() - started)}")
 
 
 if __name__ == "__main__":

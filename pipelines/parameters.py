@@ -6,7 +6,6 @@ A parameter is a setting of the trainer, for one stage (``continue_train_steps``
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import json
@@ -23,6 +22,7 @@ from pipelines.stages import CACHED, ONLINE, STAGES
 from trainer.loss.divergences import LINEAR_SCHEME
 from trainer.runtime.errors import UsageError
 from trainer.runtime.messages import brief
+from trainer.runtime.near_names import near_name
 from trainer.settings.accumulation import accumulation
 from trainer.settings.config import (
     REQUIRED,
@@ -70,6 +70,7 @@ _MOST_WORKERS = 64
 """Of a cached teacher; each is a machine of its own."""
 _MOST_EXACT = 2**53
 """Runs store numbers as doubles, which hold every whole number up to this one."""
+_FLAG = re.compile(r"(?<![\w-])--([A-Za-z]\w*)")
 _SECRET = re.compile(r"projects/[^/\s]+/secrets/[^/\s]+(/versions/[^/\s]+)?")
 _OBJECT = re.compile(r"gs://[a-z0-9][a-z0-9._-]+/.+")
 
@@ -171,7 +172,27 @@ def check_parameters(values: Mapping[str, Any], processes: Mapping[str, int] | N
                 check_shapes(resolved.values)
             accumulation(resolved, (processes or {}).get(stage, 1))
         except UsageError as error:
-            raise UsageError(f"PARAMS for stage {stage}: {error}") from None
+            raise UsageError(f"PARAMS for stage {stage}: {_as_typed(error, stage)}") from None
+
+
+def _parameters_of(stage: str) -> dict[str, str]:
+    """By the trainer's name of a setting: the parameter that gives it to a stage."""
+    split = {name: split_stage(name) for name in parameter_defaults()}
+    return {
+        _OTHER_NAMES.get(rest, rest): name
+        for name, (of, rest) in split.items()
+        if of in ("", stage)
+    }
+
+
+def _as_typed(error: UsageError, stage: str) -> str:
+    """What the trainer says of its flags, with the names of the parameters that give them."""
+    names = _parameters_of(stage)
+
+    def typed(match: re.Match[str]) -> str:
+        return names.get(match[1], match[1]) if match[1] in SETTINGS else match[0]
+
+    return _FLAG.sub(typed, str(error))
 
 
 def stage_settings(values: Mapping[str, Any], stage: str) -> Resolved:
@@ -206,7 +227,7 @@ def _check_targets(values: Mapping[str, Any]) -> None:
     try:
         TargetSettings(target_bytes=size)
     except UsageError as error:
-        raise UsageError(f"PARAMS: {error}") from None
+        raise UsageError(f"PARAMS: {_as_typed(error, '')}") from None
     if teacher == ONLINE:
         return
     sizes = sorted((values["anneal_block_size"], values["continue_block_size"]))
@@ -228,11 +249,7 @@ def _check_targets(values: Mapping[str, Any]) -> None:
 
 def _check_more(more: Mapping[str, Any], stage: str) -> None:
     """Refuse in ``more_settings`` what has a parameter, or what the stage itself sets."""
-    advice = {}
-    for name in parameter_defaults():
-        of, rest = split_stage(name)
-        if of in ("", stage):
-            advice[_OTHER_NAMES.get(rest, rest)] = f"give {name}"
+    advice = {name: f"give {parameter}" for name, parameter in _parameters_of(stage).items()}
     advice |= _GIVEN_BY_STAGE
     for name, value in more.items():
         # A number's parameter cannot hold the word
@@ -273,6 +290,6 @@ def _check_training(config: TrainConfig, metric: str) -> None:
     if config.train_steps == 0:
         raise UsageError("--train_steps=0 trains nothing; at least 1 update is needed")
     if metric not in config.student_metrics:
-        near = difflib.get_close_matches(metric, config.student_metrics, 1)
-        hint = f"did you mean {near[0]}?" if near else f"it gives {config.student_metrics}"
+        near = near_name(metric, config.student_metrics)
+        hint = f"did you mean {near}?" if near else f"it gives {config.student_metrics}"
         raise UsageError(f"best_metric={metric!r} is not evaluated there; {hint}")

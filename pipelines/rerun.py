@@ -26,6 +26,7 @@ from typing import Any
 
 from google.protobuf import json_format
 
+from pipelines.anneal import build_pipeline
 from pipelines.estimates.plan import Plan
 from pipelines.estimates.prices import Prices, read_prices
 from pipelines.estimates.stages import estimate
@@ -37,6 +38,8 @@ from pipelines.parameters import (
 )
 from pipelines.settings import Settings, load_settings
 from pipelines.spec import (
+    check_stage,
+    compiled,
     find_stage,
     machine_of,
     processes_of,
@@ -47,6 +50,7 @@ from pipelines.spec import (
 from pipelines.submit import Switches, new_run_id, send_to_vertex
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import LiquidError, UsageError
+from trainer.runtime.log import set_up_logging
 from trainer.settings.flags import OneLineParser
 
 _RUN_ID = re.compile(r"[a-z][a-z0-9-]{0,127}")
@@ -133,6 +137,8 @@ def rerun(settings: Settings, run: str, stage: str, parameters: dict[str, Any]) 
         "STAGE": (stage, "the stage to repeat, e.g. continue"),
     }
     missing = {name: what for name, (value, what) in named.items() if not value}
+    if stage:
+        check_stage(stage, compiled(build_pipeline(Settings(), "local")))
     name = run_name(settings.require("project", "region", beside=missing), run)
     prices = read_prices(settings.prices)
     from pipelines import vertex
@@ -255,6 +261,7 @@ def _repetition(
 
 def main(argv: list[str]) -> None:
     """The command line; everything comes from the environment."""
+    set_up_logging()
     OneLineParser("python -m pipelines.rerun", description=__doc__).parse_args(argv)
     parameters = parse_parameters(os.environ.get("PARAMS", ""))
     rerun(load_settings(), os.environ.get("RUN", ""), os.environ.get("STAGE", ""), parameters)

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from pipelines.machine_types import check_pair
 from pipelines.stages import DEFAULT_MACHINES, STAGES, Machine, described
 from trainer.runtime.errors import UsageError
 from trainer.runtime.messages import brief
+from trainer.runtime.near_names import near_name
 from trainer.settings.secret_names import shown_name
-from trainer.settings.text_yaml import LONGEST, read_settings
 
 DEFAULT_FILE = "pipeline.yaml"
 LOCAL_IMAGE = "liquid-annealing/trainer:local"
@@ -115,7 +116,10 @@ class Settings:
             raise UsageError(f"PIPELINE_ROOT={self.pipeline_root!r} must start with gs://")
         for stage, machine in self.machines.items():
             _check_custom_job(stage.upper(), machine)
-            self._check_pair(stage, machine)
+            self._check_both_given(stage, machine)
+            if machine.gpu:
+                kind, count = machine.accelerator_type, machine.accelerator_count
+                check_pair(stage.upper(), machine.machine_type, kind, count)
             unused = ("CPU", "MEMORY") if machine.gpu else _CUSTOM_JOB_ONLY
             why = "its machine type has them" if machine.gpu else "the stage is no custom job"
             self._refuse_unused(stage, unused, f"Vertex AI would not use it, since {why}")
@@ -147,7 +151,7 @@ class Settings:
             unused = ("MACHINE_TYPE", *_CUSTOM_JOB_ONLY)
             self._refuse_unused(stage, unused, "open-source Kubeflow Pipelines would not use it")
 
-    def _check_pair(self, stage: str, machine: Machine) -> None:
+    def _check_both_given(self, stage: str, machine: Machine) -> None:
         """Refuse a machine type of another family, or an accelerator, without its counterpart.
 
         The default of the one that is not given would make a pair that no machine has.
@@ -216,7 +220,7 @@ def _check_machine(name: str, machine: Machine) -> None:
 def _check_custom_job(name: str, machine: Machine) -> None:
     from google.cloud.aiplatform_v1 import AcceleratorType
 
-    kind, count = machine.accelerator_type, machine.accelerator_count
+    kind = machine.accelerator_type
     if not machine.gpu:
         for key, given in (("REPLICAS", machine.replicas > 1), ("SPOT", machine.spot)):
             if given:
@@ -235,18 +239,12 @@ def _check_custom_job(name: str, machine: Machine) -> None:
             f"{name}_ACCELERATOR_TYPE={kind} without {name}_MACHINE_TYPE; Vertex AI needs a machine"
             " type to put it in, for example g2-standard-12 for NVIDIA_L4"
         )
-    inside = machine.gpus_inside
-    if inside is not None and inside != count:
-        raise UsageError(
-            f"{name}_ACCELERATOR_COUNT={count}, but {name}_MACHINE_TYPE={machine.machine_type} has"
-            f" {inside}; make them agree"
-        )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a message on a wrong name: which one may be meant; empty where none comes near."""
-    near = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {near[0]}?" if near else ""
+    near = near_name(name, known)
+    return f"; did you mean {near}?" if near else ""
 
 
 def known_names() -> dict[str, str]:
@@ -305,6 +303,8 @@ def settings_file(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def _from_file(environ: Mapping[str, str], known: Mapping[str, str]) -> dict[str, Any]:
+    from trainer.settings.text_yaml import LONGEST, read_settings  # needs what is installed first
+
     path = settings_file(environ)
     if not path.exists():
         if environ.get("SETTINGS"):

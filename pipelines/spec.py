@@ -6,7 +6,6 @@ are listed among the others; a task of a loop stands for all its rounds.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import re
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,7 @@ from google.protobuf import json_format
 
 from pipelines.stages import STAGES, Machine
 from trainer.runtime.errors import UsageError
+from trainer.runtime.near_names import near_name
 
 _OF_CONDITION = re.compile(r"inputs\.parameter_values\['([^']+)'\]")
 
@@ -134,10 +134,32 @@ def find_stage(spec: Mapping[str, Any], stage: str) -> str:
     for key, title in titles.items():
         if stage in (key, title):
             return key
-    known = list(titles.values())
-    near = difflib.get_close_matches(stage, known, 1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise UsageError(f"STAGE={stage!r} is not in this run; {hint}It has {', '.join(known)}")
+    raise _no_stage(stage, "this run", list(titles.values()))
+
+
+def check_stage(stage: str, spec: Mapping[str, Any]) -> None:
+    """Refuse, before a run is looked at, a name that no release has had for a stage.
+
+    A title of another release goes on from a word of this one's: ``continue-1024``.
+
+    Args:
+        stage: as a user names it.
+        spec: this release's compiled pipeline.
+
+    Raises:
+        UsageError: lists the stages that there are.
+    """
+    titles = titles_of(spec)
+    if stage.partition("-")[0] not in {
+        name.partition("-")[0] for name in (*titles, *titles.values())
+    }:
+        raise _no_stage(stage, "the pipeline", list(titles.values()))
+
+
+def _no_stage(stage: str, where: str, known: list[str]) -> UsageError:
+    near = near_name(stage, known)
+    has = f"did you mean {near}? It has" if near else "it has"
+    return UsageError(f"STAGE={stage!r} is not in {where}; {has} {', '.join(known)}")
 
 
 def stage_of(task: Task) -> str:

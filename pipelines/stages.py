@@ -5,12 +5,8 @@ A new stage is a module of ``trainer``, its component, a task in `pipelines.anne
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
-
-_GPUS_INSIDE = re.compile(r"-(\d+)g(-|$)")
-"""How names of machine types that come with GPUs end: a2-highgpu-1g, a3-megagpu-8g-nolssd."""
 
 
 def described(default: Any, help: str, *, least: int | None = None) -> Any:
@@ -46,12 +42,6 @@ class Machine:
     def family(self) -> str:
         """The machine type without its size, ``a2-highgpu`` of ``a2-highgpu-1g``."""
         return "-".join(self.machine_type.split("-")[:2])
-
-    @property
-    def gpus_inside(self) -> int | None:
-        """How many GPUs the machine type's name says it comes with; None where it says nothing."""
-        found = _GPUS_INSIDE.search(self.machine_type)
-        return int(found[1]) if found else None
 
 
 _GPU = Machine(

@@ -36,6 +36,7 @@ from pipelines.parameters import check_cloud_parameters, check_parameters, parse
 from pipelines.settings import Settings, load_settings
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import LiquidError, UsageError
+from trainer.runtime.log import set_up_logging
 from trainer.settings.flags import OneLineParser
 
 _PATIENCE = 10
@@ -237,6 +238,7 @@ def follow(look: Callable[[], tuple[str, dict[str, str]]], page: str, poll_secon
 
 def main(argv: list[str]) -> None:
     """The command line: ``vertex`` or ``kfp``; the rest comes from the environment."""
+    set_up_logging()
     parser = OneLineParser("python -m pipelines.submit", description=__doc__)
     parser.add_argument("backend", choices=("vertex", "kfp"), nargs="?", default="vertex")
     backend = parser.parse_args(argv).backend

@@ -20,9 +20,11 @@ from tests.faults.proxy import FaultProxy
 from tests.faults.server import ObjectServer
 from tests.trainer.samples import save_teacher
 from trainer import entrypoint, export_hf, prepare_tokens, teacher_targets
-from trainer.runtime.log import log, quiet_libraries
+from trainer.runtime.log import FORMAT, JSON, log, quiet_libraries
 from trainer.runtime.signals import release_signals
 
+os.environ[FORMAT] = JSON
+"""What commands say is read by the tests, also of those that they start."""
 _numbers = itertools.count(1)
 
 

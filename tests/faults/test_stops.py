@@ -26,6 +26,7 @@ from tests.interrupts import with_interrupts
 from tests.trainer.storage.test_locations import mounted, needs_namespaces
 from trainer import entrypoint
 from trainer.checkpoints.snapshots import read_sidecars
+from trainer.runtime.log import FORMAT
 from trainer.runtime.signals import GRACE_SECONDS
 from trainer.storage.places import open_location
 
@@ -329,7 +330,7 @@ def test_a_terminal_that_goes_away_does_not_end_the_run(
         stderr=theirs,
         stdout=theirs,
         start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", FORMAT: ""},
     )
     os.close(theirs)
     seen = b""

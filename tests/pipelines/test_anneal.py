@@ -47,6 +47,21 @@ def test_every_task_ran_once(first_run: LocalRun) -> None:
     assert first_run.ran == TITLES
 
 
+def test_a_run_has_a_directory_of_its_own(
+    first_run: LocalRun, work: Path, parameters: dict[str, Any]
+) -> None:
+    """With what made it, its log, and all that its stages wrote."""
+    directory = first_run.directory
+    assert directory.parent == work / "runs"
+    described = json.loads((directory / "parameters.json").read_text())
+    assert described["parameters"] == parameters
+    assert described["code"] == code_digest()
+    assert Path(first_run.outputs["after"].path).is_relative_to(directory)
+    log = (directory / "pipeline.log").read_text()
+    assert "finished with status" in log
+    assert "weight_decay = 0.1 (default)" in log  # all settings, also those that are as usual
+
+
 @pytest.mark.parametrize(
     ("task", "output"), [("train", "before"), ("train-2", "after")], ids=["anneal", "continue"]
 )
@@ -128,7 +143,11 @@ def test_other_code_and_no_cache_run_again(
     def prepares() -> bool:
         with pytest.raises(LiquidError, match=r"^anneal failed"):
             run_pipeline(work, fails)
-        return "── prepare: success" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        ran = "── prepare: success after" in shown
+        assert ("── prepare: started" in shown) == ran
+        assert "── anneal: started" in shown
+        return ran
 
     assert not prepares()
     with monkeypatch.context() as patched:
@@ -203,7 +222,7 @@ def test_the_task_that_runs_ends_with_the_run(
     assert "Traceback" not in errors
     assert "the one that was running starts over" in errors
     assert not [child for child in children if child.is_running()]
-    assert len(list(tmp_path.glob("artifacts/*/for-loop-*"))) == ("teacher" in more)
+    assert len(list(tmp_path.glob("runs/*/*/for-loop-*"))) == ("teacher" in more)
 
 
 def test_an_error_of_another_kind_is_shown_as_it_is() -> None:

@@ -130,6 +130,14 @@ def test_accelerators_that_vertex_does_not_know() -> None:
         settings.check_vertex()
 
 
+def test_the_machine_must_carry_the_accelerator() -> None:
+    given = {"ANNEAL_MACHINE_TYPE": "n1-standard-8", "ANNEAL_ACCELERATOR_TYPE": "NVIDIA_L4"}
+    with pytest.raises(UsageError, match="cannot carry ANNEAL_ACCELERATOR_TYPE=NVIDIA_L4"):
+        load_settings(given).check_vertex()
+    with pytest.raises(UsageError, match=r"none of Vertex AI's; did you mean NVIDIA_H100_80GB\?"):
+        load_settings(given | {"ANNEAL_ACCELERATOR_TYPE": "NVIDIA_H100"}).check_vertex()
+
+
 def test_machines_that_vertex_takes() -> None:
     load_settings({}).check_vertex()
     larger = {"ANNEAL_MACHINE_TYPE": "a2-highgpu-8g", "ANNEAL_ACCELERATOR_COUNT": "8"}

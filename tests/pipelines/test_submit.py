@@ -27,7 +27,7 @@ from tests.interrupts import with_interrupts
 from tests.pipelines.loopback import Loopback
 from tests.pipelines.test_compile import every_task
 from trainer.runtime.commands import run_command
-from trainer.runtime.log import log
+from trainer.runtime.log import FORMAT, log
 
 IMAGE = "europe-docker.pkg.dev/p/r/trainer@sha256:" + "0" * 64
 _numbers = itertools.count(1)
@@ -73,7 +73,7 @@ ROOT = Path(__file__).parents[2]
 
 def around(environment: dict[str, str]) -> dict[str, str]:
     """The environment with what any process needs."""
-    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", FORMAT) if name in os.environ}
     return kept | {"PYTHONPATH": f"{ROOT}:{ROOT / 'trainer_image'}"} | environment
 
 
@@ -304,7 +304,7 @@ def test_parameters_are_checked_before_anything_is_sent(
     vertex: Loopback, environment: dict[str, str]
 ) -> None:
     for params, machines, expected in (
-        ("anneal_alpha=2", {}, "stage anneal: --alpha=2 must be between 0 and 1"),
+        ("anneal_alpha=2", {}, "stage anneal: anneal_alpha=2 must be between 0 and 1"),
         ("", {"ANNEAL_REPLICAS": "16"}, "not divisible by micro_batch 8 x 16 processes"),
         ("", {"ANNEAL_MACHINE_TYPE": "g2-standard-12"}, "without ANNEAL_ACCELERATOR_TYPE"),
         ("resume_gcs_uri=/home/me/x.pt", {}, "resume_gcs_uri='/home/me/x.pt': no stage can read"),
@@ -605,10 +605,13 @@ def test_rerun_errors(vertex: Loopback, environment: dict[str, str]) -> None:
         (known | {"WAIT": "yes"}, 2, "WAIT='yes': 1 or 0 is needed"),
         (known | {"RUN": "My Run"}, 2, "RUN='My Run' is no run's id"),
         (known | {"STAGE": "continue-102"}, 2, "did you mean continue? It has prepare, plan"),
-        (known | {"STAGE": "x"}, 2, "is not in this run; It has prepare, plan-targets, teac"),
         (known | {"PARAMS": "anneal_seed=1"}, 2, "unknown parameter 'anneal_seed'"),
         (known | {"PARAMS": "anneal_train_steps=9"}, 2, "skipped; give STAGE=anneal"),
-        (known | {"PARAMS": "continue_alpha=2"}, 2, "stage continue: --alpha=2 must be between"),
+        (
+            known | {"PARAMS": "continue_alpha=2"},
+            2,
+            "stage continue: continue_alpha=2 must be between",
+        ),
         (known | {"PARAMS": "continue_grad_accum=0 continue_micro_batch=7"}, 2, "by micro_batch 7"),
         (known | {"RUN": "absent"}, 1, "not found at localhost"),
         (known | {"RUN": page.format("us-east1", "p")}, 2, "is in us-east1, but REGION=europe-we"),
@@ -620,6 +623,16 @@ def test_rerun_errors(vertex: Loopback, environment: dict[str, str]) -> None:
         assert done.returncode == status, done.stderr
         assert expected in last_message(done)
     assert {method for method, _, _ in vertex.requests} == {"GET"}
+
+
+def test_a_stage_that_no_release_has_is_refused_before_anything_is_asked(
+    vertex: Loopback, environment: dict[str, str]
+) -> None:
+    for stage, hint in (("foo", "it has prepare"), ("contnue", "did you mean continue? It has")):
+        done = run("rerun", environment | {"RUN": "liquid-annealing-1", "STAGE": stage})
+        assert done.returncode == 2
+        assert f"STAGE={stage!r} is not in the pipeline; {hint}" in last_message(done)
+    assert vertex.requests == []
 
 
 # ── open-source Kubeflow Pipelines

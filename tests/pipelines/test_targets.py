@@ -48,7 +48,7 @@ def make_targets(work: Path, parameters: dict[str, Any]) -> None:
 
 def shares(work: Path) -> list[Path]:
     """Where each worker has written, in order."""
-    return sorted(work.glob("artifacts/*/for-loop-*/teacher-targets/targets"))
+    return sorted(work.glob("runs/*/*/for-loop-*/teacher-targets/targets"))
 
 
 def content(work: Path) -> dict[str, bytes]:
@@ -58,7 +58,7 @@ def content(work: Path) -> dict[str, bytes]:
 
 
 def index(work: Path) -> dict[str, Any]:
-    (path,) = work.glob("artifacts/*/join-targets/targets/targets.json")
+    (path,) = work.glob("runs/*/*/join-targets/targets/targets.json")
     return dict(json.loads(path.read_text()))
 
 
@@ -72,7 +72,7 @@ class Killer(threading.Thread):
         """By name of a file that was whole: when it was written, by the file system's clock."""
 
     def run(self) -> None:
-        pattern = f"artifacts/*/for-loop-*-iteration-{self.worker}/*/targets/train-*.json"
+        pattern = f"runs/*/*/for-loop-*-iteration-{self.worker}/*/targets/train-*.json"
         while not (whole := list(self.work.glob(pattern))):
             time.sleep(0.002)
         for child in psutil.Process().children(recursive=True):
@@ -97,7 +97,7 @@ def test_a_killed_worker_goes_on_behind_its_last_whole_shard(
     killed: tuple[Path, Killer], capsys: pytest.CaptureFixture[str]
 ) -> None:
     work, killer = killed
-    told = (work / "pipeline.log").read_text()
+    told = min(work.glob("runs/*/pipeline.log")).read_text()
     ends = re.findall(r"'teacher-targets'\S* finished with status \S*?(SUCCESS|FAILURE)", told)
     assert ends == ["SUCCESS", "FAILURE", "SUCCESS", "SUCCESS", "SUCCESS"]
     share = shares(work)[1]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +34,53 @@ def test_numbers_that_are_not_finite_are_standard_json(capsys: pytest.CaptureFix
     assert record["message"] == "step 1: loss nan"
     assert record["loss"] is None
     assert record["nested"] == {"x": [None, 1.5]}
+
+
+@pytest.mark.parametrize(
+    ("given", "form"),
+    [
+        ({}, log.TEXT),
+        ({"AIP_MODEL_DIR": "gs://b/m"}, log.JSON),
+        ({"CLOUD_ML_JOB_ID": "1"}, log.JSON),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, log.JSON),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", log.FORMAT: "text"}, log.TEXT),
+        ({log.FORMAT: "json"}, log.JSON),
+        ({log.FORMAT: "", "KFP_POD": "x"}, log.TEXT),
+    ],
+)
+def test_lines_are_json_where_asked_for_or_collected(given: dict[str, str], form: str) -> None:
+    """Of a process whose output goes into a pipe."""
+    code = "from trainer.runtime import log; log.set_up_logging(); log.log.warning('said')"
+    kept = {name: value for name, value in os.environ.items() if name == "PYTHONPATH"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=kept | given, check=True)
+    (line,) = done.stderr.splitlines()
+    assert line.endswith(" WARNING said") == (form == log.TEXT)
+    assert line.startswith("{") == (form == log.JSON)
+
+
+def test_a_terminal_gets_text_wherever_it_is() -> None:
+    ours, theirs = os.openpty()
+    kept = os.dup(2)
+    os.dup2(theirs, 2)
+    try:
+        assert log.log_format({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}) == log.TEXT
+        assert log.log_format({log.FORMAT: "json"}) == log.JSON
+    finally:
+        os.dup2(kept, 2)
+        for number in (ours, theirs, kept):
+            os.close(number)
+
+
+def test_another_form_of_lines_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(log.FORMAT, "xml")
+    with pytest.raises(UsageError, match="LOG_FORMAT='xml': choose one of json, text"):
+        log.set_up_logging()
+    log.log.handlers.clear()
+    assert log.report_failure(UsageError("reported")) == 2
+    assert capsys.readouterr().err.endswith("ERROR reported\n")
 
 
 def test_no_password_of_an_address_is_shown() -> None:

@@ -100,6 +100,9 @@ def test_precedence_and_its_record() -> None:
     assert "lr = 0.001 (checkpoint)" in lines
     assert "T = 1.0 (default)" in lines
     assert len(lines) == len(SETTINGS)
+    default = SETTINGS["micro_batch"].default
+    differing = list(resolve({"alpha": 0.1, "micro_batch": default}, {"seed": 7}).differing_lines())
+    assert sorted(differing) == ["alpha = 0.1 (command line)", "seed = 7 (--config)"]
 
 
 def test_a_given_rival_beats_what_a_lower_layer_says() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import signal
@@ -95,6 +96,20 @@ def test_groups_arrive_in_order_with_removals_behind_them(uri: str, tmp_path: Pa
     ]
     found = [entry.name for entry in open_location(uri, POLICY).list()]
     assert found == ["ckpt_step_1.pt.meta.json", "ckpt_step_2.pt", "ckpt_step_2.pt.meta.json"]
+
+
+def test_only_what_goes_elsewhere_is_called_uploaded(
+    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    uploads = Uploader(open_location(uri, POLICY))
+    place = open_location(uri, POLICY)
+    uploads.submit(["a.pt"], lambda: [lambda name: place.put_bytes(b"x" * 100_000, name)])
+    uploads.drain()
+    uploads.close()
+    (line,) = [line for line in caplog.messages if "a.pt" in line]
+    assert line.startswith(f"{'uploaded' if '://' in uri else 'saved'} {uri}/a.pt: 0.1 MB")
+    assert (" in " in line) == ("://" in uri)
 
 
 def test_the_newest_waiting_best_wins_and_the_one_in_flight_is_finished(
@@ -304,7 +319,7 @@ def test_what_waits_at_the_end_is_dropped_and_named(
     threading.Timer(0.05, location.gate.set).start()
     uploads.close()
     assert [entry.name for entry in open_location(uri, POLICY).list()] == ["a.pt", "a.pt.meta.json"]
-    assert "not uploaded" in caplog.text
+    assert "not written" in caplog.text
     assert "b.pt" in caplog.text
 
 

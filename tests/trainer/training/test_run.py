@@ -132,6 +132,24 @@ def test_wrong_settings_are_told_before_the_checkpoint_is_fetched(
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_which_settings_a_start_shows(
+    settings: Settings, form: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a terminal those that are not as usual, and where the others are; all where they go on."""
+    monkeypatch.setenv("LOG_FORMAT", form)
+    caplog.set_level(logging.INFO)
+    entrypoint.run(settings | {"train_steps": 1, "eval_every": 1, "weight_decay": 0.1})
+    assert "d_model = 32 (command line)" in caplog.messages
+    shown = [line for line in caplog.messages if line.endswith("(default)")]
+    (rest,) = [line for line in caplog.messages if "have their defaults" in line] or [""]
+    assert bool(rest) == (form == "text")
+    assert bool(shown) == (form == "json")
+    (last,) = [line for line in caplog.messages if line.startswith("step 1/1: ")]
+    assert not last.endswith("left")
+    assert any(line.startswith("finished at step 1 after ") for line in caplog.messages)
+
+
 def test_the_log_tells_the_sources_of_places_and_of_what_follows(
     settings: Settings, source: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,4 +1,8 @@
-"""Log lines: JSON objects for Cloud Logging, plain text and a progress bar on a terminal."""
+"""Log lines: plain text, with a progress bar on a terminal; JSON objects for Cloud Logging.
+
+``LOG_FORMAT`` asks for ``json`` or ``text``. Without it, lines are JSON where a platform collects
+them, as its variables tell, and no person watches.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,21 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import trainer
-from trainer.runtime.errors import LiquidError, Preempted, signal_status
+from trainer.runtime.errors import LiquidError, Preempted, UsageError, signal_status
+from trainer.runtime.messages import brief
 from trainer.runtime.strict_json import dumps
 
 log = logging.getLogger("trainer")
+
+FORMAT = "LOG_FORMAT"
+"""The variable of the environment that asks for a form of the log's lines."""
+JSON, TEXT = "json", "text"
+_PLATFORMS = re.compile(r"CLOUD_ML_JOB_ID|AIP_\w+|KUBERNETES_SERVICE_HOST")
+"""Variables that Vertex AI and Kubernetes set in what they run."""
 
 _secrets: set[str] = set()
 
@@ -136,6 +147,15 @@ def on_terminal() -> bool:
     return sys.stderr.isatty()
 
 
+def log_format(environ: Mapping[str, str] = os.environ) -> str:
+    """Which form the log's lines have: `JSON` or `TEXT`."""
+    asked = environ.get(FORMAT, "")
+    if asked in (JSON, TEXT):
+        return asked
+    collected = not os.isatty(2) and any(_PLATFORMS.fullmatch(name) for name in environ)
+    return JSON if collected else TEXT
+
+
 class ProgressBar:
     """tqdm's, on a terminal; one that cannot be drawn any more is left out.
 
@@ -163,10 +183,11 @@ class ProgressBar:
             with _unless_gone():
                 self._bar = tqdm(total=total, initial=initial, desc=what, unit=unit, leave=False)
 
-    def update(self, number: int = 1) -> None:
-        """So many more are done."""
+    def update(self, number: int = 1, note: str = "") -> None:
+        """So many more are done; the note stands behind how long is left."""
         if self._bar is not None:
             with _unless_gone():
+                self._bar.set_postfix_str(note, refresh=False)
                 self._bar.update(number)
 
     def close(self) -> None:
@@ -178,7 +199,7 @@ class ProgressBar:
 
 def write_last_line(message: str) -> None:
     """A line of the log, written past all locks and buffers: as a signal's handler must."""
-    formatter = _TextFormatter() if os.isatty(2) else _JsonFormatter()
+    formatter = _formatter()
     record = logging.LogRecord(log.name, logging.ERROR, "", 0, message, None, None)
     with contextlib.suppress(OSError):
         os.write(2, f"{formatter.format(record)}\n".encode())
@@ -190,13 +211,28 @@ def rank_of_process() -> int:
     return int(text) if text.isdecimal() else 0
 
 
+def _formatter() -> logging.Formatter:
+    return _JsonFormatter() if log_format() == JSON else _TextFormatter()
+
+
 def set_up_logging(*, rank: int = 0) -> None:
-    """Log to stderr; processes other than rank 0 log warnings only."""
+    """Log to stderr; processes other than rank 0 log warnings only.
+
+    Raises:
+        UsageError: ``LOG_FORMAT`` is of no known form.
+    """
+    _log_to_stderr(logging.INFO if rank == 0 else logging.WARNING)
+    asked = os.environ.get(FORMAT, "")
+    if asked not in (JSON, TEXT, ""):
+        raise UsageError(f"{FORMAT}={brief(asked)}: choose one of {JSON}, {TEXT}")
+
+
+def _log_to_stderr(level: int) -> None:
     handler = _AboveProgressBar(sys.stderr)
-    handler.setFormatter(_TextFormatter() if on_terminal() else _JsonFormatter())
+    handler.setFormatter(_formatter())
     log.handlers[:] = [handler]
     log.propagate = False
-    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    log.setLevel(level)
 
 
 _QUIET = {
@@ -236,7 +272,7 @@ def log_values(message: str, **values: Any) -> None:
 def report_failure(error: BaseException) -> int:
     """One line for a failure the user can act on; the traceback only for a defect of ours."""
     if not log.handlers:
-        set_up_logging()
+        _log_to_stderr(logging.INFO)
     if isinstance(error, KeyboardInterrupt):
         log.error("interrupted")
         return signal_status(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Foreign values in messages: cut short where they are long."""
+"""What messages show: foreign values, cut short where they are long, and durations."""
 
 from __future__ import annotations
 
@@ -18,3 +18,14 @@ def brief(value: Any) -> str:
     if isinstance(value, str) and len(value) > _SHOWN:
         return f"{repr(value[:_SHOWN])[:-1]}…"
     return shortened(repr(value))
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them, in two units at most: ``2 h 5 min``."""
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    units = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
+    first = next(i for i, (_, size) in enumerate(units) if seconds + size / 120 >= size)
+    (large, size), (small, least) = units[first : first + 2]
+    whole, rest = divmod(round(seconds / least), size // least)
+    return f"{whole} {large}" + f" {rest} {small}" * bool(rest)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import itertools
 import re
 import sys
@@ -12,6 +11,7 @@ from typing import Any, NoReturn
 
 from trainer.runtime.errors import UsageError
 from trainer.runtime.log import without_secrets
+from trainer.runtime.near_names import near_name
 from trainer.settings.config import SETTINGS
 from trainer.settings.secret_names import resembles_secret, shown_name
 from trainer.settings.values import SPECS, TYPES, parse_value
@@ -63,8 +63,8 @@ class OneLineParser(argparse.ArgumentParser):
             self.error(f"unexpected argument {shown_name(name, SETTINGS)}{sign}***")
 
     def _unknown(self, name: str, flags: list[str]) -> NoReturn:
-        near = difflib.get_close_matches(name, flags, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        near = near_name(name, flags)
+        hint = f"; did you mean {near}?" if near else ""
         self.error(f"unknown flag {shown_name(name, flags)}{hint}")
 
 

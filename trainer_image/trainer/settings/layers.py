@@ -66,6 +66,12 @@ class Resolved:
                 shown = "***"
             yield f"{name} = {shortened(shown, _SHOWN)} ({self.sources[name]})"
 
+    def differing_lines(self) -> Iterable[str]:
+        """Of `lines` those of settings that have another value than their default."""
+        for (name, value), line in zip(self.values.items(), self.lines(), strict=True):
+            if value != SETTINGS[name].default:
+                yield line
+
 
 def settings_from_yaml(path: str) -> dict[str, Any]:
     """The settings of a ``--config`` file; null leaves a setting to the next layer.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import typing
 from collections.abc import Iterable
@@ -10,6 +9,7 @@ from typing import Any
 
 from trainer.runtime.errors import UsageError
 from trainer.runtime.messages import brief
+from trainer.runtime.near_names import near_name
 from trainer.settings.config import (
     AUTO,
     SETTINGS,
@@ -84,8 +84,8 @@ def parse_value(name: str, value: Any) -> Any:
         raise UsageError(f"--{name}={shown}: {wanted} is needed") from None
     choices = spec.metadata["choices"]
     if choices and parsed not in choices:
-        near = difflib.get_close_matches(text, choices, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        near = near_name(text, choices)
+        hint = f"; did you mean {near}?" if near else ""
         raise UsageError(f"--{name}={brief(text)}: choose one of {', '.join(choices)}{hint}")
     return parsed
 
@@ -123,7 +123,7 @@ def check_names(names: Iterable[Any], where: str = "") -> None:
         if name == "config":
             raise UsageError(f"{where}'config' names a file, which the command line alone gives")
         if name not in SETTINGS:
-            near = difflib.get_close_matches(str(name), SETTINGS, 1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            near = near_name(str(name), SETTINGS)
+            hint = f"; did you mean {near!r}?" if near else ""
             shown = brief(shown_name(str(name), SETTINGS))
             raise UsageError(f"{where}unknown setting {shown}{hint}")

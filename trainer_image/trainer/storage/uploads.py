@@ -164,7 +164,7 @@ class Uploader:
             self._queue.clear()
             self._changed.notify_all()
         if dropped:
-            log.warning("not uploaded to %s: %s", self._location.uri, ", ".join(dropped))
+            log.warning("not written to %s: %s", self._location.uri, ", ".join(dropped))
         self._thread.join(timeout)
 
     def _enqueue(self, group: _Group) -> list[str]:
@@ -230,9 +230,9 @@ class Uploader:
         if len(group.names) > 1:
             self._location.delete(group.names[-1])
         written = [write(name) for write, name in zip(writes, group.names, strict=True)]
-        log.info(
-            "uploaded %s: %.1f MB in %.1f s",
-            self._location.child(group.names[0]),
-            sum(entry.size for entry in written) / 1e6,
-            time.monotonic() - began,
-        )
+        size = sum(entry.size for entry in written) / 1e6
+        place = self._location.child(group.names[0])
+        if "://" in place:
+            log.info("uploaded %s: %.1f MB in %.1f s", place, size, time.monotonic() - began)
+        else:
+            log.info("saved %s: %.1f MB", place, size)  # often renamed or linked, in no time

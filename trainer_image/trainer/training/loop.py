@@ -32,7 +32,7 @@ from trainer.loss.chunked import Mix
 from trainer.models.teacher import Teacher
 from trainer.runtime.errors import CheckpointError, Preempted, TrainingError
 from trainer.runtime.log import ProgressBar, log, log_values, seconds_since_start
-from trainer.runtime.messages import shortened
+from trainer.runtime.messages import duration, shortened
 from trainer.runtime.processes import Processes
 from trainer.runtime.signals import saving_on_signals
 from trainer.settings.config import TrainConfig
@@ -135,6 +135,8 @@ class TrainingLoop:
         )
         self.alpha, self.temperature = config.schedule_alpha, config.schedule_T
         self.window = LogWindow(precision.device)
+        self._shown = ""
+        """Of the last log line: what the progress bar shows too."""
         self._counted = start.step
         """Updates that `_count_skipped` has seen."""
         self.copies = StateCopies()
@@ -156,15 +158,17 @@ class TrainingLoop:
             TrainingError: too many updates in a row had non-finite gradients, or no evaluation was
                 finite.
         """
+        began = time.perf_counter()
         self._announce()
         with saving_on_signals(self._on_signal, self._unsaved):
             self._train()
         if self.stop_signal is not None:  # while the end was being saved
             raise self._preempted(self.stop_signal.name)
         best = self.progress.best_value, self.progress.best_step
+        took = duration(time.perf_counter() - began)
         log_values(
-            f"finished at step {self.step}: best {self.config.save_best_on} {best[0]:.4f} at step"
-            f" {best[1]}; checkpoints in {self.config.uri}",
+            f"finished at step {self.step} after {took}: best {self.config.save_best_on}"
+            f" {best[0]:.4f} at step {best[1]}; checkpoints in {self.config.uri}",
             finish_seconds=time.perf_counter() - self._last_save,
             run_seconds=seconds_since_start(),
         )
@@ -182,7 +186,7 @@ class TrainingLoop:
             while self.step < self.config.train_steps:
                 update(batches)
                 update = self._update
-                bar.update()
+                bar.update(note=self._shown)
                 self._after_update(scalars)
             self.snapshots.finish()
         except Exception as error:
@@ -407,13 +411,17 @@ class TrainingLoop:
             "T": self.temperature.at(last),
             "memory_gib": memory,
         }
-        timed = self.window.updates - self.window.untimed
+        timed, left = self.window.updates - self.window.untimed, 0.0
         if timed:
             tokens = timed * self.config.global_batch * self.config.context
             values["tokens_per_second"] = tokens / max(self.window.seconds(), 1e-9)
+            left = (self.config.train_steps - self.step) * self.window.seconds() / timed
         if self.progress.skipped:
             values["skipped_updates"] = self.progress.skipped
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        shown = ", ".join(f"{name} {_number(value)}" for name, value in values.items())
+        shown += f", {duration(left)} left" if left else ""
+        speed = values.get("tokens_per_second", 0.0)
+        self._shown = f"loss {values.get('loss', math.nan):.4g}, {speed:,.0f} tokens/s"
         log_values(f"step {self.step}/{self.config.train_steps}: {shown}", step=self.step, **values)
         scalars.add({f"train/{name}": value for name, value in values.items()}, self.step)
         self.window.clear()
@@ -548,3 +556,7 @@ class TrainingLoop:
             raise TrainingError("its weights are not finite")
         self.snapshots.save(self.snapshot(), [step_name(self.step)])
         self._saved = self.step
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"

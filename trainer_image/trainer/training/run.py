@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import time
 from collections.abc import Mapping
@@ -20,8 +19,9 @@ from trainer.models.teacher import TeacherSpec
 from trainer.runtime.ahead import Ahead
 from trainer.runtime.devices import choose_device, wake
 from trainer.runtime.errors import CheckpointError, UsageError
-from trainer.runtime.log import log, log_values, seconds_since_start
+from trainer.runtime.log import JSON, log, log_format, log_values, seconds_since_start
 from trainer.runtime.messages import shortened
+from trainer.runtime.near_names import near_name
 from trainer.runtime.processes import Processes, find_nodes, launch_if_needed
 from trainer.settings.accumulation import accumulation, with_accumulation
 from trainer.settings.config import (
@@ -104,8 +104,7 @@ def run(
         _check_same_run(config, own)
         _check_same_targets(config, own, index)
     log_values(f"imported in {imported:.1f} s", import_seconds=imported)
-    for line in resolved.lines():
-        log.info(line)
+    _log_settings(resolved, every=dry)
     _check_metric(config)
     if own is not None and own.source.rpartition("/")[2] == FINAL:
         if processes.main:
@@ -122,6 +121,15 @@ def run(
         return None
     _check_metadata(config, start, index)
     return _train(config, start, source, snapshots, token, processes)
+
+
+def _log_settings(resolved: Resolved, *, every: bool) -> None:
+    """One line a setting: of each where lines are kept, else of those that are not as usual."""
+    lines = list(resolved.lines() if every or log_format() == JSON else resolved.differing_lines())
+    for line in lines:
+        log.info(line)
+    if usual := len(resolved.values) - len(lines):
+        log.info("%d other settings have their defaults; --train_steps=0 shows all", usual)
 
 
 def _start(
@@ -327,8 +335,8 @@ def _check_metric(config: TrainConfig) -> None:
     """``--save_best_on`` must be one of the student's metrics of this run."""
     known = config.student_metrics
     if config.save_best_on not in known:
-        near = difflib.get_close_matches(config.save_best_on, known, 1)
-        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}"
+        near = near_name(config.save_best_on, known)
+        hint = f"did you mean {near}?" if near else f"choose one of {', '.join(known)}"
         raise UsageError(
             f"--save_best_on={config.save_best_on!r} is not evaluated in this run; {hint}"
         )

@@ -1,0 +1,101 @@
+"""What is given to ``make`` on its command line: only names that the command reads.
+
+    python -m pipelines.make_variables submit-pipeline "PROJECT PARAM"
+
+A mistyped name would else do nothing, and a run would cost what it was to avoid. Variables of the
+shell are not looked at, for others have theirs there too. This runs before anything is installed,
+so it needs the standard library alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+from pipelines.settings import known_names
+from trainer.runtime.near_names import near_name
+from trainer.settings.secret_names import shown_name
+
+OF_MAKE = ("PYTHON", "VENV", "SHELL", "MAKEFLAGS")
+"""What the Makefile itself reads, for every command."""
+OF_OTHERS = (
+    "CUDA_VISIBLE_DEVICES",
+    "GOOGLE_APPLICATION_CREDENTIALS",
+    "HF_HOME",
+    "HF_TOKEN",
+    "LOG_FORMAT",
+    "OMP_NUM_THREADS",
+)
+"""Variables of the environment that the libraries and the log read, in every command."""
+_SENDING = ("PARAMS", "WAIT", "DRY_RUN", "JSON", "CACHE")
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "run-local": ("PARAMS", "CACHE", "RUN"),
+    "compile": ("BACKEND",),
+    "estimate": ("PARAMS", "BACKEND", "JSON"),
+    "build-image": ("BUILDER", "DRY_RUN"),
+    "submit-pipeline": _SENDING,
+    "submit-kfp": (*_SENDING, "HOST", "KFP_TOKEN"),
+    "rerun": (*_SENDING, "RUN", "STAGE"),
+}
+"""What the pipeline's commands read beside the settings.
+
+All of them take all settings, so that one list of them can be given to each.
+"""
+OTHERS: dict[str, tuple[str, ...]] = {
+    "help": (),
+    "setup": (),
+    "bench-gpu": (),
+    "lint": (),
+    "test": ("JOBS",),
+    "soak": (),
+    "clean": ("ALL",),
+}
+"""The same of the commands that take no settings."""
+
+
+def wrong_variable(goals: Iterable[str], given: Iterable[str]) -> str:
+    """One line on the first variable that no command of these reads; empty if there is none.
+
+    Args:
+        goals: commands of the Makefile.
+        given: names of variables.
+    """
+    asked, readers = list(goals) or ["help"], _readers()
+    read = [name for name, commands in readers.items() if set(commands) & set(asked)]
+    for name in given:
+        if name in read:
+            continue
+        if name in readers:
+            only = _listed(readers[name])
+            return f"make {' '.join(asked)} does not read {name}; it is for {only}, so leave it out"
+        near = near_name(name, read) or near_name(name, readers)
+        hint = (
+            f"did you mean {near}?"
+            if near
+            else "docs/pipeline.md lists what they read; what is for another program stands before"
+            " the command, NAME=value make"
+        )
+        return f"no command reads {shown_name(name, readers)}; {hint}"
+    return ""
+
+
+def _readers() -> dict[str, list[str]]:
+    """By name of a variable: the commands that read it."""
+    every = [*COMMANDS, *OTHERS]
+    readers = dict.fromkeys((*OF_MAKE, *OF_OTHERS), every)
+    readers |= {name: [*COMMANDS] for name in ("SETTINGS", *known_names())}
+    for command, names in (COMMANDS | OTHERS).items():
+        for name in names:
+            readers.setdefault(name, []).append(command)
+    return readers
+
+
+def _listed(commands: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(commands[:-1]), commands[-1])))
+
+
+if __name__ == "__main__":
+    wrong = wrong_variable(sys.argv[1].split(), sys.argv[2].split())
+    if wrong:
+        print(wrong)
+    raise SystemExit(2 if wrong else 0)
