@@ -1,6 +1,6 @@
 """The pipeline: anneal at a short context, stretch the best checkpoint, continue at a longer one.
 
-    prepare → anneal → pick best → resize and reset → continue → pick best → evaluate
+    prepare → anneal → pick best → resize and reset → continue → pick best → evaluate, export
 
 With ``teacher`` = ``cached`` the teacher runs ahead of both trainings, over the token stream, on
 several machines at a time:
@@ -19,11 +19,14 @@ from typing import Any, NamedTuple
 from kfp import dsl
 
 from components.evaluate import evaluate
+from components.export_hf import export_hf
 from components.join_targets import join_targets
+from components.lm_eval_tasks import lm_eval_tasks as run_lm_eval
 from components.no_targets import no_targets
 from components.pick_best import pick_best
 from components.plan_targets import plan_targets
 from components.prepare_tokens import prepare_tokens
+from components.register_model import register_model
 from components.resize_reset import resize_reset
 from components.teacher_targets import teacher_targets
 from components.train import train
@@ -61,6 +64,8 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
     """
     if backend == "vertex":
         settings.check_vertex()
+    else:
+        settings.check_no_registry()
     if backend == "kfp":
         settings.check_kubeflow()
     stage = _stages(settings, backend)
@@ -113,6 +118,10 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
         continue_more_settings: dict = {},  # noqa: B006
         evaluate_micro_batch: int = 8,
         evaluate_more_settings: dict = {},  # noqa: B006
+        export: bool = True,
+        export_license: str = "",
+        lm_eval_tasks: str = "",
+        lm_eval_limit: int = 0,
     ) -> Outputs:
         given = dict(locals())
 
@@ -167,6 +176,7 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
             hf_secret_name=hf_secret_name,
             **own("evaluate"),
         )
+        _export(stage, best_long.outputs["best"], given, settings)
         return Outputs(
             report=table.outputs["report"],
             before=best_short.outputs["best"],
@@ -216,6 +226,38 @@ def _targets(
     with dsl.Else(name=ONLINE):
         none = stage("online", no_targets)()
     return dsl.OneOf(joined.outputs["place"], none.outputs["place"])
+
+
+def _export(
+    stage: Callable[[str, Any], Callable[..., Any]],
+    best: Any,
+    given: Mapping[str, Any],
+    settings: Settings,
+) -> None:
+    """Make of the final checkpoint what others can load, and do with that what was asked for.
+
+    Args:
+        stage: makes tasks.
+        best: the checkpoint.
+        given: the pipeline's parameters.
+        settings: say whether it goes to the model registry.
+    """
+    with dsl.If(given["export"] == True, name="exporting"):  # noqa: E712 - kfp records the operator
+        model = stage("export", export_hf)(
+            checkpoint=best,
+            license=given["export_license"],
+            hf_secret_name=given["hf_secret_name"],
+        ).outputs["exported"]
+        with dsl.If(given["lm_eval_tasks"] != "", name="benchmarks"):
+            stage("lm_eval", run_lm_eval)(
+                model=model,
+                tasks=given["lm_eval_tasks"],
+                limit=given["lm_eval_limit"],
+                seed=given["seed"],
+                hf_secret_name=given["hf_secret_name"],
+            )
+        if settings.model_name:
+            stage("register", register_model)(model=model, **settings.registry())
 
 
 def _stages(settings: Settings, backend: str) -> Callable[[str, Any], Callable[..., Any]]:

@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,10 +40,10 @@ import trainer
 from pipelines.anneal import build_pipeline
 from pipelines.embedded import build_corpus, build_teacher
 from pipelines.local_runs import LOG, PARAMETERS, name_of_run, open_run
-from pipelines.parameters import check_parameters, parse_parameters
+from pipelines.parameters import check_parameters, parameter_defaults, parse_parameters
 from pipelines.settings import LOCAL_IMAGE, Settings
 from pipelines.spec import compiled, titles_of
-from pipelines.stages import CACHED, ONLINE, STAGES
+from pipelines.stages import CACHED, STAGES
 from pipelines.submit import switch
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import LiquidError
@@ -100,8 +100,8 @@ _QUIET = re.compile(r" = .*\((default|command line|checkpoint|--config)\)$")
 class LocalRun:
     """The result of a run of the pipeline."""
 
-    teacher: str = ONLINE
-    """The parameter of that name, which decides what there is to run."""
+    parameters: Mapping[str, Any]
+    """All of the pipeline's, which decide what there is to run."""
     ran: list[str] = field(default_factory=list)
     """Titles of the stages that ran, in the order in which they first ended."""
     directory: Path = Path()
@@ -115,7 +115,8 @@ class LocalRun:
         return [
             stage.title
             for stage in STAGES.values()
-            if stage.only_if_teacher in ("", self.teacher) and stage.title not in self.ran
+            if stage.runs_with(self.parameters) and not stage.setting
+            if stage.title not in self.ran
         ]
 
 
@@ -207,7 +208,7 @@ def run_pipeline(work: Path, parameters: dict[str, Any], directory: Path | None 
     """
     code = code_digest()
     directory = directory or open_run(work, parameters, code)
-    run = LocalRun(parameters.get("teacher", ONLINE), directory=directory)
+    run = LocalRun(parameter_defaults() | parameters, directory=directory)
     local.init(
         local.SubprocessRunner(use_venv=False),
         pipeline_root=str(directory),

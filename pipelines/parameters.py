@@ -38,7 +38,16 @@ from trainer.settings.values import given
 _STAGES = [stage.key for stage in STAGES.values() if stage.configurable]
 _OTHER_NAMES = {"temperature": "T", "resize_method": "pos_resize"}
 """Parameters that the trainer has another name for."""
-_NO_SETTING = ("teacher", "target_workers", "target_bytes", "best_metric")
+_NO_SETTING = (
+    "teacher",
+    "target_workers",
+    "target_bytes",
+    "best_metric",
+    "export",
+    "export_license",
+    "lm_eval_tasks",
+    "lm_eval_limit",
+)
 """Parameters that are no settings of the trainer."""
 _OWN_HELP = {
     "best_metric": "metric that decides which checkpoint of each training goes on; lower is better",
@@ -49,6 +58,10 @@ _OWN_HELP = {
     "teacher": "online: each training runs it; cached: it runs once, trainings read its targets",
     "target_workers": "machines that run a cached teacher, each over its share of the tokens",
     "target_bytes": "bytes that a cached teacher's targets take for each token",
+    "export": "true writes the final student in Hugging Face format, with a model card",
+    "export_license": "its license for the model card, e.g. apache-2.0; empty is unknown",
+    "lm_eval_tasks": "tasks of lm-eval to run on the exported student, e.g. lambada_openai,piqa",
+    "lm_eval_limit": "examples of each of these tasks; 0 is all of them",
     "teacher_name": "teacher: a Hugging Face causal LM by hub name or directory",
     "dataset_name": "data set: hub name, or a directory or file of text, json or parquet",
     "block_size": "training context in tokens",
@@ -66,6 +79,7 @@ _GIVEN_BY_STAGE = {
     "hf_token_value": "it would be stored with the run; give hf_secret_name",
 }
 """What `more_settings` may not hold, beside what has a parameter, and what to do instead."""
+_SWITCH = {"true": True, "1": True, "false": False, "0": False}
 _MOST_WORKERS = 64
 """Of a cached teacher; each is a machine of its own."""
 _MOST_EXACT = 2**53
@@ -128,14 +142,15 @@ def _converted(name: str, value: str, kind: type) -> Any:
             if not isinstance(converted, dict):
                 raise ValueError
             return converted
-        converted = kind(value)
+        converted = _SWITCH[value.lower()] if kind is bool else kind(value)
         if kind is float and not math.isfinite(converted):
             raise ValueError
         if kind is int and abs(converted) > _MOST_EXACT:
             raise UsageError(f"PARAMS: {name}={value!r}: {_MOST_EXACT} is the most")
         return converted
-    except (ValueError, RecursionError):
+    except (ValueError, KeyError, RecursionError):
         wanted = {
+            bool: "true or false is needed",
             int: "a whole number is needed",
             float: "a number is needed",
             dict: f"a JSON object is needed, quoted as in {name}='{{\"dropout\": 0.1}}'",
@@ -159,6 +174,7 @@ def check_parameters(values: Mapping[str, Any], processes: Mapping[str, int] | N
     """
     values = parameter_defaults() | dict(values)
     _check_targets(values)
+    _check_export(values)
     metric = values["best_metric"] or "val_loss_student"
     for stage in _STAGES:
         try:
@@ -244,6 +260,22 @@ def _check_targets(values: Mapping[str, Any]) -> None:
             raise UsageError(
                 f"PARAMS for stage {stage}: kd_scheme={scheme!r} needs the teacher's whole"
                 f" distribution; give teacher={ONLINE}, or kd_scheme={LINEAR_SCHEME}"
+            )
+
+
+def _check_export(values: Mapping[str, Any]) -> None:
+    """Refuse what would do nothing."""
+    export, tasks = values["export"], values["lm_eval_tasks"]
+    limit, license = values["lm_eval_limit"], values["export_license"]
+    if limit < 0:
+        raise UsageError(f"PARAMS: lm_eval_limit={limit} must be at least 0")
+    if limit and not tasks:
+        raise UsageError(f"PARAMS: lm_eval_limit={limit} without lm_eval_tasks does nothing")
+    for name, value in (("lm_eval_tasks", tasks), ("export_license", license)):
+        if value and not export:
+            raise UsageError(
+                f"PARAMS: {name}={brief(value)} is for the exported student; leave it out, or give"
+                " export=true"
             )
 
 

@@ -47,6 +47,7 @@ from pipelines.spec import (
     tasks_of,
     with_downstream,
 )
+from pipelines.stages import STAGES
 from pipelines.submit import Switches, new_run_id, send_to_vertex
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import LiquidError, UsageError
@@ -174,16 +175,18 @@ def _plan(
 ) -> Plan:
     """What is to be estimated: the tasks that run again, on the machines of the original."""
     tasks = tasks_of(spec)
-    defaults = parameter_defaults()
+    # A stored run holds whole numbers as doubles
+    values = {name: type(old)(values.get(name, old)) for name, old in parameter_defaults().items()}
+    named = {key: stage_of(tasks[key]) for key in repeated}
+    runs = [key for key, stage in named.items() if not stage or STAGES[stage].runs_with(values)]
     again = "these, by RUN and STAGE"
     again += ", unless one of an earlier run with the same inputs is in the cache" * cache
     return Plan(
         backend="vertex",
         region=region,
-        stages=[(stage_of(tasks[key]), tasks[key].title) for key in repeated],
+        stages=[(named[key], tasks[key].title) for key in runs],
         machines={stage_of(task): machine_of(spec, task) for task in tasks.values()},
-        # A stored run holds whole numbers as doubles
-        values={name: type(value)(values.get(name, value)) for name, value in defaults.items()},
+        values=values,
         prices=prices,
         new=again,
     )

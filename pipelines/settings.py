@@ -31,6 +31,7 @@ _CUSTOM_JOB_ONLY = ("DISK_GIB", "DISK_TYPE", "TIMEOUT_HOURS")
 """What plain tasks do not take, of any backend."""
 _LARGEST = 2**31 - 1
 _LABEL_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
+_MODEL_NAME = re.compile(r"[a-z_][a-z0-9_-]{0,62}")
 _LABEL_VALUE = re.compile(r"[a-z0-9_-]{0,63}")
 
 
@@ -62,6 +63,12 @@ class Settings:
         "", "your profile's namespace, where open-source Kubeflow Pipelines serves several users"
     )
     prices: str = described("", "file of prices for the estimate; empty is pipelines/prices.yaml")
+    model_name: str = described(
+        "", "id in the Vertex AI Model Registry to put the exported student under; empty: nowhere"
+    )
+    serving_image: str = described(
+        "", "container that serves what goes to the registry, such as one of vLLM"
+    )
     machines: Mapping[str, Machine] = field(default_factory=lambda: dict(DEFAULT_MACHINES))
     given: frozenset[str] = frozenset()
     """Names that the environment or the file gives."""
@@ -114,6 +121,7 @@ class Settings:
         """
         if self.pipeline_root and not self.pipeline_root.startswith("gs://"):
             raise UsageError(f"PIPELINE_ROOT={self.pipeline_root!r} must start with gs://")
+        self._check_registry()
         for stage, machine in self.machines.items():
             _check_custom_job(stage.upper(), machine)
             self._check_both_given(stage, machine)
@@ -150,6 +158,45 @@ class Settings:
                     )
             unused = ("MACHINE_TYPE", *_CUSTOM_JOB_ONLY)
             self._refuse_unused(stage, unused, "open-source Kubeflow Pipelines would not use it")
+
+    def registry(self) -> dict[str, Any]:
+        """Where the registry is and what goes there beside the model, as its stage takes it."""
+        names = ("model_name", "project", "region", "serving_image", "cmek_key")
+        shown = {name: getattr(self, name) for name in (*names, "api_endpoint", "api_transport")}
+        return shown | {"labels": dict(self.labels)}
+
+    def check_no_registry(self) -> None:
+        """Refuse the model registry where there is none.
+
+        Raises:
+            UsageError: it is asked for.
+        """
+        if self.model_name:
+            raise UsageError(
+                f"MODEL_NAME={self.model_name!r}: the model registry is Vertex AI's; leave it out"
+                " for another backend, or name another file in SETTINGS"
+            )
+
+    def _check_registry(self) -> None:
+        if not self.model_name:
+            if self.serving_image:
+                raise UsageError(
+                    f"SERVING_IMAGE={self.serving_image!r} without MODEL_NAME, under which the"
+                    " student would go to the model registry; give both"
+                )
+            return
+        if not _MODEL_NAME.fullmatch(self.model_name):
+            raise UsageError(
+                f"MODEL_NAME={self.model_name!r} is no id of a model; it takes lowercase letters,"
+                " digits, _ and -, 63 at most, and starts with a letter or _"
+            )
+        if not self.serving_image:
+            raise UsageError(
+                f"MODEL_NAME={self.model_name!r} without SERVING_IMAGE: the registry wants to know"
+                " what serves the model; name a container that takes Hugging Face directories"
+            )
+        # The stage finds the registry by them
+        self.require("project", "region")
 
     def _check_both_given(self, stage: str, machine: Machine) -> None:
         """Refuse a machine type of another family, or an accelerator, without its counterpart.

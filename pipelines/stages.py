@@ -5,6 +5,7 @@ A new stage is a module of ``trainer``, its component, a task in `pipelines.anne
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,8 +74,17 @@ class Stage:
     """Whether any setting of the trainer may be given for it, in ``{key}_more_settings``."""
     only_if_teacher: str = ""
     """The value that the parameter ``teacher`` must have; empty: it always runs."""
+    only_with: tuple[str, ...] = ()
+    """Parameters that must not be empty or false for it to run."""
+    setting: str = ""
+    """The setting of the pipeline that adds it, on Vertex AI; empty: it is always there."""
     fans_out: bool = False
     """Whether several tasks share its work; one that is lost starts again on every backend."""
+
+    def runs_with(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether it runs with these values of the pipeline's parameters."""
+        teacher = self.only_if_teacher in ("", parameters["teacher"])
+        return teacher and all(parameters[name] for name in self.only_with)
 
     @property
     def machine_name(self) -> str:
@@ -88,6 +98,8 @@ ONLINE, CACHED = "online", "cached"
 """What the parameter ``teacher`` may be."""
 
 _PICKING = Machine(cpu="1", memory="4Gi")
+_STUDENT = Machine(cpu="2", memory="16Gi")
+"""Holds a student's weights a few times over."""
 
 
 def _light(key: str, title: str, **more: Any) -> Stage:
@@ -105,10 +117,19 @@ STAGES = {
         _light("online", "teacher-online", only_if_teacher=ONLINE),
         Stage("anneal", "anneal", _GPU, trains=True, configurable=True),
         Stage("pick", "pick-best-annealed", _PICKING),
-        Stage("resize", "resize-and-reset", Machine(cpu="2", memory="16Gi")),
+        Stage("resize", "resize-and-reset", _STUDENT),
         Stage("continue", "continue", _GPU, trains=True, configurable=True),
         _light("pick_again", "pick-best-continued"),
         Stage("evaluate", "evaluate", _GPU, configurable=True),
+        Stage("export", "export", _STUDENT, shares_machine_of="resize", only_with=("export",)),
+        Stage(
+            "lm_eval",
+            "lm-eval",
+            _GPU,
+            shares_machine_of="evaluate",
+            only_with=("export", "lm_eval_tasks"),
+        ),
+        _light("register", "register", only_with=("export",), setting="model_name"),
     )
 }
 """By key, in the order in which they run."""

@@ -246,6 +246,11 @@ def main(argv: list[str]) -> None:
     parameters = parse_parameters(os.environ.get("PARAMS", ""))
     check_parameters(parameters, settings.processes(backend))
     check_cloud_parameters(parameters)
+    if settings.model_name and not parameters.get("export", True):
+        raise UsageError(
+            f"PARAMS: export=false leaves nothing to register as MODEL_NAME={settings.model_name};"
+            " leave one of them out"
+        )
     if backend == "vertex":
         submit_vertex(settings, parameters)
     else:

@@ -55,7 +55,8 @@ def plan_of_run(
         stages=[
             (stage.key, stage.title)
             for stage in STAGES.values()
-            if stage.only_if_teacher in ("", values["teacher"])
+            if stage.runs_with(values)
+            if not stage.setting or getattr(settings, stage.setting)
         ],
         machines={stage.key: settings.machines[stage.machine_name] for stage in STAGES.values()},
         values=values,

@@ -25,7 +25,9 @@ import yaml
 from kfp import dsl
 
 from components.evaluate import evaluate
+from components.export_hf import export_hf
 from components.join_targets import join_targets
+from components.lm_eval_tasks import lm_eval_tasks
 from components.no_targets import no_targets
 from components.pick_best import pick_best
 from components.plan_targets import plan_targets
@@ -37,6 +39,7 @@ from pipelines.compile import compile_to
 from pipelines.settings import load_settings
 from trainer.checkpoints.reading import read_checkpoint
 from trainer.runtime.errors import CheckpointError, UsageError
+from trainer.storage.places import open_location
 
 New = Callable[[type, str], Any]
 
@@ -439,6 +442,38 @@ def test_a_failure_of_a_stage_is_one_entry_of_the_log(body: str, status: int, me
     record = json.loads(line)
     assert record["severity"] == "ERROR"
     assert record["message"].startswith(message)
+
+
+def test_export_hf(new: New, trained: dict[str, Any], teacher_dir: Path) -> None:
+    best, exported = new(dsl.Model, "best-exported"), new(dsl.Model, "exported")
+    pick_best.python_func(checkpoints=trained["checkpoints"], best=best)
+    positions = export_hf.python_func(checkpoint=best, exported=exported, license="mit")
+    assert positions == exported.metadata["positions"] == 32
+    assert exported.metadata["architecture"] == "GPT2LMHeadModel"
+    assert exported.metadata["metric val_loss_student@64"] > 0
+    assert "license: mit" in Path(exported.path, "README.md").read_text()
+    with pytest.raises(UsageError, match="is in use; give a new directory"):
+        export_hf.python_func(checkpoint=best, exported=exported)
+
+
+def test_an_export_that_was_cut_off_is_made_again(
+    new: New, trained: dict[str, Any], gcs_bucket: str
+) -> None:
+    best = new(dsl.Model, "best-again")
+    pick_best.python_func(checkpoints=trained["checkpoints"], best=best)
+    uri = f"{gcs_bucket}/exported"
+    open_location(uri).put_bytes(b"half", "model.safetensors")
+    export_hf.python_func(checkpoint=best, exported=dsl.Model(name="exported", uri=uri))
+    found = {entry.name: entry.size for entry in open_location(uri).list()}
+    assert found["model.safetensors"] > 4
+    assert "config.json" in found
+
+
+def test_lm_eval_tasks_needs_lm_eval(new: New) -> None:
+    """Refused in one line where it is missing; tests/trainer/test_lm_eval_tasks.py runs it."""
+    outputs = {"metrics": new(dsl.Metrics, "lm-m"), "report": new(dsl.Markdown, "lm-r")}
+    with pytest.raises(UsageError, match=r"there is no task; give --tasks"):
+        lm_eval_tasks.python_func(model=new(dsl.Model, "none"), tasks="", **outputs)
 
 
 def test_accumulation_may_come_with_the_further_settings(

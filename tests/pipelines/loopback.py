@@ -12,6 +12,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import trustme
 from cryptography.hazmat.primitives import serialization
@@ -35,6 +36,8 @@ class Loopback:
         self.multi_user = False
         """Whether Kubeflow Pipelines keeps its users apart by namespaces."""
         self.looks = 0
+        self.models: dict[str, list[dict[str, Any]]] = {}
+        """By full name: the versions of models in the registry, the newest last."""
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.port = self._server.server_address[1]
         scheme = "https" if tls else "http"
@@ -93,12 +96,27 @@ class Loopback:
             self.jobs[name] = dict(body) | {"name": name, "state": "PIPELINE_STATE_PENDING"}
             return 200, self.jobs[name]
         name = re.sub(r"^/v1(beta1)?/|\?.*$", "", path)
+        if method == "POST" and name.endswith("/models:upload"):
+            return 200, self._upload(name.removesuffix(":upload"), body)
+        model = unquote(name).partition("@")[0]
+        if method == "GET" and model in self.models:
+            return 200, self.models[model][-1]
         if self._is_out():
             return 503, {"error": {"code": 503, "status": "UNAVAILABLE", "message": "restarting"}}
         if method == "GET" and name in self.jobs:
             self.looks += 1
             return 200, self._progressed(self.jobs[name])
         return 404, {"error": {"code": 404, "status": "NOT_FOUND", "message": f"{name} is absent"}}
+
+    def _upload(self, parent: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The finished operation that has put a model, or its next version, into the registry."""
+        name = body.get("parentModel") or f"{parent}/{body['modelId']}"
+        versions = self.models.setdefault(name, [])
+        number = str(len(versions) + 1)
+        versions.append(body["model"] | {"name": name, "versionId": number})
+        kind = "type.googleapis.com/google.cloud.aiplatform.v1.UploadModelResponse"
+        done = {"@type": kind, "model": name, "modelVersionId": number}
+        return {"name": f"{name}/operations/{number}", "done": True, "response": done}
 
     def _is_out(self) -> bool:
         self.outages -= 1

@@ -16,16 +16,24 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trainer
 from pipelines.local import LocalRun, _Readable, code_digest, run_pipeline
+from pipelines.parameters import parameter_defaults
 from pipelines.stages import ONLINE, STAGES
 from tests.interrupts import with_interrupts
 from trainer.checkpoints.reading import read_checkpoint
 from trainer.models.positions import resize_positions
+from trainer.models.student import Student
 from trainer.runtime.errors import LiquidError
 
-TITLES = [stage.title for stage in STAGES.values() if stage.only_if_teacher in ("", ONLINE)]
+TITLES = [
+    stage.title
+    for stage in STAGES.values()
+    if stage.only_if_teacher in ("", ONLINE) and not stage.setting
+    if "lm_eval_tasks" not in stage.only_with
+]
 
 LONG = {"anneal_train_steps": 100_000, "anneal_log_interval": 1}
 """A training that does not end by itself."""
@@ -125,10 +133,39 @@ def test_what_a_rerun_does_again(
     assert unchanged.ran == []
     assert unchanged.outputs["report"].path == first_run.outputs["report"].path
     last = run_pipeline(work, parameters | {"continue_train_steps": 3})
-    assert last.ran == ["continue", "pick-best-continued", "evaluate"]
+    assert last.ran == ["continue", "pick-best-continued", "evaluate", "export"]
     assert last.cached == [title for title in TITLES if title not in last.ran]
     first = run_pipeline(work, parameters | {"anneal_train_steps": 4})
     assert first.ran == [title for title in TITLES if title not in ("prepare", "teacher-online")]
+
+
+def exports(work: Path) -> list[Path]:
+    return sorted(work.glob("artifacts/*/export-hf/exported"))
+
+
+def test_the_final_student_is_exported_once(
+    first_run: LocalRun, work: Path, parameters: dict[str, Any]
+) -> None:
+    """Again only where its inputs change: another license is one, another table is none."""
+    here, before = task_directory(first_run, "export-hf") / "exported", exports(work)
+    source = read_checkpoint(Path(first_run.outputs["after"].path))
+    student = Student(source.student_config())
+    student.load_state_dict(source.weights)
+    model = AutoModelForCausalLM.from_pretrained(str(here))
+    ids = torch.arange(1, 65)[None]
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, student.eval().logits(ids), atol=1e-5)
+    assert AutoTokenizer.from_pretrained(str(here)).model_max_length == 64
+    assert "license: unknown" in (here / "README.md").read_text()
+    table = run_pipeline(work, parameters | {"evaluate_micro_batch": 4})
+    assert (table.ran, exports(work)) == (["evaluate"], before)
+    licensed = run_pipeline(work, parameters | {"export_license": "apache-2.0"})
+    assert licensed.ran == ["export"]
+    (new,) = set(exports(work)) - set(before)
+    assert "license: apache-2.0" in (new / "README.md").read_text()
+    off = run_pipeline(work, parameters | {"export": False})
+    assert off.ran == []
+    assert off.cached == [title for title in TITLES if title != "export"]
 
 
 def test_other_code_and_no_cache_run_again(
@@ -229,6 +266,6 @@ def test_an_error_of_another_kind_is_shown_as_it_is() -> None:
     """What Python prints last of a traceback, whatever printed around it."""
     code = "try:\n    {}['a']\nexcept KeyError:\n    raise ValueError('a lies\\n\\nhere')"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
-    stream = _Readable(io.StringIO(), io.StringIO(), LocalRun())
+    stream = _Readable(io.StringIO(), io.StringIO(), LocalRun(parameter_defaults()))
     stream.write("loading\n" + textwrap.indent(printed, "    ") + "\x1b[91mdone\x1b[0m\n")
     assert stream.last_error == "ValueError: a lies"

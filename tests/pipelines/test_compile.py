@@ -35,7 +35,7 @@ MACHINES = {
 }
 
 
-GPU_STAGES = ("teacher-targets", "anneal", "continue", "evaluate")
+GPU_STAGES = ("teacher-targets", "anneal", "continue", "evaluate", "lm-eval")
 
 
 @pytest.fixture(scope="module", params=["vertex", "kfp", "local"])
@@ -57,7 +57,7 @@ def test_the_released_pipeline_spec_parses_it(compiled: tuple[str, dict[str, Any
     assert spec.pipeline_info.name == "liquid-annealing"
     assert spec.root.dag.tasks
     names = {task["taskInfo"]["name"] for task in every_task(compiled[1]).values()}
-    assert names == {stage.title for stage in STAGES.values()}
+    assert names == {stage.title for stage in STAGES.values() if not stage.setting}
 
 
 def every_task(spec: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def test_a_gpu_stage_is_told_how_many_gpus_to_expect(
         for variable in variables:
             if variable["name"] == "EXPECTED_GPUS":
                 told[name] = variable["value"]
-    here = {"teacher-targets": "1", "anneal": "2", "continue": "1", "evaluate": "1"}
+    here = dict.fromkeys(GPU_STAGES, "1") | {"anneal": "2"}
     assert told == ({} if backend == "local" else here)
 
 
@@ -285,6 +285,42 @@ def test_what_kubeflow_cannot_give(tmp_path: Path, name: str) -> None:
         compile_to(tmp_path / "x.yaml", load_settings({name: MACHINES[name]}), "kfp")
 
 
+def test_the_model_registry_is_for_vertex_and_only_on_demand(tmp_path: Path) -> None:
+    environ = {
+        "TRAINER_IMAGE": IMAGE,
+        "PROJECT": "p",
+        "REGION": "europe-west4",
+        "MODEL_NAME": "small-student",
+        "SERVING_IMAGE": "europe-docker.pkg.dev/p/r/vllm:1",
+        "LABELS": "team=small-models",
+    }
+    path = compile_to(tmp_path / "pipeline.yaml", load_settings(environ), "vertex")
+    found = executors(next(iter(yaml.safe_load_all(path.read_text()))))["register"]
+    inputs = found["task"]["inputs"]
+    constants = {
+        name: value["runtimeValue"]["constant"] for name, value in inputs["parameters"].items()
+    }
+    assert constants["model_name"] == "small-student"
+    assert constants["serving_image"] == environ["SERVING_IMAGE"]
+    assert (constants["project"], constants["region"]) == ("p", "europe-west4")
+    assert constants["labels"] == {"team": "small-models"}
+    assert inputs["artifacts"]["model"]["taskOutputArtifact"]["producerTask"] == "export-hf"
+    google = {name: environ[name] for name in ("TRAINER_IMAGE", "MODEL_NAME")}
+    for backend in ("kfp", "local"):
+        with pytest.raises(UsageError, match=r"MODEL_NAME='small-student': .* is Vertex AI's"):
+            compile_to(tmp_path / f"{backend}.yaml", load_settings(google), backend)
+        assert not (tmp_path / f"{backend}.yaml").exists()
+
+
+def test_what_is_made_of_the_export_is_decided_at_run_time(
+    compiled: tuple[str, dict[str, Any], str],
+) -> None:
+    tasks = {task.title: task for task in tasks_of(compiled[1]).values()}
+    assert tasks["export"].deciding == {"export"}
+    assert tasks["lm-eval"].deciding == {"export", "lm_eval_tasks"}
+    assert tasks["evaluate"].deciding == set()
+
+
 def test_both_trainings_save_what_the_picking_goes_by(
     compiled: tuple[str, dict[str, Any], str],
 ) -> None:
@@ -309,6 +345,7 @@ def test_another_name_of_the_gpu_resource(tmp_path: Path) -> None:
         "anneal": "amd.com/gpu",
         "continue": "nvidia.com/gpu",
         "evaluate": "nvidia.com/gpu",
+        "lm-eval": "nvidia.com/gpu",
     }
 
 

@@ -30,6 +30,7 @@ def test_parameters_given_as_text() -> None:
         "seed": "'seed' is not name=value",
         f"anneal_more_settings={'[' * 100_000}": "[…: a JSON object is needed",
         "seed=x": "seed='x': a whole number is needed",
+        "export=perhaps": "export='perhaps': true or false is needed",
         "seed=9007199254740993": "9007199254740992 is the most",
         "anneal_alpha=nan": "anneal_alpha='nan': a number is needed",
         "continue_more_settings=[1]": "a JSON object is needed",
@@ -41,6 +42,25 @@ def test_parameters_given_as_text() -> None:
     }.items():
         with pytest.raises(UsageError, match=re.escape(message)):
             parse_parameters(wrong)
+
+
+def test_a_switch_is_written_in_several_ways() -> None:
+    for text, value in {"true": True, "True": True, "1": True, "false": False, "0": False}.items():
+        assert parse_parameters(f"export={text}") == {"export": value}
+
+
+def test_what_is_asked_of_the_export() -> None:
+    check_parameters({"lm_eval_tasks": "lambada_openai,piqa", "lm_eval_limit": 100})
+    check_parameters({"export": False})
+    for values, message in (
+        ({"export": False, "lm_eval_tasks": "piqa"}, "lm_eval_tasks='piqa' is for the exported"),
+        ({"export": False, "export_license": "mit"}, "export_license='mit' is for the exported"),
+        ({"lm_eval_limit": 5}, "lm_eval_limit=5 without lm_eval_tasks does nothing"),
+        ({"lm_eval_tasks": "piqa", "lm_eval_limit": -1}, "lm_eval_limit=-1 must be at least 0"),
+    ):
+        with pytest.raises(UsageError, match=r"^PARAMS: ") as caught:
+            check_parameters(values)
+        assert message in str(caught.value)
 
 
 def test_the_defaults_and_the_demonstration_are_right() -> None:

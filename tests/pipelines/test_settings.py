@@ -102,6 +102,10 @@ def test_settings_that_make_no_sense(environ: dict[str, str], message: str) -> N
         ),
         ({"PREPARE_TIMEOUT_HOURS": "1"}, "PREPARE_TIMEOUT_HOURS: Vertex AI would not use it"),
         ({"ANNEAL_CPU": "4"}, "ANNEAL_CPU: Vertex AI would not use it, since its machine type"),
+        ({"MODEL_NAME": "Small"}, "MODEL_NAME='Small' is no id of a model; it takes lowercase"),
+        ({"MODEL_NAME": "small"}, "MODEL_NAME='small' without SERVING_IMAGE"),
+        ({"SERVING_IMAGE": "r/vllm"}, "SERVING_IMAGE='r/vllm' without MODEL_NAME"),
+        ({"MODEL_NAME": "a", "SERVING_IMAGE": "b"}, "missing: PROJECT (Google Cloud project)"),
     ],
 )
 def test_machines_that_vertex_would_refuse(environ: dict[str, str], message: str) -> None:

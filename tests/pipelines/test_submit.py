@@ -311,6 +311,8 @@ def test_parameters_are_checked_before_anything_is_sent(
         ("resume_gcs_uri=gs://b", {}, "copy it to gs://BUCKET/NAME"),
         ("dataset_name=~", {}, "dataset_name='~' is on this machine, where no stage can read it"),
         ("hf_secret_name=mine", {}, "write projects/P/secrets/S[/versions/V]"),
+        ("export=false", {"MODEL_NAME": "a"}, "leaves nothing to register as MODEL_NAME=a"),
+        ("", {"MODEL_NAME": "a"}, "MODEL_NAME='a' without SERVING_IMAGE"),
     ):
         done = run("submit", environment | machines | {"PARAMS": params}, "vertex")
         assert done.returncode == 2

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.trainer.samples import save_student
@@ -27,7 +30,8 @@ from trainer.storage.places import open_location
 def test_an_exported_student_is_a_stock_gpt2(settings: dict[str, Any], tmp_path: Path) -> None:
     entrypoint.run(settings)
     checkpoint = tmp_path / "work" / "best.pt"
-    target = export_hf.run(str(checkpoint), str(tmp_path / "hf"))
+    target = tmp_path / "hf"
+    assert export_hf.run(str(checkpoint), str(target)).positions == 32
     model = AutoModelForCausalLM.from_pretrained(str(target))
     tokenizer = AutoTokenizer.from_pretrained(str(target))
     assert type(model).__name__ == "GPT2LMHeadModel"
@@ -43,15 +47,88 @@ def test_an_exported_student_is_a_stock_gpt2(settings: dict[str, Any], tmp_path:
     assert int(generated[0, ids.shape[1]]) == int(ours[0, -1].argmax())
 
 
-def test_exports_that_cannot_be_made(settings: dict[str, Any], tmp_path: Path) -> None:
-    entrypoint.run(settings | {"pos_embedding": "rotary", "train_steps": 1})
-    rotary = str(tmp_path / "work" / "final.pt")
-    with pytest.raises(LiquidError, match="rotary student has no stock GPT-2 form"):
-        export_hf.run(rotary, str(tmp_path / "hf"))
+def test_an_exported_rotary_student_is_a_stock_gpt_neox(teacher_dir: Path, tmp_path: Path) -> None:
+    student = save_student(
+        tmp_path / "s.pt",
+        teacher=teacher_dir,
+        pos_embedding="rotary",
+        rope_scale=2.0,
+        positions=0,
+        n_heads=2,
+    )
+    export_hf.run(str(tmp_path / "s.pt"), str(tmp_path / "hf"), workdir=str(tmp_path / "w"))
+    model = AutoModelForCausalLM.from_pretrained(str(tmp_path / "hf"))
+    assert type(model).__name__ == "GPTNeoXForCausalLM"
+    assert model.config.max_position_embeddings == 32
+    ids = torch.randint(0, 512, (2, 32), generator=torch.Generator().manual_seed(1))
+    expected = student.logits(ids)
+    assert float((model(ids).logits.detach() - expected).abs().max()) <= 1e-5
+    written = model.generate(ids[:1, :8], max_new_tokens=4, do_sample=False)
+    assert int(written[0, 8]) == int(expected[0, 7].argmax())
+
+
+def test_a_rotary_student_whose_context_nothing_tells(teacher_dir: Path, tmp_path: Path) -> None:
+    shapes = {"pos_embedding": "rotary", "positions": 0, "n_heads": 2}
+    save_student(tmp_path / "bare.pt", described=False, **shapes)
+    save_student(tmp_path / "table.pt", teacher=teacher_dir)
+    places = [str(tmp_path / "hf"), f"--tokenizer={teacher_dir}", f"--local_workdir={tmp_path}"]
+    bare, table = ([str(tmp_path / name), *places] for name in ("bare.pt", "table.pt"))
+    with pytest.raises(
+        CheckpointError, match=r"bare\.pt does not tell the context .* --block_size"
+    ):
+        export_hf.main([*bare, "--n_heads=2"])
+    with pytest.raises(UsageError, match=r"--block_size=16 is for rotary students; .*table\.pt"):
+        export_hf.main([*table, "--block_size=16"])
+    export_hf.main([*bare, "--n_heads=2", "--block_size=48"])
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 48
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007, 0o077])
+def test_exported_files_follow_the_umask(teacher_dir: Path, tmp_path: Path, umask: int) -> None:
+    save_student(tmp_path / "s.pt", teacher=teacher_dir)
+    before = os.umask(umask)
+    try:
+        export_hf.run(str(tmp_path / "s.pt"), str(tmp_path / "hf"), workdir=str(tmp_path / "w"))
+    finally:
+        os.umask(before)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "hf").iterdir()}
+    assert {"model.safetensors", "config.json", "generation_config.json", "README.md"} <= set(modes)
+    assert set(modes.values()) == {0o666 & ~umask}
+    assert (tmp_path / "hf").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_the_model_card_tells_what_the_run_was(settings: dict[str, Any], tmp_path: Path) -> None:
+    schedules = {"alpha_schedule": "0:0.7,2:0.5", "T": 1.5, "eval_ctx_lens": (16, 32)}
+    entrypoint.run(settings | schedules)
+    checkpoint = tmp_path / "work" / "final.pt"
+    for name, flags in (("unknown", []), ("given", ["--license=apache-2.0"])):
+        export_hf.main([str(checkpoint), str(tmp_path / name), *flags])
+    card = ModelCard.load(tmp_path / "given" / "README.md")
+    assert card.data.license == "apache-2.0"
+    assert card.data.datasets is None, "a directory is no data set of the hub"
+    assert card.data.library_name == "transformers"
+    metrics = read_checkpoint(checkpoint).meta["metrics"]
+    student, teacher = metrics["val_loss_student@16"], metrics["val_loss_teacher@16"]
+    assert f"| 16 | {student:.4f} | {math.exp(student):.2f} | {teacher:.4f} |" in card.text
+    for line in (
+        "| data set | corpus |",
+        "| teacher | teacher |",
+        "| alpha | 0:0.7,2:0.5 |",
+        "| temperature | 1.5 |",
+        f"| tokens seen in this phase | {6 * 4 * 32} |",
+        "AutoModelForCausalLM.from_pretrained(DIRECTORY)",
+    ):
+        assert line in card.text
+    assert str(tmp_path) not in card.content
+    assert ModelCard.load(tmp_path / "unknown" / "README.md").data.license == "unknown"
+
+
+def test_exports_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "notes.txt").write_text("mine")
     with pytest.raises(LiquidError, match="is in use"):
-        export_hf.run(rotary, str(tmp_path / "used"))
+        export_hf.run(str(tmp_path / "absent.pt"), str(tmp_path / "used"))
     bare = tmp_path / "bare.pt"
     student = Student(StudentConfig(64, 16, 1, 2, positions=8)).initialize(0)
     torch.save(student.state_dict(), bare)
@@ -67,8 +144,7 @@ def test_an_export_to_a_bucket(
     monkeypatch.chdir(tmp_path)
     student = save_student(tmp_path / "s.pt", teacher=teacher_dir)
     uri = f"{gcs_bucket}/hf"
-    target = export_hf.run(str(tmp_path / "s.pt"), uri, workdir=str(tmp_path / "w"))
-    assert target == uri
+    export_hf.run(str(tmp_path / "s.pt"), uri, workdir=str(tmp_path / "w"))
     assert not list(tmp_path.glob("gs*"))
     location = open_location(uri)
     entries = {entry.name: entry.generation for entry in location.list()}
@@ -90,10 +166,10 @@ def test_an_upload_cut_off_before_its_last_file_does_not_load(
     teacher_dir: Path, tmp_path: Path
 ) -> None:
     save_student(tmp_path / "s.pt", teacher=teacher_dir)
-    whole = export_hf.run(str(tmp_path / "s.pt"), str(tmp_path / "hf"), workdir=str(tmp_path))
-    (Path(whole) / "config.json").unlink()
+    export_hf.run(str(tmp_path / "s.pt"), str(tmp_path / "hf"), workdir=str(tmp_path))
+    (tmp_path / "hf" / "config.json").unlink()
     with pytest.raises((OSError, ValueError)):
-        AutoModelForCausalLM.from_pretrained(whole)
+        AutoModelForCausalLM.from_pretrained(str(tmp_path / "hf"))
 
 
 def test_a_tokenizer_that_is_too_large(teacher_dir: Path, tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""Write a student with learned positions as a stock Hugging Face GPT-2.
+"""Write a student as a stock Hugging Face model: GPT-2, or GPT-NeoX where its positions are rotary.
 
     python -m trainer.export_hf gs://BUCKET/run/best.pt OUT_DIR [--tokenizer=NAME_OR_DIR]
 
-``AutoModelForCausalLM.from_pretrained(OUT_DIR)`` then loads it.
+``AutoModelForCausalLM.from_pretrained(OUT_DIR)`` then loads it. A model card tells what the
+checkpoint's metadata tells.
 """
 
 from __future__ import annotations
@@ -12,23 +13,108 @@ from trainer.runtime.signals import watch_signals
 if __name__ == "__main__":
     watch_signals()  # before anything is imported that takes a while
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.checkpoints.checkpoint import Checkpoint
+from trainer.checkpoints.model_card import model_card
 from trainer.checkpoints.snapshots import read_from
-from trainer.models.gpt2.export import gpt2_model
 from trainer.models.hugging_face import load_tokenizer
+from trainer.models.stock import stock_model
+from trainer.models.student import StudentConfig
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import CheckpointError, ModelError, UsageError
 from trainer.runtime.log import log, quiet_libraries, set_up_logging
-from trainer.settings.config import TrainConfig
+from trainer.settings.config import SETTINGS, TrainConfig
 from trainer.settings.flags import build_parser, settings_from_args
 from trainer.settings.hf_token import find_hf_token
-from trainer.settings.layers import resolve
-from trainer.storage.places import check_output, is_empty
+from trainer.settings.layers import Resolved, resolve
+from trainer.storage.places import check_output, is_empty, is_remote
 from trainer.storage.publish import publishing
 
-FLAGS = ["n_heads", "trained_positions", "local_workdir"]
+OF_CHECKPOINT = ["n_heads", "trained_positions", "block_size"]
+"""What a checkpoint without metadata does not tell."""
+FLAGS = [
+    *OF_CHECKPOINT,
+    "local_workdir",
+    *(name for name in SETTINGS if name.startswith("hf_")),
+]
+
+
+@dataclass(frozen=True)
+class StockStudent:
+    """A student as `transformers` has it, in memory."""
+
+    model: Any
+    tokenizer: Any
+    positions: int
+    """The longest context in tokens."""
+    source: Checkpoint
+    config: StudentConfig
+
+
+def read_student(
+    checkpoint: str,
+    *,
+    tokenizer: str | None = None,
+    n_heads: int | None = None,
+    trained_positions: int | None = None,
+    block_size: int | None = None,
+    token: str | None = None,
+    workdir: str = "/tmp/liquid_work",  # noqa: S108 - the default of --local_workdir
+) -> StockStudent:
+    """A checkpoint's student in its stock form, with its tokenizer.
+
+    Args:
+        checkpoint: path or ``gs://`` URI.
+        tokenizer: name or directory; default is what the checkpoint was trained with.
+        n_heads: where the metadata does not tell (default 12).
+        trained_positions: where neither metadata nor optimizer state tells.
+        block_size: longest context of a rotary student, where the metadata does not tell.
+        token: for the Hugging Face hub.
+        workdir: scratch directory.
+
+    Raises:
+        LiquidError: the checkpoint or the tokenizer cannot be read or do not fit together.
+    """
+    source = read_from(checkpoint, Path(workdir))
+    config = source.student_config(n_heads)
+    name = tokenizer or source.meta.get("tokenizer")
+    if not name:
+        raise CheckpointError(f"{checkpoint} does not name its tokenizer; give --tokenizer")
+    positions = _longest(source, trained_positions, block_size)
+    loaded = load_tokenizer(name, token)
+    if len(loaded) > config.vocab_size:
+        raise ModelError(
+            f"the tokenizer of {name!r} has {len(loaded)} tokens, {checkpoint} a vocabulary of"
+            f" {config.vocab_size}; give --tokenizer with the one it was trained with"
+        )
+    model = stock_model(source.weights, config, positions)
+    for described in (model.config, model.generation_config):
+        described.eos_token_id = described.bos_token_id = loaded.eos_token_id
+    # Windows are full in training, so that nothing is known of padding; generating wants a name
+    model.generation_config.pad_token_id = loaded.eos_token_id
+    loaded.model_max_length = positions
+    return StockStudent(model, loaded, positions, source, config)
+
+
+def _longest(source: Checkpoint, trained_positions: int | None, block_size: int | None) -> int:
+    """The longest context in tokens: the trained rows, or what a rotary student was trained at."""
+    positions = source.trained_positions(trained_positions, required=True)
+    if positions is not None:
+        if block_size is not None:
+            raise UsageError(
+                f"--block_size={block_size} is for rotary students; {source.source} has a table of"
+                " positions, so leave it out or give --trained_positions"
+            )
+        return positions
+    positions = block_size or source.context
+    if positions is None:
+        raise CheckpointError(
+            f"{source.source} does not tell the context it was trained at; give --block_size"
+        )
+    return positions
 
 
 def run(
@@ -38,55 +124,64 @@ def run(
     tokenizer: str | None = None,
     n_heads: int | None = None,
     trained_positions: int | None = None,
+    block_size: int | None = None,
+    license: str | None = None,
+    hub: TrainConfig | None = None,
+    again: bool = False,
     workdir: str = "/tmp/liquid_work",  # noqa: S108 - the default of --local_workdir
-) -> str:
-    """Export a checkpoint with its tokenizer; the trained positions become the model's maximum.
+) -> StockStudent:
+    """Export a checkpoint with its tokenizer; its context becomes the model's maximum.
 
     Args:
         checkpoint: path or ``gs://`` URI.
         output: a new or empty local directory or ``gs://`` prefix.
-        tokenizer: name or directory; default is what the checkpoint was trained with.
-        n_heads: where the metadata does not tell (default 12).
-        trained_positions: where neither metadata nor optimizer state tells.
+        tokenizer: see `read_student`, as for the next three.
+        n_heads: attention heads.
+        trained_positions: rows of the position table.
+        block_size: context of a rotary student.
+        license: its identifier on the hub, for the model card; None is unknown.
+        hub: says where the Hugging Face token is; else the environment alone does.
+        again: a stage that the platform starts again: objects that its start before has left at a
+            ``gs://`` output may be replaced.
         workdir: scratch directory.
 
     Returns:
-        ``output``.
+        The student that was exported.
 
     Raises:
         LiquidError: the checkpoint or the tokenizer cannot be read or do not fit together, or the
             output is in use or cannot be written.
     """
-    if not is_empty(output):
+    if not (again and is_remote(output)) and not is_empty(output):
         raise UsageError(f"{output} is in use; give a new directory to export to")
     check_output(output)
-    source = read_from(checkpoint, Path(workdir))
-    config = source.student_config(n_heads)
-    name = tokenizer or source.meta.get("tokenizer")
-    if not name:
-        raise CheckpointError(f"{checkpoint} does not name its tokenizer; give --tokenizer")
-    positions = source.trained_positions(trained_positions, required=True) or 0
-    loaded = load_tokenizer(name, find_hf_token(TrainConfig()))
-    if len(loaded) > config.vocab_size:
-        raise ModelError(
-            f"the tokenizer of {name!r} has {len(loaded)} tokens, {checkpoint} a vocabulary of"
-            f" {config.vocab_size}; give --tokenizer with the one it was trained with"
-        )
-    model = gpt2_model(source.weights, config, positions)
+    student = read_student(
+        checkpoint,
+        tokenizer=tokenizer,
+        n_heads=n_heads,
+        trained_positions=trained_positions,
+        block_size=block_size,
+        token=find_hf_token(hub or TrainConfig()),
+        workdir=workdir,
+    )
     # Without the model's configuration nothing loads it
     with publishing(output, last="config.json", workdir=Path(workdir)) as directory:
-        _write(model, loaded, directory)
-    log.info("%s written to %s: %d positions", checkpoint, output, positions)
-    return output
+        student.model.save_pretrained(str(directory))
+        student.tokenizer.save_pretrained(str(directory))
+        (directory / "README.md").write_text(_card(student, license), encoding="utf-8")
+    log.info("%s written to %s: %d positions", checkpoint, output, student.positions)
+    return student
 
 
-def _write(model: Any, tokenizer: Any, directory: Path) -> None:
-    model.config.eos_token_id = model.config.bos_token_id = tokenizer.eos_token_id
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.bos_token_id = tokenizer.eos_token_id
-    tokenizer.model_max_length = model.config.n_positions
-    model.save_pretrained(str(directory))
-    tokenizer.save_pretrained(str(directory))
+def _card(student: StockStudent, license: str | None) -> str:
+    return model_card(
+        student.source,
+        student.config,
+        architecture=type(student.model).__name__,
+        positions=student.positions,
+        parameters=sum(tensor.numel() for tensor in student.source.weights.values()),
+        license=license,
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -95,6 +190,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="path or gs:// URI")
     parser.add_argument("output", metavar="OUT_DIR", help="a new or empty directory or gs:// URI")
     parser.add_argument("--tokenizer", help="name or directory [the checkpoint's]", default=None)
+    parser.add_argument(
+        "--license", help="identifier for the model card, e.g. apache-2.0 [unknown]", default=None
+    )
     args = parser.parse_args(argv)
     set_up_logging()
     quiet_libraries()
@@ -103,10 +201,19 @@ def main(argv: list[str]) -> None:
         args.checkpoint,
         args.output,
         tokenizer=args.tokenizer,
-        n_heads=resolved.config.n_heads if resolved.given("n_heads") else None,
-        trained_positions=resolved.config.trained_positions,
+        license=args.license,
+        hub=resolved.config,
         workdir=resolved.config.local_workdir,
+        **of_checkpoint(resolved),
     )
+
+
+def of_checkpoint(resolved: Resolved) -> dict[str, Any]:
+    """Those of `OF_CHECKPOINT` that the command line gives, None for the others."""
+    return {
+        name: getattr(resolved.config, name) if resolved.given(name) else None
+        for name in OF_CHECKPOINT
+    }
 
 
 if __name__ == "__main__":

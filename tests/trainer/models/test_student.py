@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from trainer.checkpoints.checkpoint import Checkpoint
 from trainer.models.gpt2.export import gpt2_model
+from trainer.models.stock import stock_model
 from trainer.models.student import (
     Student,
     StudentConfig,
@@ -51,6 +54,18 @@ def test_logits_match_stock_gpt2_at_the_base_size() -> None:
     with torch.no_grad():
         expected = stock(ids).logits
         difference = (student.logits(ids) - expected).abs().max() / expected.abs().max()
+    assert float(difference) <= 1e-5
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.7, 2.0])
+def test_logits_match_stock_gpt_neox(scale: float) -> None:
+    config = replace(ROTARY, rope_scale=scale)
+    student = noisy(config)
+    stock = stock_model(student.state_dict(), config, 1024)
+    assert type(stock).__name__ == "GPTNeoXForCausalLM"
+    ids = torch.randint(0, 997, (2, 1024), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        difference = (student.logits(ids) - stock(ids).logits).abs().max()
     assert float(difference) <= 1e-5
 
 

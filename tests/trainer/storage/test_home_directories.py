@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 
 from tests.trainer.samples import save_student
-from trainer import entrypoint, evaluate, export_hf, pick_best, prepare_tokens, resize_reset
+from trainer import (
+    entrypoint,
+    evaluate,
+    export_hf,
+    lm_eval_tasks,
+    pick_best,
+    prepare_tokens,
+    resize_reset,
+    sample,
+)
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import StorageError, UsageError
 from trainer.storage.files import in_home
@@ -50,6 +59,9 @@ CASES: dict[str, Callable[[Settings, str], list[str]]] = {
     "export_hf of": lambda settings, path: [path, "exported"],
     "export_hf to": lambda settings, path: ["best.pt", path],
     "export_hf with": lambda settings, path: ["best.pt", "exported", f"--tokenizer={path}"],
+    "sample of": lambda settings, path: [path, "--prompt=a"],
+    "sample with": lambda settings, path: ["best.pt", f"--prompt_file={path}"],
+    "lm_eval_tasks to": lambda settings, path: ["exported", path, "--tasks=a"],
     "resize_reset of": lambda settings, path: [path, "r.pt", "--block_size=64"],
     "resize_reset to": lambda settings, path: ["best.pt", path, "--block_size=64"],
     "pick_best": lambda settings, path: [path],
@@ -59,6 +71,8 @@ DOORS = {
     "prepare_tokens": prepare_tokens,
     "evaluate": evaluate,
     "export_hf": export_hf,
+    "sample": sample,
+    "lm_eval_tasks": lm_eval_tasks,
     "resize_reset": resize_reset,
     "pick_best": pick_best,
 }

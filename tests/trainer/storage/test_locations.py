@@ -178,7 +178,7 @@ def test_the_second_of_two_jobs_is_refused(
     assert "4712" in str(caught.value)
     with pytest.raises(StorageConflictError):
         second.delete("best.pt")
-    # To have seen it in a later listing is no licence
+    # To have seen it in a later listing is no license
     second.list()
     second.stat("best.pt")
     with pytest.raises(StorageConflictError):

@@ -101,25 +101,30 @@ def answer(request: bytes) -> bytes:
     return b""
 
 
-def check_weights(name: str, directory: str, config: Any) -> None:
+def check_weights(what: str, directory: str, config: Any) -> None:
     """Refuse a configuration of a far larger model than the weights beside it are of.
 
     Weights that are pickles are walked through, as those of checkpoints are.
+
+    Args:
+        what: what messages call the model, ``teacher 'gpt2'``.
+        directory: where it lies.
+        config: its configuration.
 
     Raises:
         ModelError: naming what is out of proportion, a file that the index of the weights names
             and that is not there, or a pickle that holds more than tensors.
         StorageError: the weights cannot be read.
     """
-    for file in _weights(name, Path(directory), config):
+    for file in _weights(what, Path(directory), config):
         if file.suffix != ".safetensors":
-            _check_pickled(name, file)
+            _check_pickled(what, file)
     text = config.get_text_config()
     for key, most in _MOST.items():
         value = getattr(text, key, None)
         if isinstance(value, int) and value > most:
             raise ModelError(
-                f"teacher {name!r} cannot be loaded: its config.json has {key} {value}; at most"
+                f"{what} cannot be loaded: its config.json has {key} {value}; at most"
                 f" {most} are supported"
             )
     stored = sum(
@@ -131,7 +136,7 @@ def check_weights(name: str, directory: str, config: Any) -> None:
     described = _parameters(config)
     if described > stored * (_QUANTIZED if quantized else 1) + _SLACK:
         raise ModelError(
-            f"teacher {name!r} cannot be loaded: its config.json describes {described} parameters,"
+            f"{what} cannot be loaded: its config.json describes {described} parameters,"
             f" but its weights have {stored} bytes; they are of different models"
         )
 
@@ -148,42 +153,40 @@ def _parameters(config: Any) -> int:
     return sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
 
 
-def _weights(name: str, directory: Path, config: Any) -> list[Path]:
+def _weights(what: str, directory: Path, config: Any) -> list[Path]:
     """The files that `transformers` takes for the weights; none where there are none."""
-    named = getattr(config, "transformers_weights", None)
-    if named is not None:
-        if not str(named).endswith((".safetensors", _INDEX)):
+    stated = getattr(config, "transformers_weights", None)
+    if stated is not None:
+        if not str(stated).endswith((".safetensors", _INDEX)):
             raise ModelError(
-                f"teacher {name!r} cannot be loaded: its config.json names weights in"
-                f" {brief(named)}; give safetensors"
+                f"{what} cannot be loaded: its config.json names weights in"
+                f" {brief(stated)}; give safetensors"
             )
-        index = str(named).endswith(_INDEX)
-        return _indexed(name, directory, str(named)) if index else [directory / str(named)]
+        index = str(stated).endswith(_INDEX)
+        return _indexed(what, directory, str(stated)) if index else [directory / str(stated)]
     for single in ("model.safetensors", "pytorch_model.bin"):
         if (directory / single).is_file():
             return [directory / single]
         if (directory / f"{single}.index.json").is_file():
-            return _indexed(name, directory, f"{single}.index.json")
+            return _indexed(what, directory, f"{single}.index.json")
     return []
 
 
-def _indexed(name: str, directory: Path, index: str) -> list[Path]:
+def _indexed(what: str, directory: Path, index: str) -> list[Path]:
     content = json.loads((directory / index).read_bytes())
     files = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
-        raise ModelError(
-            f"teacher {name!r} cannot be loaded: {index} has no weight_map from names to files"
-        )
+        raise ModelError(f"{what} cannot be loaded: {index} has no weight_map from names to files")
     for file in sorted(set(files.values())):
         if os.path.basename(file) != file or not (directory / file).is_file():
             raise ModelError(
-                f"teacher {name!r} cannot be loaded: {index} names {file[:200]!r}, and no such"
+                f"{what} cannot be loaded: {index} names {file[:200]!r}, and no such"
                 " file is beside it"
             )
     return [directory / file for file in sorted(set(files.values()))]
 
 
-def _check_pickled(name: str, path: Path) -> None:
+def _check_pickled(what: str, path: Path) -> None:
     # It needs torch, which the child process that loads tokenizers does without
     from trainer.runtime.archives import check_archive
 
@@ -192,5 +195,5 @@ def _check_pickled(name: str, path: Path) -> None:
             check_archive(file, path.name)
     except CheckpointError as error:
         raise ModelError(
-            f"teacher {name!r} cannot be loaded: {error}; save its weights anew, as safetensors"
+            f"{what} cannot be loaded: {error}; save its weights anew, as safetensors"
         ) from None

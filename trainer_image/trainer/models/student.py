@@ -175,8 +175,10 @@ def rotary_tables(
     ``scale`` divides the positions (position interpolation, Chen et al., 2023, arXiv:2306.15595).
     """
     exponent = torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width
-    positions = torch.arange(length, device=device, dtype=torch.float32) / scale
-    angles = positions[:, None] * (ROPE_BASE**-exponent)[None, :]
+    positions = torch.arange(length, device=device, dtype=torch.float32)
+    # In the order of `transformers`: far from the start, another rounding of a frequency is seen
+    frequencies = 1.0 / ROPE_BASE**exponent / scale
+    angles = positions[:, None] * frequencies[None, :]
     return angles.cos(), angles.sin()
 
 

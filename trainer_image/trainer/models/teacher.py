@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.models.causal_lm import load_causal_lm
 from trainer.models.fast_bodies import FastBody, QuantizationError, family_of, quantize_teacher
 from trainer.models.hugging_face import location_of, readable_errors
-from trainer.models.local_files import check_sizes, check_weights
+from trainer.models.local_files import check_sizes
 from trainer.runtime.errors import ModelError
-from trainer.runtime.log import log
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -150,30 +150,30 @@ def _logit_scale(config: Any) -> float:
     return float(scale or 1.0) / float(divisor or 1.0)
 
 
-def read_teacher_spec(name: str, token: str | None = None) -> TeacherSpec:
-    """Longest context and vocabulary from the teacher's configuration alone.
+def read_teacher_spec(name: str, token: str | None = None, *, what: str = "teacher") -> TeacherSpec:
+    """Longest context and vocabulary from a model's configuration alone; messages call it ``what``.
 
     Raises:
         ModelError: the configuration cannot be loaded, or has no vocabulary size.
     """
     from transformers import AutoConfig
 
-    location = location_of("teacher", name)
+    location = location_of(what, name)
     if os.path.isdir(location):
-        check_sizes("teacher", name, location)
-    with readable_errors("teacher", name):
+        check_sizes(what, name, location)
+    with readable_errors(what, name):
         config = AutoConfig.from_pretrained(location, token=token, trust_remote_code=False)
     config = config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None)
     vocabulary = getattr(config, "vocab_size", None)
     if not isinstance(vocabulary, int) or vocabulary < 1:
         raise ModelError(
-            f"teacher {name!r} has vocab_size {vocabulary!r:.100} in its configuration; give a"
+            f"{what} {name!r} has vocab_size {vocabulary!r:.100} in its configuration; give a"
             " causal LM"
         )
     if not isinstance(longest, int | None):
         raise ModelError(
-            f"teacher {name!r} has max_position_embeddings {longest!r:.100} in its configuration;"
+            f"{what} {name!r} has max_position_embeddings {longest!r:.100} in its configuration;"
             " give a whole number"
         )
     return TeacherSpec(name, longest, vocabulary)
@@ -216,42 +216,6 @@ def load_teacher(
         ModelError: the weights cannot be loaded, are of other shapes than the configuration says,
             or are not those of a causal LM that computes finite logits.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    location = location_of("teacher", spec.name)
-    if os.path.isdir(location):
-        with readable_errors("teacher", spec.name):
-            config = AutoConfig.from_pretrained(location, trust_remote_code=False)
-            check_weights(spec.name, location, config)
+    model = load_causal_lm("teacher", spec.name, dtype=dtype, device=device, token=token)
     with readable_errors("teacher", spec.name):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            location,
-            dtype=dtype,
-            token=token,
-            trust_remote_code=False,
-            output_loading_info=True,
-            # `_check_whole` refuses them and names one; transformers would not
-            ignore_mismatched_sizes=True,
-        )
-    _check_whole(spec.name, info)
-    model = model.to(device)
-    with readable_errors("teacher", spec.name):
-        teacher = Teacher(model, spec)
-    parameters = sum(p.numel() for p in model.parameters())
-    log.info("teacher %s: %.1f M parameters in %s", spec.name, parameters / 1e6, dtype)
-    return teacher
-
-
-def _check_whole(name: str, info: dict[str, Any]) -> None:
-    """Refuse weights that `transformers` has replaced by random ones."""
-    if info["missing_keys"]:
-        absent = sorted(map(str, info["missing_keys"]))
-        raise ModelError(
-            f"teacher {name!r} lacks {len(absent)} of its weights, {absent[0]} for one"
-        )
-    if info.get("mismatched_keys"):
-        tensor, shape, configured = min(info["mismatched_keys"])
-        raise ModelError(
-            f"teacher {name!r}: {tensor} has shape {list(shape)}, but its config.json needs"
-            f" {list(configured)}; they are of different models"
-        )
+        return Teacher(model, spec)

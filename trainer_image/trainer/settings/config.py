@@ -4,7 +4,8 @@ Every field of `TrainConfig` is a flag of the command line and a key of the ``--
 setting's value comes from the first of these that gives it: the command line, the YAML, the
 metadata of the checkpoint that the run starts from, the default. `trainer.settings.layers.resolve`
 applies that order and records which layer it was. The fields of `TargetSettings` are flags of the
-command that makes teacher targets, and of no other.
+command that makes teacher targets, those of `SampleSettings` of the one that writes texts, and
+those of `LmEvalSettings` of the one that runs tasks of lm-eval.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ MAX_TARGET_BYTES = 4096
 """Of a record; a whole distribution in fp16 is not much longer."""
 
 MOST_WORKERS = 10_000
+
+MOST_TEXTS = 1000
+"""For one prompt; they are written together."""
 
 MAX_LAYERS, MAX_WIDTH = 512, 1 << 20
 """Of a student; beyond any that is known, and its checkpoints can still be read."""
@@ -501,6 +505,62 @@ class TargetSettings:
 
 
 TARGET_SETTINGS = {spec.name: spec for spec in fields(TargetSettings)}
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How texts are written, by the names and with the meaning of `transformers`' ``generate``.
+
+    Raises:
+        UsageError: naming the setting, its value and what is allowed.
+    """
+
+    max_new_tokens: int = setting(64, "tokens to write at most", _COUNT)
+    greedy: bool = setting(False, "take the likeliest token each time, in place of drawing one")
+    temperature: float = setting(1.0, "divides the logits before a token is drawn", _TEMPERATURE)
+    top_k: int = setting(0, "draw from the so many likeliest tokens; 0 is all of them", _FROM_0)
+    top_p: float = setting(
+        1.0,
+        "draw from the likeliest tokens that have this probability together",
+        _number(lambda value: 0.0 < value <= 1.0, "above 0 and at most 1"),
+    )
+    num_return_sequences: int = setting(1, "texts for each prompt", _whole(1, high=MOST_TEXTS))
+
+    def __post_init__(self) -> None:
+        _check_each(vars(self), SAMPLE_SETTINGS)
+        if not self.greedy:
+            return
+        for name in ("temperature", "top_k", "top_p", "num_return_sequences"):
+            value, default = getattr(self, name), SAMPLE_SETTINGS[name].default
+            if value != default:
+                raise UsageError(f"--greedy draws nothing, so --{name}={value} is without effect")
+
+
+SAMPLE_SETTINGS = {spec.name: spec for spec in fields(SampleSettings)}
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(piece.strip() for piece in text.split(",") if piece.strip())
+
+
+@dataclass(frozen=True)
+class LmEvalSettings:
+    """What lm-eval is asked for.
+
+    Raises:
+        UsageError: naming the setting, its value and what is allowed.
+    """
+
+    tasks: tuple[str, ...] = setting(
+        (), "tasks of lm-eval, or YAML files of your own, separated by commas", parse=_names
+    )
+    limit: int = setting(0, "examples of each task; 0 is all of them", _FROM_0)
+
+    def __post_init__(self) -> None:
+        _check_each(vars(self), LM_EVAL_SETTINGS)
+
+
+LM_EVAL_SETTINGS = {spec.name: spec for spec in fields(LmEvalSettings)}
 
 
 def _check_each(values: Mapping[str, Any], settings: Mapping[str, Field[Any]]) -> None:

@@ -12,8 +12,12 @@ from trainer.runtime.messages import brief
 from trainer.runtime.near_names import near_name
 from trainer.settings.config import (
     AUTO,
+    LM_EVAL_SETTINGS,
+    SAMPLE_SETTINGS,
     SETTINGS,
     TARGET_SETTINGS,
+    LmEvalSettings,
+    SampleSettings,
     TargetSettings,
     TrainConfig,
 )
@@ -33,10 +37,14 @@ def _boolean(text: str) -> bool:
     return word in _TRUE
 
 
-SPECS = SETTINGS | TARGET_SETTINGS
+SPECS = SETTINGS | TARGET_SETTINGS | SAMPLE_SETTINGS | LM_EVAL_SETTINGS
 """Every setting of every command."""
 
-TYPES = typing.get_type_hints(TrainConfig) | typing.get_type_hints(TargetSettings)
+TYPES = {
+    name: hint
+    for settings in (TrainConfig, TargetSettings, SampleSettings, LmEvalSettings)
+    for name, hint in typing.get_type_hints(settings).items()
+}
 
 
 def _check_text(name: str, text: str, *, secret: bool) -> None:

@@ -45,12 +45,25 @@ def publishing(output: str, *, last: str, workdir: Path, replacing: bool = False
             return
         yield made
         with os_errors("writing", output):
+            _follow_umask(made)
             if replacing:
                 for path in _in_order(made, last):
                     os.replace(path, target / path.name)
             else:
                 os.rename(made, target)
             directory_to_disk(target if replacing else target.parent)
+
+
+def _follow_umask(made: Path) -> None:
+    """Give files the mode that a plain write gives: some libraries make theirs for the owner alone.
+
+    The mode of a directory made beforehand tells it; asking for the umask itself would set it for
+    other threads too.
+    """
+    mode = made.stat().st_mode & 0o666
+    for path in made.rglob("*"):
+        if path.is_file() and path.stat().st_mode & 0o777 != mode:
+            path.chmod(mode)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from trainer.models.student import StudentConfig
-from trainer.runtime.errors import UsageError
 
 
 def gpt2_weights(weights: Mapping[str, Tensor], positions: int) -> dict[str, Tensor]:
@@ -43,17 +42,15 @@ def gpt2_weights(weights: Mapping[str, Tensor], positions: int) -> dict[str, Ten
 
 
 def gpt2_model(weights: Mapping[str, Tensor], config: StudentConfig, positions: int) -> Any:
-    """A `transformers.GPT2LMHeadModel` that computes what the student computes.
+    """A `transformers.GPT2LMHeadModel` that computes what a student with learned positions does.
 
-    Raises:
-        UsageError: the student has rotary positions, which GPT-2 lacks.
+    Args:
+        weights: the student's.
+        config: its shapes.
+        positions: rows of the table to take, from the first on.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    if config.pos_embedding != "absolute":
-        raise UsageError(
-            "a rotary student has no stock GPT-2 form; export one with learned positions"
-        )
     gpt2 = GPT2Config(
         vocab_size=config.vocab_size,
         n_positions=positions,
