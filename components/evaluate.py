@@ -15,12 +15,18 @@ def evaluate(
     teacher_name: str,
     eval_ctx_lens: str,
     metrics: dsl.Output[dsl.Metrics],
-    report: dsl.Output[dsl.Markdown],
+    report: dsl.Output[dsl.HTML],
+    table: dsl.Output[dsl.Markdown],
+    record_before: dsl.Input[dsl.Artifact] = None,
+    record_after: dsl.Input[dsl.Artifact] = None,
     micro_batch: int = 8,
     hf_secret_name: str = "",
     more_settings: dict = {},  # noqa: B006 - kfp records the value itself
 ) -> NamedTuple("Evaluated", [("loss_before", float), ("loss_after", float)]):  # type: ignore[valid-type]
-    """One row per checkpoint and context; returns both losses at the longest context."""
+    """One row per checkpoint and context, and the report on both phases, whose records are read.
+
+    Returns both losses at the longest context.
+    """
     from trainer.runtime.commands import start_stage
 
     start_stage()
@@ -29,6 +35,8 @@ def evaluate(
     from pathlib import Path
 
     from trainer import evaluate
+    from trainer import report as reports
+    from trainer.metrics.evaluated import METRICS_JSON
     from trainer.settings.layers import resolve
     from trainer.settings.values import given
     from trainer.storage.places import place
@@ -44,8 +52,11 @@ def evaluate(
     places = [place(model.uri, model.path) for model in (before, after)]
     with tempfile.TemporaryDirectory() as scratch:
         rows = evaluate.run(config, places, scratch)
-        Path(metrics.path).write_bytes(Path(scratch, "metrics.json").read_bytes())
-        Path(report.path).write_bytes(Path(scratch, "metrics.md").read_bytes())
+        metrics.uri, report.uri = f"{metrics.uri}.json", f"{report.uri}.html"
+        table.uri = f"{table.uri}.md"
+        Path(metrics.path).write_bytes(Path(scratch, METRICS_JSON).read_bytes())
+        records = [place(one.uri, one.path) for one in (record_before, record_after) if one]
+        reports.write_stage_report(records, report.path, text=table.path, evaluation=scratch)
     for row in rows:
         phase = "before" if row.checkpoint == places[0] else "after"
         metrics.log_metric(f"{phase} val_loss_student@{row.context}", row.student_loss)

@@ -17,6 +17,8 @@ def train(
     lr_peak: float,
     checkpoints: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
+    record: dsl.Output[dsl.Artifact],
+    report: dsl.Output[dsl.HTML],
     initial: dsl.Input[dsl.Model] = None,
     compiled: dsl.Input[dsl.Model] = None,
     resume_gcs_uri: str = "",
@@ -37,7 +39,7 @@ def train(
     hf_secret_name: str = "",
     more_settings: dict = {},  # noqa: B006 - kfp records the value itself
 ) -> NamedTuple("Trained", [("best_loss", float), ("best_step", int), ("steps", int)]):  # type: ignore[valid-type]
-    """Checkpoints of a run; started again on the same output, it goes on from its snapshots.
+    """Checkpoints of a run, its record and a report; started again, it goes on from its snapshots.
 
     Those of an earlier stage, as `compiled`, give the code that it has compiled.
     """
@@ -50,8 +52,10 @@ def train(
     from pathlib import Path
 
     from trainer import entrypoint, pick_best
+    from trainer import report as reports
     from trainer.checkpoints.metadata import summary
     from trainer.checkpoints.names import COMPILE_CACHE
+    from trainer.metrics.lines import METRICS
     from trainer.runtime.strict_json import dumps
     from trainer.settings.config import SETTINGS
     from trainer.settings.values import given
@@ -78,5 +82,8 @@ def train(
     checkpoints.metadata.update(summary(best.meta))
     for name, value in result.metrics.items():
         metrics.log_metric(name, value)
+    metrics.uri, report.uri = f"{metrics.uri}.json", f"{report.uri}.html"
     Path(metrics.path).write_text(dumps(result.metrics, indent=2))
+    record.uri = f"{checkpoints.uri}/{METRICS}"
+    reports.write_stage_report([place(record.uri, record.path)], report.path)
     return (best.value, best.step, result.step)

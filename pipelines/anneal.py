@@ -38,9 +38,10 @@ NAME = "liquid-annealing"
 
 
 class Outputs(NamedTuple):
-    """The pipeline's outputs: the evaluation's table, and both phases' best checkpoints."""
+    """The pipeline's outputs: the report, as a page and as text, and both best checkpoints."""
 
-    report: dsl.Markdown
+    report: dsl.HTML
+    table: dsl.Markdown
     before: dsl.Model
     after: dsl.Model
 
@@ -171,6 +172,8 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
             tokens=streams,
             before=best_short.outputs["best"],
             after=best_long.outputs["best"],
+            record_before=short.outputs["record"],
+            record_after=long.outputs["record"],
             teacher_name=teacher_name,
             eval_ctx_lens=eval_ctx_lens,
             hf_secret_name=hf_secret_name,
@@ -179,6 +182,7 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
         _export(stage, best_long.outputs["best"], given, settings)
         return Outputs(
             report=table.outputs["report"],
+            table=table.outputs["table"],
             before=best_short.outputs["best"],
             after=best_long.outputs["best"],
         )
@@ -270,7 +274,7 @@ def _stages(settings: Settings, backend: str) -> Callable[[str, Any], Callable[.
         def task(**inputs: Any) -> Any:
             runnable = _with_image(component, image)
             if backend == "vertex" and machine.gpu:
-                runnable = _custom_job(runnable, machine, settings, title)
+                runnable = _custom_job(runnable, key, settings)
             created = runnable(**inputs).set_display_name(title)
             if backend == "local":
                 again = 1 if STAGES[key].fans_out else 0
@@ -316,15 +320,19 @@ def _request_machine(task: Any, machine: Machine) -> None:
         task.set_env_variable(EXPECTED_GPUS, str(machine.accelerator_count))
 
 
-def _custom_job(component: Any, machine: Machine, settings: Settings, display_name: str) -> Any:
-    """The component as a Vertex custom training job on as many machines as asked for."""
+def _custom_job(component: Any, key: str, settings: Settings) -> Any:
+    """A stage's component as a Vertex custom training job on as many machines as asked for."""
     from google_cloud_pipeline_components.v1.custom_job import (
         create_custom_training_job_from_component,
     )
 
+    title, machine = STAGES[key].title, settings.machines[STAGES[key].machine_name]
+    board = settings.tensorboard if STAGES[key].trains else ""
+    # Of the stage, not of the run: a run's name would keep the task out of the cache
+    output = f"{settings.pipeline_root.rstrip('/')}/tensorboard/{title}" if board else ""
     job = create_custom_training_job_from_component(
         component,
-        display_name=display_name,
+        display_name=title,
         replica_count=machine.replicas,
         machine_type=machine.machine_type,
         accelerator_type=machine.accelerator_type,
@@ -334,6 +342,8 @@ def _custom_job(component: Any, machine: Machine, settings: Settings, display_na
         timeout=f"{machine.timeout_hours * 3600}s",
         restart_job_on_worker_restart=True,
         service_account=settings.service_account,
+        tensorboard=board,
+        base_output_directory=output,
         network=settings.network,
         encryption_spec_key_name=settings.cmek_key,
         labels=dict(settings.labels),

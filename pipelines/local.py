@@ -45,6 +45,9 @@ from pipelines.settings import LOCAL_IMAGE, Settings
 from pipelines.spec import compiled, titles_of
 from pipelines.stages import CACHED, STAGES
 from pipelines.submit import switch
+from trainer import report
+from trainer.metrics.evaluated import METRICS_JSON
+from trainer.metrics.lines import METRICS
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import LiquidError
 from trainer.runtime.log import FORMAT, JSON, log, quiet_libraries, set_up_logging
@@ -107,7 +110,7 @@ class LocalRun:
     directory: Path = Path()
     """Of its parameters, its log and what its stages wrote."""
     outputs: dict[str, Any] = field(default_factory=dict)
-    """The pipeline's output artifacts: ``report``, ``before``, ``after``."""
+    """The pipeline's output artifacts: ``report``, ``table``, ``before``, ``after``."""
 
     @property
     def cached(self) -> list[str]:
@@ -262,11 +265,13 @@ def _close(file: TextIO) -> None:
 
 
 def code_digest() -> str:
-    """A digest of all code that the stages run."""
+    """A digest of all code that the stages run, and of the templates of their reports."""
     digest = hashlib.sha256()
     for package in (trainer, components):
         root = Path(str(package.__file__)).parent
-        for path in sorted(root.rglob("*.py")):
+        for path in sorted(root.rglob("*.*")):
+            if path.suffix == ".pyc" or not path.is_file():
+                continue
             name = path.relative_to(root).as_posix()
             digest.update(f"{name}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
@@ -325,16 +330,14 @@ def run_here(work: Path) -> None:
     corpus = build_corpus(work / "corpus")
     build_teacher(work / "teacher", corpus, workdir=work / "teacher-run")
     run = run_pipeline(work, every, directory)
-    rows = json.loads(Path(run.outputs["report"].path).with_name("metrics").read_text())
-    print(f"\n{'phase':24} {'context':>7} {'student':>9} {'teacher':>9}   nats per token")
-    for row in rows:
-        phase = f"context {row['trained_at']}, step {row['step']}"
-        theirs = "–" if row["teacher_loss"] is None else f"{row['teacher_loss']:.4f}"
-        print(f"{phase:24} {row['context']:>7} {row['student_loss']:>9.4f} {theirs:>9}")
+    phases = [str(Path(run.outputs[name].path).parent / METRICS) for name in ("before", "after")]
+    evaluation = Path(run.outputs["report"].path).with_name(METRICS_JSON)
+    print("", *report.stage_lines(phases, str(evaluation)), sep="\n")
     print(f"\nfrom the cache   {', '.join(run.cached) or 'nothing'}")
     print(f"annealed         {run.outputs['before'].path}")
     print(f"continued        {run.outputs['after'].path}")
     print(f"report           {run.outputs['report'].path}")
+    print(f"as text          {run.outputs['table'].path}")
     print(f"run              {directory}")
     print(f"took             {duration(time.monotonic() - started)}")
 

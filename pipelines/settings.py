@@ -33,6 +33,8 @@ _LARGEST = 2**31 - 1
 _LABEL_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 _MODEL_NAME = re.compile(r"[a-z_][a-z0-9_-]{0,62}")
 _LABEL_VALUE = re.compile(r"[a-z0-9_-]{0,63}")
+_EXPERIMENT = re.compile(r"[a-z0-9][a-z0-9-]{0,127}")
+_TENSORBOARD = re.compile(r"projects/[^/\s]+/locations/([a-z0-9-]+)/tensorboards/[^/\s]+")
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,10 @@ class Settings:
     api_transport: str = described("", "grpc or rest; empty is the client's choice")
     poll_seconds: int = described(15, "seconds between two looks at a run that is followed")
     experiment: str = described(
-        "", "experiment of open-source Kubeflow Pipelines to list the run in"
+        "", "experiment to list the run in, on Vertex AI with its parameters and metrics"
+    )
+    tensorboard: str = described(
+        "", "Vertex AI TensorBoard of the trainings: projects/P/locations/L/tensorboards/ID"
     )
     namespace: str = described(
         "", "your profile's namespace, where open-source Kubeflow Pipelines serves several users"
@@ -122,6 +127,8 @@ class Settings:
         if self.pipeline_root and not self.pipeline_root.startswith("gs://"):
             raise UsageError(f"PIPELINE_ROOT={self.pipeline_root!r} must start with gs://")
         self._check_registry()
+        self.check_experiment()
+        self._check_tensorboard()
         for stage, machine in self.machines.items():
             _check_custom_job(stage.upper(), machine)
             self._check_both_given(stage, machine)
@@ -132,13 +139,41 @@ class Settings:
             why = "its machine type has them" if machine.gpu else "the stage is no custom job"
             self._refuse_unused(stage, unused, f"Vertex AI would not use it, since {why}")
 
+    def check_experiment(self) -> None:
+        """Refuse a name that no experiment of Vertex AI can have.
+
+        Raises:
+            UsageError: naming it.
+        """
+        if self.experiment and not _EXPERIMENT.fullmatch(self.experiment):
+            raise UsageError(
+                f"EXPERIMENT={brief(self.experiment)}: an experiment of Vertex AI is named by"
+                " lowercase letters, digits and -, 128 at most, of which the first is no -"
+            )
+
+    def _check_tensorboard(self) -> None:
+        """Refuse what a custom job with a TensorBoard would be refused for."""
+        if not self.tensorboard:
+            return
+        named = f"TENSORBOARD={brief(self.tensorboard)}"
+        matched = _TENSORBOARD.fullmatch(self.tensorboard)
+        if matched is None:
+            raise UsageError(f"{named} must be projects/P/locations/L/tensorboards/ID")
+        if matched[1] != self.region:
+            raise UsageError(
+                f"{named} is in {matched[1]}, but REGION={self.region}; make them agree"
+            )
+        for name in ("service_account", "pipeline_root"):
+            if not getattr(self, name):
+                raise UsageError(f"{named} without {name.upper()}, which its jobs need; give both")
+
     def check_kubeflow(self) -> None:
         """Refuse what open-source Kubeflow Pipelines would ignore silently, or reject.
 
         Raises:
             UsageError: several machines, spot machines, or Google Cloud's settings.
         """
-        for name in ("network", "cmek_key", "labels"):
+        for name in ("network", "cmek_key", "labels", "tensorboard"):
             if getattr(self, name):
                 raise UsageError(
                     f"{name.upper()} is for Vertex AI; leave it out for open-source Kubeflow"

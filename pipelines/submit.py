@@ -134,18 +134,28 @@ def submit_vertex(settings: Settings, parameters: dict[str, Any]) -> None:
 
 
 def send_to_vertex(settings: Settings, api: Any, job: Any, job_id: str, *, wait: bool) -> None:
-    """Create a run, print its page and, with ``wait``, follow it to its end.
+    """Create a run, list it in the experiment, print its page and, with ``wait``, follow it.
 
     Raises:
-        LiquidError: it could not be created, or did not end well.
+        UsageError: ``EXPERIMENT`` cannot be one.
+        LiquidError: it could not be created or listed, or did not end well.
     """
     from pipelines import vertex
 
+    experiment = vertex.open_experiment(settings)
     name = vertex.create(settings, api, job, job_id)
     page = vertex.console_link(settings, name.rpartition("/")[2])
     print(f"submitted {name}\n{page}", flush=True)
+    runs = vertex.client(settings, "v1")
+    if experiment:
+        try:
+            vertex.add_to_experiment(settings, runs, name, experiment)
+        except LiquidError as error:
+            raise LiquidError(
+                f"the run goes on, but is not in EXPERIMENT={settings.experiment}: {error}"
+            ) from None
     if wait:
-        look = partial(vertex.look, settings, vertex.client(settings, "v1"), name)
+        look = partial(vertex.look, settings, runs, name)
         follow(look, page, settings.poll_seconds)
 
 

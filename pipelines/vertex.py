@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from pipelines.settings import Settings
 from trainer.runtime.errors import LiquidError, UsageError
 
 REQUEST_SECONDS = 60.0
+_CONTEXT_LOOKS, _CONTEXT_SECONDS = 60, 2.0
 _TELLING = ("FAILED", "CANCELLED", "CANCELLING", "CANCEL_PENDING", "RUNNING", "PENDING")
 """States of a task that say more of a loop than those of its other rounds, most first."""
 _REQUEST = re.compile(r"^(GET|POST) https?://\S+: ")
@@ -126,6 +128,53 @@ def create(settings: Settings, api: Any, job: Any, run_id: str) -> str:
         place = settings.api_endpoint or settings.region
         raise LiquidError(f"{place} answered without naming a run; check API_ENDPOINT")
     return str(created.name)
+
+
+def open_experiment(settings: Settings) -> str:
+    """The full name of the experiment that runs are listed in, made where there is none yet.
+
+    Raises:
+        UsageError: there is something else of that name.
+        LiquidError: it cannot be found or made.
+    """
+    settings.check_experiment()
+    if not settings.experiment:
+        return ""
+    with readable_errors(settings):
+        try:
+            experiment = aiplatform.Experiment.get_or_create(settings.experiment)
+        except ValueError as error:
+            raise UsageError(f"EXPERIMENT={settings.experiment}: {_first_line(error)}") from None
+        return str(experiment.resource_name)
+
+
+def add_to_experiment(settings: Settings, api: Any, run: str, experiment: str) -> None:
+    """List a run in an experiment, which shows its parameters, and its metrics as they come.
+
+    Args:
+        settings: project and region.
+        api: the client of pipeline runs.
+        run: its full name.
+        experiment: as `open_experiment` gives it.
+
+    Raises:
+        LiquidError: the run is not in the experiment.
+    """
+    metadata = aiplatform.initializer.global_config.create_client(
+        client_class=aiplatform.utils.MetadataClientWithOverride,
+        location_override=settings.region,
+    )
+    with readable_errors(settings):
+        for _ in range(_CONTEXT_LOOKS):
+            job = api.get_pipeline_job(name=run, timeout=REQUEST_SECONDS)
+            # Vertex AI makes it a while after the run
+            if context := job.job_detail.pipeline_run_context.name:
+                metadata.add_context_children(
+                    context=experiment, child_contexts=[context], timeout=REQUEST_SECONDS
+                )
+                return
+            time.sleep(_CONTEXT_SECONDS)
+    raise LiquidError(f"Vertex AI keeps no metadata of {run} after {_CONTEXT_LOOKS} looks")
 
 
 def look(settings: Settings, api: Any, name: str) -> tuple[str, dict[str, str]]:

@@ -38,6 +38,7 @@ from components.train import train
 from pipelines.compile import compile_to
 from pipelines.settings import load_settings
 from trainer.checkpoints.reading import read_checkpoint
+from trainer.metrics.reading import read_run
 from trainer.runtime.errors import CheckpointError, UsageError
 from trainer.storage.places import open_location
 
@@ -49,6 +50,14 @@ def new(tmp_path_factory: pytest.TempPathFactory) -> New:
     """An output artifact as kfp hands it out: a path whose directory exists."""
     root = tmp_path_factory.mktemp("components")
     return lambda kind, name: kind(name=name, uri=str(root / name))
+
+
+def recorded_beside(checkpoints: Any) -> dict[str, Any]:
+    """The artifacts for a training's record and its report."""
+    return {
+        "record": dsl.Artifact(name="record", uri=f"{checkpoints.uri}-record"),
+        "report": dsl.HTML(name="report", uri=f"{checkpoints.uri}-report"),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +73,7 @@ def tokens(new: New, teacher_dir: Path, corpus: Path) -> Any:
 @pytest.fixture(scope="module")
 def trained(new: New, tokens: Any, teacher_dir: Path) -> dict[str, Any]:
     checkpoints, metrics = new(dsl.Model, "checkpoints"), new(dsl.Metrics, "metrics")
+    recorded = recorded_beside(checkpoints)
     outputs = train.python_func(
         tokens=tokens,
         teacher_name=str(teacher_dir),
@@ -78,8 +88,9 @@ def trained(new: New, tokens: Any, teacher_dir: Path) -> dict[str, Any]:
         more_settings={"d_model": 32, "n_layers": 2, "n_heads": 4, "eval_max_tokens": 500},
         checkpoints=checkpoints,
         metrics=metrics,
+        **recorded,
     )
-    return {"checkpoints": checkpoints, "metrics": metrics, "outputs": outputs}
+    return {"checkpoints": checkpoints, "metrics": metrics, "outputs": outputs} | recorded
 
 
 def test_prepare_tokens(tokens: Any) -> None:
@@ -98,6 +109,9 @@ def test_train(trained: dict[str, Any]) -> None:
     assert {"kd_alpha", "kd_temperature", "step"} <= set(metadata)
     assert trained["metrics"].metadata == json.loads(Path(trained["metrics"].path).read_text())
     assert "val_loss_student@64" in trained["metrics"].metadata
+    assert read_run(trained["record"].path).end == read_run(trained["checkpoints"].path).end
+    assert Path(trained["report"].path).suffix == ".html"
+    assert f"{best_loss:.4f}" in Path(trained["report"].path).read_text(encoding="utf-8")
 
 
 def train_stage(tokens: Any, teacher: str, checkpoints: Any, metrics: Any) -> None:
@@ -118,6 +132,7 @@ def train_stage(tokens: Any, teacher: str, checkpoints: Any, metrics: Any) -> No
         more_settings={"d_model": 32, "n_layers": 2, "n_heads": 4, "eval_max_tokens": 500},
         checkpoints=checkpoints,
         metrics=metrics,
+        **recorded_beside(checkpoints),
     )
 
 
@@ -185,7 +200,10 @@ def test_sigterm_to_a_stage_saves_as_the_platform_runs_it(
     executor_input = {
         "inputs": {"parameterValues": values, "artifacts": {"tokens": described(tokens)}},
         "outputs": {
-            "artifacts": {"checkpoints": described(checkpoints), "metrics": described(metrics)},
+            "artifacts": {
+                name: described(artifact) for name, artifact in recorded_beside(checkpoints).items()
+            }
+            | {"checkpoints": described(checkpoints), "metrics": described(metrics)},
             "parameters": {
                 name: {"outputFile": str(tmp_path / name)}
                 for name in ("best_loss", "best_step", "steps")
@@ -245,6 +263,7 @@ def machine(
         },
         checkpoints=checkpoints,
         metrics=metrics,
+        **recorded_beside(checkpoints),
     )
     ended.put((index, tuple(outputs)))
 
@@ -275,9 +294,10 @@ def test_two_machines_train_together_and_the_first_reports(
     meta = json.loads((Path(checkpoints.path) / "final.pt.meta.json").read_text())
     assert (meta["step"], meta["global_batch"], meta["grad_accum"]) == (4, 4, 1)
     assert outputs[0][2] == 4
-    assert json.loads(Path(metrics[0].path).read_text())["val_loss_student"] > 0
+    written = [Path(f"{artifact.path}.json") for artifact in metrics]
+    assert json.loads(written[0].read_text())["val_loss_student"] > 0
     assert outputs[1][1:] == (-1, -1)
-    assert not Path(metrics[1].path).exists()
+    assert not written[1].exists()
 
 
 def test_pick_resize_and_evaluate(
@@ -295,7 +315,8 @@ def test_pick_resize_and_evaluate(
     )
     assert old_step == step
     assert resized.metadata["trained_positions"] == 64
-    metrics, report = new(dsl.Metrics, "table"), new(dsl.Markdown, "report")
+    metrics, table = new(dsl.Metrics, "evaluated"), new(dsl.Markdown, "table")
+    report = new(dsl.HTML, "report")
     before, after = evaluate.python_func(
         tokens=tokens,
         before=model,
@@ -303,13 +324,21 @@ def test_pick_resize_and_evaluate(
         teacher_name=str(teacher_dir),
         eval_ctx_lens="32,64",
         more_settings={"eval_max_tokens": 500},
+        record_before=trained["record"],
         metrics=metrics,
         report=report,
+        table=table,
     )
     rows = json.loads(Path(metrics.path).read_text())
     assert len(rows) == 4
     assert (before, after) == (rows[1]["student_loss"], rows[3]["student_loss"])
-    assert "| context |" in Path(report.path).read_text()
+    shown = [f"{row['student_loss']:.4f}" for row in rows]
+    for artifact, suffix in ((report, ".html"), (table, ".md")):
+        assert Path(artifact.path).suffix == suffix
+        text = Path(artifact.path).read_text(encoding="utf-8")
+        assert all(loss in text for loss in shown)
+        assert f"all {rows[0]['tokens_of_split']:,} tokens" not in text
+        assert f"{rows[0]['tokens']:,} of the {rows[0]['tokens_of_split']:,} tokens" in text
 
 
 PLANNED = {
@@ -371,6 +400,7 @@ def test_a_training_reads_the_targets_that_workers_made(
         more_settings={"d_model": 32, "n_layers": 2, "n_heads": 4, "eval_max_tokens": 500},
         checkpoints=checkpoints,
         metrics=new(dsl.Metrics, "on-targets-metrics"),
+        **recorded_beside(checkpoints),
         **given,
     )
     assert f"in place of the teacher: its targets at {place}" in capsys.readouterr().err
@@ -418,6 +448,7 @@ def test_settings_that_a_training_refuses(
             teacher_name=str(teacher_dir),
             checkpoints=checkpoints,
             metrics=new(dsl.Metrics, "refused-metrics"),
+            **recorded_beside(checkpoints),
             **settings,
         )
     assert not Path(checkpoints.path).exists()
@@ -492,6 +523,7 @@ def test_accumulation_may_come_with_the_further_settings(
         more_settings=small | {"grad_accum": 3},
         checkpoints=checkpoints,
         metrics=new(dsl.Metrics, "accumulated-metrics"),
+        **recorded_beside(checkpoints),
     )
     meta = json.loads((Path(checkpoints.path) / "final.pt.meta.json").read_text())
     assert (meta["grad_accum"], meta["global_batch"]) == (3, 6)

@@ -38,6 +38,8 @@ class Loopback:
         self.looks = 0
         self.models: dict[str, list[dict[str, Any]]] = {}
         """By full name: the versions of models in the registry, the newest last."""
+        self.contexts: dict[str, dict[str, Any]] = {}
+        """Of Vertex AI's metadata, by name; an experiment is one."""
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.port = self._server.server_address[1]
         scheme = "https" if tls else "http"
@@ -101,6 +103,8 @@ class Loopback:
         model = unquote(name).partition("@")[0]
         if method == "GET" and model in self.models:
             return 200, self.models[model][-1]
+        if "/metadataStores/" in name:
+            return self._metadata(method, name, path, body)
         if self._is_out():
             return 503, {"error": {"code": 503, "status": "UNAVAILABLE", "message": "restarting"}}
         if method == "GET" and name in self.jobs:
@@ -117,6 +121,21 @@ class Loopback:
         kind = "type.googleapis.com/google.cloud.aiplatform.v1.UploadModelResponse"
         done = {"@type": kind, "model": name, "modelVersionId": number}
         return {"name": f"{name}/operations/{number}", "done": True, "response": done}
+
+    def _metadata(self, method: str, name: str, path: str, body: Any) -> tuple[int, Any]:
+        """The store, which is there, and the contexts in it."""
+        if name.endswith(":addContextChildren"):
+            self.contexts[name.partition(":")[0]]["children"] = body["childContexts"]
+            return 200, {}
+        created = re.search(r"contextId=([^&]+)", path)
+        if method == "POST" and created:
+            name = f"{name}/{created[1]}"
+            self.contexts[name] = {"name": name, **body}
+        if method == "GET" and re.search(r"/metadataStores/default$", name):
+            return 200, {"name": name}
+        if name in self.contexts:
+            return 200, {k: v for k, v in self.contexts[name].items() if k != "children"}
+        return 404, {"error": {"code": 404, "status": "NOT_FOUND", "message": f"{name} is absent"}}
 
     def _is_out(self) -> bool:
         self.outages -= 1
@@ -144,7 +163,11 @@ class Loopback:
             for number, (name, parent, state) in enumerate(tasks, start=1)
         ]
         state = f"PIPELINE_STATE_{last}" if ended else "PIPELINE_STATE_RUNNING"
-        return job | {"state": state, "jobDetail": {"taskDetails": details}}
+        store, _, run_id = job["name"].partition("/pipelineJobs/")
+        # Vertex AI makes the run's context a while after the run
+        context = {"name": f"{store}/metadataStores/default/contexts/{run_id}"}
+        around = {"pipelineRunContext": context} if self.looks > 1 else {}
+        return job | {"state": state, "jobDetail": {"taskDetails": details, **around}}
 
     def _kubeflow(self, method: str, path: str, body: Any) -> tuple[int, Any]:
         if path.startswith("/apis/v2beta1/healthz"):

@@ -112,7 +112,7 @@ def test_the_continuation_starts_from_the_resized_weights(first_run: LocalRun) -
 
 def test_the_table_has_every_context_for_both_checkpoints(first_run: LocalRun) -> None:
     directory = task_directory(first_run, "evaluate")
-    rows = json.loads((directory / "metrics").read_text())
+    rows = json.loads((directory / "metrics.json").read_text())
     assert [(row["trained_at"], row["context"]) for row in rows] == [
         (32, 32),
         (32, 64),
@@ -122,7 +122,13 @@ def test_the_table_has_every_context_for_both_checkpoints(first_run: LocalRun) -
     recorded = read_checkpoint(Path(first_run.outputs["after"].path)).meta["metrics"]
     assert rows[3]["student_loss"] == pytest.approx(recorded["val_loss_student@64"], rel=1e-6)
     assert rows[3]["teacher_loss"] == pytest.approx(recorded["val_loss_teacher@64"], rel=1e-6)
-    assert (directory / "report").read_text().count("\n| ") == 4
+    page = (directory / "report.html").read_text(encoding="utf-8")
+    text = (directory / "table.md").read_text(encoding="utf-8")
+    for loss in (f"{row['student_loss']:.4f}" for row in rows):
+        assert loss in page
+        assert loss in text
+    assert "Phase 2: context 64" in page
+    assert first_run.outputs["report"].path == str(directory / "report.html")
 
 
 def test_what_a_rerun_does_again(

@@ -148,6 +148,24 @@ def test_gpu_stages_are_custom_jobs_on_vertex(tmp_path: Path) -> None:
     assert [entry["replica_count"] for entry in pools] == [1, 2]
 
 
+def test_the_trainings_write_to_the_tensorboard(tmp_path: Path) -> None:
+    board = "projects/p/locations/us-central1/tensorboards/1"
+    given = MACHINES | {"TENSORBOARD": board, "PIPELINE_ROOT": "gs://bucket/runs/"}
+    path = compile_to(tmp_path / "pipeline.yaml", load_settings(given), "vertex")
+    found = executors(next(iter(yaml.safe_load_all(path.read_text()))))
+    spec = next(iter(yaml.safe_load_all(path.read_text())))
+    jobs = {name: custom_job(spec, found[name]) for name in GPU_STAGES}
+    assert {name: job["tensorboard"] for name, job in jobs.items()} == {
+        **{"anneal": board, "continue": board, "teacher-targets": "", "evaluate": ""}
+    }
+    assert {name: job["base_output_directory"] for name, job in jobs.items()} == {
+        "anneal": "gs://bucket/runs/tensorboard/anneal",
+        "continue": "gs://bucket/runs/tensorboard/continue",
+        **{"teacher-targets": "", "evaluate": ""},
+    }
+    assert jobs["anneal"]["service_account"] == MACHINES["SERVICE_ACCOUNT"]
+
+
 def test_each_worker_that_makes_targets_has_a_machine_of_its_own(
     compiled: tuple[str, dict[str, Any], str], tmp_path: Path
 ) -> None:

@@ -168,6 +168,69 @@ def test_the_request_to_vertex(vertex: Loopback, environment: dict[str, str]) ->
     assert pools["evaluate"][0]["container_spec"]["image_uri"] == IMAGE
 
 
+def test_a_run_is_listed_in_the_experiment(
+    vertex: Loopback, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.vertex._CONTEXT_SECONDS", 0.0)
+    for _ in range(2):  # made by the first run, found by the second
+        done = run("submit", environment | {"EXPERIMENT": "small-models"}, "vertex")
+        assert done.returncode == 0, done.stderr
+        ((name, experiment),) = vertex.contexts.items()
+        assert name.endswith("/locations/europe-west4/metadataStores/default/contexts/small-models")
+        assert experiment["schemaTitle"] == "system.Experiment"
+        (child,) = experiment["children"]
+        run_id = child.rpartition("/")[2]
+        assert f"submitted {PARENT}/{run_id}" in done.stdout
+
+
+def test_an_experiment_that_cannot_be_is_told_before_a_run_is_made(
+    vertex: Loopback, environment: dict[str, str]
+) -> None:
+    done = run("submit", environment | {"EXPERIMENT": "Small models"}, "vertex")
+    assert done.returncode == 2
+    assert last_message(done).startswith("EXPERIMENT='Small models': an experiment of Vertex AI is")
+    assert vertex.requests == []
+    store = "projects/p/locations/europe-west4/metadataStores/default"
+    name = f"{store}/contexts/taken"
+    vertex.contexts[name] = {"name": name, "schemaTitle": "system.PipelineRun"}
+    done = run("submit", environment | {"EXPERIMENT": "taken"}, "vertex")
+    assert done.returncode == 2
+    assert last_message(done).startswith("EXPERIMENT=taken: Experiment name taken is of type")
+    assert not vertex.jobs
+
+
+def test_a_run_that_its_experiment_does_not_list_is_told_to_go_on(
+    vertex: Loopback, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.vertex._CONTEXT_SECONDS", 0.0)
+    monkeypatch.setattr("pipelines.vertex._CONTEXT_LOOKS", 1)
+    done = run("submit", environment | {"EXPERIMENT": "small-models"}, "vertex")
+    assert done.returncode == 1
+    assert "submitted projects/" in done.stdout
+    message = "the run goes on, but is not in EXPERIMENT=small-models: Vertex AI keeps no metadata"
+    assert last_message(done).startswith(message)
+
+
+BOARD = "projects/p/locations/europe-west4/tensorboards/1"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"TENSORBOARD": "board"}, "TENSORBOARD='board' must be projects/P/locations/L/tensorb"),
+        ({"REGION": "us-central1"}, "is in europe-west4, but REGION=us-central1; make them agree"),
+        ({"SERVICE_ACCOUNT": ""}, "without SERVICE_ACCOUNT, which its jobs need; give both"),
+    ],
+)
+def test_a_tensorboard_that_cannot_work_is_told_before_anything_is_sent(
+    vertex: Loopback, environment: dict[str, str], change: dict[str, str], message: str
+) -> None:
+    done = run("submit", environment | {"TENSORBOARD": BOARD} | change, "vertex")
+    assert done.returncode == 2
+    assert message in last_message(done)
+    assert vertex.requests == []
+
+
 def test_caching_is_on_unless_switched_off(vertex: Loopback, environment: dict[str, str]) -> None:
     assert run("submit", environment, "vertex").returncode == 0
     tasks = every_task(vertex.requests[-1][2]["pipelineSpec"])
@@ -698,11 +761,13 @@ def test_a_kubeflow_of_several_users(kubeflow: Loopback, tmp_path: Path) -> None
     [
         ("CMEK_KEY", "CMEK_KEY is for Vertex AI"),
         ("NETWORK", "NETWORK is for Vertex AI"),
+        ("TENSORBOARD", "TENSORBOARD is for Vertex AI"),
         ("SERVICE_ACCOUNT", "is one of Google Cloud; give the name of a Kubernetes service"),
     ],
 )
 def test_settings_that_kubeflow_would_drop(kubeflow: Loopback, name: str, message: str) -> None:
     values = {"CMEK_KEY": KEY, "NETWORK": NETWORK, "SERVICE_ACCOUNT": SERVICE_ACCOUNT}
+    values["TENSORBOARD"] = BOARD
     given = {"HOST": kubeflow.url, "TRAINER_IMAGE": IMAGE, name: values[name]}
     done = run("submit", given, "kfp")
     assert done.returncode == 2

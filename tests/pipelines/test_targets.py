@@ -125,7 +125,7 @@ def test_what_follows_takes_all_of_it_from_the_cache(
     assert run.cached == ["prepare", "plan-targets", "teacher-targets", "join-targets"]
     assert "teacher-online" not in run.ran
     assert "in place of the teacher: its targets at" in capsys.readouterr().out
-    rows = json.loads(Path(run.outputs["report"].path).with_name("metrics").read_text())
+    rows = json.loads(Path(run.outputs["report"].path).with_name("metrics.json").read_text())
     assert len(rows) == 4
     # Another seed, and the same temperatures at other updates
     make_targets(work, cached | {"seed": 8, "anneal_temp_schedule": "0:1.2,2:1.0"})

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from trainer.data.streams import streams_for
+from trainer.metrics.evaluated import METRICS_JSON, EvaluationRow, markdown_table
 from trainer.models.teacher import load_teacher, read_teacher_spec
 from trainer.runtime.commands import run_command
 from trainer.runtime.log import quiet_libraries, set_up_logging
@@ -27,7 +28,7 @@ from trainer.settings.layers import for_evaluation, resolve
 from trainer.storage.places import check_output
 from trainer.storage.publish import publishing
 from trainer.training.evaluation import Evaluator, check_contexts
-from trainer.training.evaluation_rows import Candidate, EvaluationRow, markdown_table
+from trainer.training.evaluation_rows import Candidate
 from trainer.training.precision import choose_precision
 from trainer.training.start import check_vocabularies
 
@@ -67,7 +68,7 @@ def run(
     workdir = Path(config.local_workdir)
     with publishing(output, last="metrics.md", workdir=workdir, replacing=True) as directory:
         text = dumps([asdict(row) for row in rows], indent=2)
-        (directory / "metrics.json").write_text(text, encoding="utf-8")
+        (directory / METRICS_JSON).write_text(text, encoding="utf-8")
         (directory / "metrics.md").write_text(markdown_table(rows), encoding="utf-8")
     return rows
 

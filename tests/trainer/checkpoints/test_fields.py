@@ -35,6 +35,18 @@ STATE: dict[str, tuple[Any, ...]] = {
     "skipped_in_row": (*NUMBERS, -1, 8),
     "best_value": ("x", [1], {}, True, None, math.nan, -math.inf, -1.0, 10**400),
     "metrics": (1, "x", [1], None, {"a": "b"}, {"a": True}, {1: 2.0}, {"a": [1]}),
+    "window": (
+        *(1, "x", [2.0], None, {"updates": 2}, {1: 2.0}),
+        *(
+            {"seconds": 1.0, "updates": 2, "sums": [[[0.0] * 4] * 2]} | wrong
+            for wrong in (
+                *({"seconds": value} for value in ("x", -1.0, math.nan, math.inf, True, None)),
+                *({"updates": value} for value in (-1, 8, 1.5, "1", [0])),
+                *({"sums": value} for value in ("x", [], {}, [[[0.0] * 4]], [[[0.0] * 3] * 2])),
+                *({"sums": [[[0.0] * 3 + [wrong]] * 2]} for wrong in ("x", math.nan, 10**400)),
+            )
+        ),
+    ),
     "loss_scale": (
         *(1, "x", [2.0], None, {"scale": 2.0}, {1: 2.0}),
         *(

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.trainer.metrics.records import lasting_lines
 from trainer import entrypoint
 from trainer.checkpoints.checkpoint import Checkpoint
 from trainer.checkpoints.reading import read_checkpoint
+from trainer.metrics.reading import read_run
 from trainer.runtime.devices import EXPECTED_GPUS, count_gpus
 from trainer.runtime.errors import DeviceError, UsageError
 from trainer.runtime.processes import Nodes, find_nodes, joined_processes
@@ -166,6 +168,22 @@ def run_script(
     )
 
 
+def assert_records_close(work: Path, whole: Path) -> None:
+    """One process's record and that of two, of which one was stopped, differ by rounding."""
+    ours, theirs = (
+        [line for line in lasting_lines(str(path)) if line["kind"] != "header"]
+        for path in (work, whole)
+    )
+    assert [(line["kind"], line["step"]) for line in ours] == [
+        (line["kind"], line["step"]) for line in theirs
+    ]
+    for line, other in zip(ours, theirs, strict=True):
+        numbers = {name: value for name, value in line.items() if isinstance(value, float)}
+        assert numbers == pytest.approx({name: other[name] for name in numbers}, rel=1e-3)
+    assert [line["step"] for line in read_run(str(work)).starts] == [2]
+    assert read_run(str(work)).header["machine"]["processes"] == 2
+
+
 SIGNAL_IN_EVALUATION = """
 import os
 import signal
@@ -208,6 +226,7 @@ def test_a_signal_to_one_process_breaks_the_evaluation_off_in_all(
     ended, whole = (read_checkpoint(tmp_path / name / "final.pt") for name in ("work", "whole"))
     close(ended, whole)
     assert ended.trainer_state["best_step"] == whole.trainer_state["best_step"]
+    assert_records_close(tmp_path / "work", tmp_path / "whole")
 
 
 CLOCKS_THAT_DIFFER = """

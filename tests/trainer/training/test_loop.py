@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.trainer.metrics.records import lasting_lines
 from trainer import entrypoint
 from trainer.checkpoints.checkpoint import Checkpoint
 from trainer.checkpoints.reading import read_checkpoint
@@ -305,6 +306,7 @@ def test_a_signal_breaks_an_evaluation_off_and_a_resumed_run_makes_it(
     assert read_checkpoint(saved).meta["metrics_step"] == (-1 if at == 3 else 3)
     result = train(settings)
     assert_same(final(tmp_path / "whole"), final(tmp_path / "work"))
+    assert lasting_lines(str(tmp_path / "work")) == lasting_lines(str(tmp_path / "whole"))
     assert (result.best_step, result.metrics) == (
         final(tmp_path / "whole").trainer_state["best_step"],
         final(tmp_path / "whole").meta["metrics"],
@@ -531,8 +533,12 @@ def test_scalars_go_where_vertex_says(
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("AIP_TENSORBOARD_LOG_DIR", str(tmp_path / "board"))
+    train(settings, output_gcs_uri=str(tmp_path / "other"), train_steps=3)
     result = train(settings)
-    events = EventAccumulator(str(tmp_path / "board"))
+    assert len(list((tmp_path / "board").iterdir())) == 2, "each run has a directory of its own"
+    assert not (tmp_path / "work" / "tensorboard").exists()
+    (own,) = (tmp_path / "board").glob("*-work-*")
+    events = EventAccumulator(str(own))
     events.Reload()
     last = events.Scalars("eval/val_loss_student@32")[-1]
     assert last.step == 6
@@ -596,6 +602,7 @@ def test_a_failure_saves_the_last_update_and_the_run_goes_on_bit_for_bit(
     whole = final(tmp_path / "whole")
     assert_same(whole, final(tmp_path / "work"))
     assert result.best_step == whole.trainer_state["best_step"]
+    assert lasting_lines(str(tmp_path / "work")) == lasting_lines(str(tmp_path / "whole"))
     names = {path.name for path in (tmp_path / "whole").glob("ckpt_best*.pt")}
     assert names == {path.name for path in (tmp_path / "work").glob("ckpt_best*.pt")}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ METADATA_LIMIT = 8 << 20
 _DEPTH, _ITEM = 16, 8
 
 _LARGEST = 2**63 - 1
+
+_MOST_PROCESSES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -149,14 +152,44 @@ def check_trainer_state(state: Mapping[Any, Any], step: int, source: str) -> Non
         "metrics": METRICS,
         "first_step": done,
         "loss_scale": TABLE,
+        "window": TABLE,
     }
     check_fields(state, kinds, f"{source}: its trainer_state's ")
+    window = state.get("window") or {}
+    missing = [name for name in _LOG_WINDOW if window and window.get(name) is None]
+    if missing:
+        raise CheckpointError(f"{source}: its trainer_state's window lacks {missing[0]}")
+    kinds = _LOG_WINDOW | {"updates": count}
+    check_fields(window, kinds, f"{source}: its trainer_state's window.")
     scale = state.get("loss_scale") or {}
     missing = [name for name in _LOSS_SCALE if scale and scale.get(name) is None]
     if missing:
         raise CheckpointError(f"{source}: its trainer_state's loss_scale lacks {missing[0]}")
     check_fields(scale, _LOSS_SCALE, f"{source}: its trainer_state's loss_scale.")
 
+
+def _are_window_sums(value: Any) -> bool:
+    """Whether a value is two times four numbers for each of some processes."""
+
+    def all_of(entry: Any, count: int, fits: Callable[[Any], bool]) -> bool:
+        return isinstance(entry, list) and len(entry) == count and all(map(fits, entry))
+
+    def finite(entry: Any) -> bool:
+        return is_number(entry) and math.isfinite(entry)
+
+    return (
+        isinstance(value, list)
+        and 1 <= len(value) <= _MOST_PROCESSES
+        and all(all_of(own, 2, lambda row: all_of(row, 4, finite)) for own in value)
+    )
+
+
+_LOG_WINDOW = {
+    "seconds": number("of seconds", lambda value: 0.0 <= value < 1e18),
+    "updates": whole(0),
+    "sums": Kind("sums and counts, two times four numbers a process", _are_window_sums),
+}
+"""Of the means since the last log line, see `trainer.training.log_window`."""
 
 _LOSS_SCALE = {
     "scale": number("above 0 and at most 2^127", lambda value: 0.0 < value <= 2.0**127),

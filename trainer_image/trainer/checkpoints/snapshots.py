@@ -420,6 +420,18 @@ class Snapshots:
 
         self._open_uploads().submit_extra(COMPILE_CACHE, write)
 
+    def keep(self, name: str, write: Write) -> None:
+        """Queue a file that every snapshot saved afterwards depends on.
+
+        Args:
+            name: what it is called beside the snapshots.
+            write: writes it; called in the uploads' thread.
+
+        Raises:
+            LiquidError: an earlier snapshot or file could not be written.
+        """
+        self._open_uploads().submit([name], lambda: [write], told=False)
+
     def _open_uploads(self) -> Uploader:
         if self._uploads is None:
             names_there = {entry.name for entry in self.location.list()}

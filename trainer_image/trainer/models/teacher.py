@@ -52,6 +52,8 @@ class Teacher:
         )
         self.bias: Tensor | None = None if output.bias is None else output.bias.detach() * scale
         self.body: Any = model.base_model
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        """How many there are, before any are spread or quantized."""
         self.sharded = False
         """Whether its weights are spread over the processes of the run."""
         self.compiled = False

@@ -34,6 +34,10 @@ class CheckpointError(LiquidError):
     """A checkpoint that is missing, damaged, hostile or of another shape."""
 
 
+class MetricsError(LiquidError):
+    """A run's ``metrics.jsonl`` that is missing, damaged, hostile or of another run."""
+
+
 class StorageError(LiquidError):
     """A file or object that cannot be read or written."""
 

@@ -59,6 +59,14 @@ class Processes:
             dist.all_reduce(value)
         return value
 
+    def gather(self, value: Tensor) -> Tensor:
+        """Every process's tensor, stacked in the order of the processes."""
+        if self.world_size == 1:
+            return value.unsqueeze(0)
+        every = [torch.empty_like(value) for _ in range(self.world_size)]
+        dist.all_gather(every, value)
+        return torch.stack(every)
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process."""
         return self.any_of(flag)[0]

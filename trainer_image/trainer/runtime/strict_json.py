@@ -27,3 +27,14 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(entry) for entry in value]
     return value
+
+
+def finite_number(value: Any) -> float | None:
+    """A number of parsed JSON as a float; None where it is none, or not finite, or too large."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # whole numbers of JSON have no bound
+        return None
+    return number if math.isfinite(number) else None

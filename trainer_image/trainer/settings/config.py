@@ -18,6 +18,7 @@ from typing import Any
 from trainer.loss.divergences import DIVERGENCES, LINEAR_SCHEME
 from trainer.models.positions import RESIZE_METHODS
 from trainer.runtime.errors import UsageError
+from trainer.runtime.messages import shortened
 from trainer.settings.schedules import (
     ALPHA_RANGE,
     TEMPERATURE_RANGE,
@@ -460,6 +461,22 @@ def as_json(value: Any) -> Any:
 
 
 SETTINGS = {spec.name: spec for spec in fields(TrainConfig)}
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Those of a run's settings that have another value now, each with both, for a message.
+
+    Args:
+        before: of the run as it began. A release that did not know a setting yet did what is its
+            default now.
+        now: as `TrainConfig.run_settings` gives them.
+    """
+    return [
+        f"{name} {shortened(repr(before.get(name, default)))} -> {shortened(repr(value))}"
+        for name, value in now.items()
+        for default in [as_json(SETTINGS[name].default)]
+        if before.get(name, default) != value
+    ]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ upload that never arrived, and every later call raises it.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -43,6 +44,8 @@ class _Group:
     key: str | None = None
     extra: bool = False
     """Whether nothing depends on it."""
+    told: bool = True
+    """Whether the log tells of its arrival."""
 
 
 class Uploader:
@@ -63,7 +66,12 @@ class Uploader:
         self._thread.start()
 
     def submit(
-        self, names: Sequence[str], make: Callable[[], Sequence[Write]], *, key: str | None = None
+        self,
+        names: Sequence[str],
+        make: Callable[[], Sequence[Write]],
+        *,
+        key: str | None = None,
+        told: bool = True,
     ) -> list[str]:
         """Queue a group of files; returns at once.
 
@@ -73,6 +81,7 @@ class Uploader:
                 gives what writes each of them, in that order.
             key: a group of the same key that still waits is dropped in favour of this one. The one
                 in flight is finished. None: never dropped.
+            told: whether the log tells of its arrival.
 
         Returns:
             The names of the group that was dropped; empty if none was.
@@ -80,19 +89,23 @@ class Uploader:
         Raises:
             LiquidError: an earlier upload failed, or the uploader is closed.
         """
-        return self._enqueue(_Group([check_name(name) for name in names], make, key))
+        return self._enqueue(_Group([check_name(name) for name in names], make, key, told=told))
 
-    def submit_extra(self, name: str, write: Write) -> None:
+    def submit_extra(
+        self, name: str, write: Write, *, key: str | None = None, told: bool = True
+    ) -> None:
         """Queue a file that nothing depends on: a failure to write it is logged, and ends nothing.
 
         Args:
             name: what it will be called.
             write: called in the uploads' thread.
+            key: as for `submit`.
+            told: as for `submit`.
 
         Raises:
             LiquidError: an earlier upload failed, or the uploader is closed.
         """
-        self._enqueue(_Group([check_name(name)], lambda: [write], extra=True))
+        self._enqueue(_Group([check_name(name)], lambda: [write], key, extra=True, told=told))
 
     def submit_delete(self, name: str) -> None:
         """Queue the removal of a name, behind the uploads that were submitted before.
@@ -115,9 +128,13 @@ class Uploader:
         self.check()
 
     def unsent(self) -> list[str]:
-        """The names that are not written yet, without the extra ones."""
+        """The names that are not written yet, of files that the log tells of the arrival of."""
         with self._changed:
-            groups = [group for group in self._unfinished() if group.make and not group.extra]
+            groups = [
+                group
+                for group in self._unfinished()
+                if group.make and group.told and not group.extra
+            ]
             return [name for group in groups for name in group.names]
 
     def check(self) -> None:
@@ -230,9 +247,11 @@ class Uploader:
         if len(group.names) > 1:
             self._location.delete(group.names[-1])
         written = [write(name) for write, name in zip(writes, group.names, strict=True)]
+        kind = logging.INFO if group.told else logging.DEBUG
         size = sum(entry.size for entry in written) / 1e6
         place = self._location.child(group.names[0])
         if "://" in place:
-            log.info("uploaded %s: %.1f MB in %.1f s", place, size, time.monotonic() - began)
+            took = time.monotonic() - began
+            log.log(kind, "uploaded %s: %.1f MB in %.1f s", place, size, took)
         else:
-            log.info("saved %s: %.1f MB", place, size)  # often renamed or linked, in no time
+            log.log(kind, "saved %s: %.1f MB", place, size)  # often renamed or linked, in no time

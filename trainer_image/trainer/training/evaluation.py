@@ -107,6 +107,8 @@ class Evaluator:
         # Head and loss; compiling the student's body costs more time than it saves, see
         # bench/README.md
         self._compiled = precision.compiles(config)
+        self.tokens: dict[int, int] = {}
+        """By context: how many tokens its losses are the means over."""
         self._teacher_losses: dict[tuple[int, int], float] = {}
         """By context and vocabulary size; NaN past the teacher's longest context."""
         self._told: set[int] = set()
@@ -230,6 +232,7 @@ class Evaluator:
             wanted = labels.flatten().to(device, non_blocking=True)
             total[0] += cross_entropy_sum(states, head, bias, wanted, compiled=self._compiled)
         loss, tokens = self.processes.sum(total).tolist()
+        self.tokens[context] = int(tokens)
         return loss / tokens
 
 

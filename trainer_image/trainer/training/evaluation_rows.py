@@ -6,25 +6,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from trainer.checkpoints.snapshots import read_from
+from trainer.metrics.evaluated import EvaluationRow
 from trainer.models.student import Student
 from trainer.runtime.log import log_values
 from trainer.settings.config import TrainConfig
 from trainer.training.evaluation import Evaluator, perplexity
-
-
-@dataclass(frozen=True)
-class EvaluationRow:
-    """One checkpoint at one context; losses in nats, None where there is no teacher's."""
-
-    checkpoint: str
-    step: int
-    trained_at: int | None
-    """Context it was trained at, in tokens; None where its metadata does not tell."""
-    context: int
-    student_loss: float
-    student_ppl: float
-    teacher_loss: float | None
-    teacher_ppl: float | None
 
 
 @dataclass(frozen=True)
@@ -74,25 +60,10 @@ class Candidate:
                     perplexity(loss),
                     teacher_loss,
                     teacher_ppl,
+                    evaluator.tokens[context],
+                    len(evaluator.streams.validation) - 1,
                 )
             )
             log_values(f"{self.uri} at context {context}: loss {loss:.4f}", **asdict(rows[-1]))
         student.to("cpu")
         return rows
-
-
-def markdown_table(rows: list[EvaluationRow]) -> str:
-    """The rows as a Markdown table."""
-    lines = [
-        "| checkpoint | step | trained at | context | student loss | ppl | teacher loss | ppl |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        teacher = "– | –"
-        if row.teacher_loss is not None:
-            teacher = f"{row.teacher_loss:.4f} | {row.teacher_ppl:.2f}"
-        lines.append(
-            f"| {row.checkpoint} | {row.step} | {row.trained_at or '–'} | {row.context}"
-            f" | {row.student_loss:.4f} | {row.student_ppl:.2f} | {teacher} |"
-        )
-    return "\n".join(lines) + "\n"

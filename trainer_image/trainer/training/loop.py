@@ -29,6 +29,8 @@ from trainer.checkpoints.state_copies import StateCopies, gather
 from trainer.data.batches import BatchSampler, prefetched
 from trainer.data.streams import TokenStreams
 from trainer.loss.chunked import Mix
+from trainer.metrics.lines import CHECKPOINT, END, EVALUATION, UPDATE
+from trainer.metrics.recording import Recorder
 from trainer.models.teacher import Teacher
 from trainer.runtime.errors import CheckpointError, Preempted, TrainingError
 from trainer.runtime.log import ProgressBar, log, log_values, seconds_since_start
@@ -90,6 +92,8 @@ class TrainingLoop:
         self.precision = precision
         self.snapshots = snapshots
         self.compile_cache = compile_cache
+        self.recorder: Recorder | None = None
+        """Of the main process, writes the run's record; None: none is written."""
         self.streams = streams
         self.targets = targets
         self.origin = start.origin
@@ -137,6 +141,7 @@ class TrainingLoop:
         self.window = LogWindow(precision.device)
         self._shown = ""
         """Of the last log line: what the progress bar shows too."""
+        self.window.restore(self.progress.window, self.processes)
         self._counted = start.step
         """Updates that `_count_skipped` has seen."""
         self.copies = StateCopies()
@@ -177,7 +182,7 @@ class TrainingLoop:
     def _train(self) -> None:
         """Updates and what is due after them, up to the last snapshot's arrival."""
         main = self.processes.main
-        scalars = ScalarLog(self.config.local_workdir, step=self.step, enabled=main)
+        scalars = ScalarLog(self.config.uri, step=self.step, enabled=main)
         bar = ProgressBar("training", "step", self.config.train_steps, self.step, shown=main)
         batches = self._batches()
         try:
@@ -198,6 +203,8 @@ class TrainingLoop:
             self._close_targets()
             batches.close()
             scalars.close()
+            if self.recorder is not None:
+                self.recorder.close()
 
     def _announce(self) -> None:
         config = self.config
@@ -344,19 +351,51 @@ class TrainingLoop:
         if self.step % config.log_interval == 0 or last:
             self._log(scalars)
         names: list[str] = []
-        if self.step % config.eval_every == 0 or last:
+        evaluated = self.step % config.eval_every == 0 or last
+        if evaluated:
             names += self._evaluate(scalars)
             if self.compile_cache is not None and self.processes.main:
                 with self.window.paused():
                     self.compile_cache.keep()
-        if self.step % config.save_every == 0:
-            names.append(step_name(self.step))
+        names += self._due()
         if timed:
             self._next_time_snapshot += TIME_EVERY_SECONDS
             names.append(time_name(time.time()))
-        if last:
-            names.append(FINAL)
+        if evaluated and not names:
+            self._send_record()
         self._save(names)
+
+    def _due(self) -> list[str]:
+        """Names of the snapshots that every run of these settings takes at this step, recorded."""
+        last = self.step == self.config.train_steps
+        begun = self.step > max(self.progress.first_step, 0)
+        due = begun and self.step % self.config.save_every == 0
+        names = [step_name(self.step)] * due + [FINAL] * last
+        for name in names:
+            self._record_checkpoint(name)
+        if last:
+            best = {"best_step": self.progress.best_step, "best_value": self.progress.best_value}
+            self._record(END, seconds=self.window.trained_seconds(), **best)
+        return names
+
+    def _record(self, kind: str, **fields: Any) -> None:
+        if self.recorder is not None:
+            self.recorder.add(kind, self.step, fields)
+
+    def _record_checkpoint(self, name: str, *, best: bool = False) -> None:
+        metric = self.config.save_best_on
+        value = self.progress.metrics.get(metric)
+        self._record(CHECKPOINT, name=name, best=best, metric=metric, value=value)
+
+    def _send_record(self) -> None:
+        if self.recorder is not None:
+            self.recorder.send(self.snapshots.keep)
+
+    def _measured(self) -> dict[str, float]:
+        """What lines of the record have in common: tokens trained on and seconds, in this run."""
+        updates = self.step - max(self.progress.first_step, 0)
+        tokens = updates * self.config.global_batch * self.config.context
+        return {"tokens": tokens, "seconds": self.window.trained_seconds()}
 
     def _save(self, names: list[str]) -> None:
         """Queue a snapshot under these names; with FSDP, every process takes part."""
@@ -368,18 +407,23 @@ class TrainingLoop:
             raise TrainingError(
                 f"the weights are not finite after step {self.step}; {self._advice()}"
             )
+        self.progress.window = self.window.state(self.processes)
         with self.window.paused():
             if self.processes.main:
+                self._send_record()
                 self.snapshots.save(self.snapshot(), names)
             elif self.device_step.sharded:
                 gather(self._tensors())
         self._saved = self.step
 
     def _catch_up(self, scalars: ScalarLog) -> None:
-        """Make up for an evaluation, best or final checkpoint of this step that a kill cut off."""
+        """Make up for log line, evaluation, best or final checkpoint that a kill cut off here."""
         if not self.continued:
             return
-        due = self.step % self.config.eval_every == 0 or self.step == self.config.train_steps
+        at_end = self.step == self.config.train_steps
+        if self.window.updates and (self.step % self.config.log_interval == 0 or at_end):
+            self._log(scalars)
+        due = self.step % self.config.eval_every == 0 or at_end
         # No evaluation is due before a phase's first update
         first_step = self.progress.first_step
         first_steps = (first_step,) if first_step >= 0 else (0, self.origin.get("step"))
@@ -389,8 +433,8 @@ class TrainingLoop:
             names = self._evaluate(scalars)
         elif self.progress.best_step == self.step:
             names = [BEST]
-        if self.step == self.config.train_steps:
-            names.append(FINAL)
+        names += [FINAL] * (FINAL in self._due())
+        self._send_record()
         self._save(names)
         if self.processes.main and BEST not in names and self.progress.best_step >= 0:
             self.snapshots.restore_best(self.progress.best_step)
@@ -403,10 +447,12 @@ class TrainingLoop:
             # getrusage gives KiB, on macOS bytes
             unit = 2**30 if sys.platform == "darwin" else 2**20
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        self._count_skipped(wait=True)
         last = self.step - 1
+        measured = self._measured()
         values: dict[str, float] = {
             **self.window.means(self.processes),
-            "lr": self.device_step.optimizer.param_groups[0]["lr"],
+            "lr": self._learning_rate(last),
             "alpha": self.alpha.at(last),
             "T": self.temperature.at(last),
             "memory_gib": memory,
@@ -416,6 +462,7 @@ class TrainingLoop:
             tokens = timed * self.config.global_batch * self.config.context
             values["tokens_per_second"] = tokens / max(self.window.seconds(), 1e-9)
             left = (self.config.train_steps - self.step) * self.window.seconds() / timed
+        self._record(UPDATE, **measured, **values, skipped=self.progress.skipped)
         if self.progress.skipped:
             values["skipped_updates"] = self.progress.skipped
         shown = ", ".join(f"{name} {_number(value)}" for name, value in values.items())
@@ -442,8 +489,10 @@ class TrainingLoop:
         eval_seconds = time.perf_counter() - began
         losses = {name: value for name, value in metrics.items() if "loss" in name and "@" in name}
         shown = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
-        message = f"step {self.step}: {shown} ({eval_seconds:.1f} s)"
-        log_values(message, step=self.step, eval_seconds=eval_seconds, **metrics)
+        tokens = max(self.evaluator.tokens.values())
+        message = f"step {self.step}: {shown} on {tokens} tokens ({eval_seconds:.1f} s)"
+        taken = {"eval_seconds": eval_seconds, "eval_tokens": tokens}
+        log_values(message, step=self.step, **taken, **metrics)
         scalars.add({f"eval/{name}": value for name, value in metrics.items()}, self.step)
         scalars.flush()
         value = metrics[self.config.save_best_on]
@@ -453,10 +502,24 @@ class TrainingLoop:
             best = False
         # Last and together: a failure before makes this an evaluation that was not
         self.progress.metrics, self.progress.metrics_step = metrics, self.step
+        self._record_evaluation(eval_seconds)
         if not best:
             return []
         self.progress.best_value, self.progress.best_step = value, self.step
-        return [BEST, best_name(self.step, value)]
+        name = best_name(self.step, value)
+        self._record_checkpoint(name, best=True)
+        return [BEST, name]
+
+    def _record_evaluation(self, seconds: float) -> None:
+        in_split = len(self.streams.validation) - 1
+        self._record(
+            EVALUATION,
+            **self._measured(),
+            eval_seconds=seconds,
+            eval_tokens={str(context): n for context, n in self.evaluator.tokens.items()},
+            eval_tokens_of_split={str(context): in_split for context in self.evaluator.tokens},
+            **self.progress.metrics,
+        )
 
     def snapshot(self) -> Snapshot:
         """The whole state after the last complete update, copied to the CPU."""
@@ -554,6 +617,8 @@ class TrainingLoop:
         self._count_skipped(wait=True)
         if not self.device_step.weights_are_finite():
             raise TrainingError("its weights are not finite")
+        self.progress.window = self.window.state(Processes(device=self.precision.device))
+        self._send_record()
         self.snapshots.save(self.snapshot(), [step_name(self.step)])
         self._saved = self.step
 

@@ -26,6 +26,9 @@ class Progress:
     first_step: int = -1
     """Updates done where this phase began; -1 in snapshots of older releases."""
 
+    window: dict[str, Any] = field(default_factory=dict)
+    """Since the last log line, as `LogWindow.state` gives it; empty in older snapshots."""
+
     @classmethod
     def load(cls, state: dict[str, Any]) -> Progress:
         """From ``trainer_state`` as `read_checkpoint` has checked it.

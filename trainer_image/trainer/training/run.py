@@ -20,7 +20,6 @@ from trainer.runtime.ahead import Ahead
 from trainer.runtime.devices import choose_device, wake
 from trainer.runtime.errors import CheckpointError, UsageError
 from trainer.runtime.log import JSON, log, log_format, log_values, seconds_since_start
-from trainer.runtime.messages import shortened
 from trainer.runtime.near_names import near_name
 from trainer.runtime.processes import Processes, find_nodes, launch_if_needed
 from trainer.settings.accumulation import accumulation, with_accumulation
@@ -29,7 +28,7 @@ from trainer.settings.config import (
     REQUIRED,
     SETTINGS,
     TrainConfig,
-    as_json,
+    changed_settings,
     check_shapes,
     require,
 )
@@ -43,6 +42,7 @@ from trainer.training.loop import TrainingLoop
 from trainer.training.micro_batch import resolve_micro_batch
 from trainer.training.precision import choose_precision
 from trainer.training.progress import RunResult
+from trainer.training.run_header import begin_record
 from trainer.training.start import (
     Start,
     check_tokens,
@@ -120,7 +120,7 @@ def run(
         log.info("--train_steps=0: settings resolved and checkpoint read, nothing trained")
         return None
     _check_metadata(config, start, index)
-    return _train(config, start, source, snapshots, token, processes)
+    return _train(resolved, start, source, snapshots, token, processes)
 
 
 def _log_settings(resolved: Resolved, *, every: bool) -> None:
@@ -207,13 +207,14 @@ def _check_metadata(config: TrainConfig, start: Start, index: Index | None) -> N
 
 
 def _train(
-    config: TrainConfig,
+    resolved: Resolved,
     start: Start,
     source: TeacherSpec | Index | None,
     snapshots: Snapshots,
     token: str | None,
     processes: Processes,
 ) -> RunResult:
+    config = resolved.config
     if processes.main:
         snapshots.check_writable()
     precision = choose_precision(config, processes.device)
@@ -235,9 +236,15 @@ def _train(
     if config.micro_batch == AUTO:
         layout = None if targets is None else targets.made.layout
         config = resolve_micro_batch(config, start.student, teacher, precision, processes, layout)
-    return TrainingLoop(
+    training = TrainingLoop(
         config, start, teacher, streams, precision, snapshots, processes, targets, compile_cache
-    ).run()
+    )
+    if processes.main:
+        taught_by = teacher or targets
+        training.recorder = begin_record(
+            resolved, config, start, taught_by, streams, snapshots, processes
+        )
+    return training.run()
 
 
 def _over_checkpoint(
@@ -263,14 +270,7 @@ def _check_same_run(config: TrainConfig, own: Checkpoint) -> None:
     Raises:
         UsageError: naming every one of them that was given another value.
     """
-    before = own.meta["settings"]
-    # A release that did not know a setting yet did what is its default now
-    changed = [
-        f"{name} {shortened(repr(before.get(name, default)))} -> {shortened(repr(now))}"
-        for name, now in config.run_settings().items()
-        for default in [as_json(SETTINGS[name].default)]
-        if before.get(name, default) != now
-    ]
+    changed = changed_settings(own.meta["settings"], config.run_settings())
     if changed:
         raise UsageError(
             f"{config.uri} holds another run ({', '.join(changed)}); give another"

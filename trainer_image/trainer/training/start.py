@@ -30,6 +30,8 @@ class Start:
     """Best metric, skipped updates, loss scale; empty at the start of a phase."""
     origin: dict[str, Any] = field(default_factory=dict)
     """Checkpoint, step and context that the phase came from; empty from scratch."""
+    stretched: bool | None = False
+    """Whether the phase began by stretching the position table; None where nothing tells."""
     source: str = ""
     """Where the state was read from; empty from scratch."""
     compiled: str | None = None
@@ -74,6 +76,7 @@ def from_own_snapshot(resolved: Resolved, checkpoint: Checkpoint) -> Start:
         optimizer_state=checkpoint.optimizer_by_name(),
         trainer_state=checkpoint.trainer_state,
         origin=checkpoint.meta.get("origin") or {},
+        stretched=None,
         source=checkpoint.source,
         compiled=compiled_of(checkpoint.meta),
         tokens=tokens_of(checkpoint.meta),
@@ -140,6 +143,7 @@ def new_phase(resolved: Resolved, checkpoint: Checkpoint) -> Start:
             "block_size": old_context,
             "metrics": checkpoint.meta.get("metrics") or {},
         },
+        stretched=trained is not None and config.context > trained,
         source=checkpoint.source,
     )
 

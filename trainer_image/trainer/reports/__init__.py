@@ -1,0 +1,1 @@
+"""What runs have recorded, as pages and texts for people."""
