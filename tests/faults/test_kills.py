@@ -114,7 +114,7 @@ def assert_equal_ends(first: str, second: str, workdir: Path) -> None:
 
 
 def kill_often(job: Settings, uri: str, kills: int, tmp_path: Path, seed: int) -> dict[str, int]:
-    """Kill the job again and again, each time after a random while of training."""
+    """Kill the job again and again, each time after some files and a random while."""
     draw = random.Random(seed)
     (tmp_path / "scratch").mkdir(exist_ok=True)
     counts = {"kills": 0, "checked": 0, "runs": 0}
@@ -125,9 +125,13 @@ def kill_often(job: Settings, uri: str, kills: int, tmp_path: Path, seed: int) -
         killed = job | {"output_gcs_uri": output, "local_workdir": str(tmp_path / "work")}
         while counts["kills"] < kills:
             process = start(killed)
-            if not wait_for(process, "training from step"):
+            # By what the log tells, so that a slow machine is killed as far on as a fast one
+            written = draw.randrange(12)
+            seen = ["training from step", *["uploaded "] * written]
+            if not all(wait_for(process, text) for text in seen):
+                process.communicate()
                 break
-            time.sleep(draw.uniform(0.0, 1.5))
+            time.sleep(draw.uniform(0.0, 0.2))
             process.kill()
             process.communicate()
             counts["kills"] += 1
