@@ -14,6 +14,7 @@ from trainer.checkpoints.names import FINAL
 from trainer.checkpoints.sidecar import Sidecar
 from trainer.checkpoints.snapshots import Snapshots, read_from
 from trainer.data.streams import streams_for
+from trainer.metrics.lines import METRICS
 from trainer.models.hugging_face import load_tokenizer
 from trainer.models.teacher import TeacherSpec
 from trainer.runtime.ahead import Ahead
@@ -129,7 +130,7 @@ def _log_settings(resolved: Resolved, *, every: bool) -> None:
     for line in lines:
         log.info(line)
     if usual := len(resolved.values) - len(lines):
-        log.info("%d other settings have their defaults; --train_steps=0 shows all", usual)
+        log.info("%d other settings have their defaults; %s will have all", usual, METRICS)
 
 
 def _start(
