@@ -19,6 +19,7 @@ def evaluate(
     table: dsl.Output[dsl.Markdown],
     record_before: dsl.Input[dsl.Artifact] = None,
     record_after: dsl.Input[dsl.Artifact] = None,
+    teacher_revision: str = "",
     micro_batch: int = 8,
     hf_secret_name: str = "",
     more_settings: dict = {},  # noqa: B006 - kfp records the value itself
@@ -44,6 +45,7 @@ def evaluate(
     settings = {
         "tokens_dir": place(tokens.uri, tokens.path),
         "teacher_name": teacher_name,
+        "teacher_revision": teacher_revision,
         "eval_ctx_lens": eval_ctx_lens,
         "micro_batch": micro_batch,
         "hf_secret_name": hf_secret_name,

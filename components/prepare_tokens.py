@@ -10,6 +10,7 @@ def prepare_tokens(
     teacher_name: str,
     dataset_name: str,
     tokens: dsl.Output[dsl.Dataset],
+    teacher_revision: str = "",
     dataset_config: str = "",
     dataset_revision: str = "",
     text_column: str = "text",

@@ -14,6 +14,7 @@ def teacher_targets(
     share: str,
     eval_ctx_lens: str,
     targets: dsl.Output[dsl.Dataset],
+    teacher_revision: str = "",
     hf_secret_name: str = "",
 ) -> NamedTuple("Made", [("place", str)]):  # type: ignore[valid-type]
     """Shards and where they lie; started again, it goes on behind its last whole one.
@@ -36,6 +37,7 @@ def teacher_targets(
     settings = {
         "tokens_dir": place(tokens.uri, tokens.path),
         "teacher_name": teacher_name,
+        "teacher_revision": teacher_revision,
         "eval_ctx_lens": eval_ctx_lens,
         "hf_secret_name": hf_secret_name,
     }

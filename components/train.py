@@ -22,6 +22,7 @@ def train(
     initial: dsl.Input[dsl.Model] = None,
     compiled: dsl.Input[dsl.Model] = None,
     resume_gcs_uri: str = "",
+    teacher_revision: str = "",
     teacher_targets: str = "",
     alpha: float = 0.5,
     temperature: float = 1.0,

@@ -47,6 +47,8 @@ class Outputs(NamedTuple):
 
 
 _SHELL_CALL = re.compile(r"^\s*(_KFP_RUNTIME=true) (python3 -m kfp\.)", re.MULTILINE)
+BLOCKING = ("env", "--block-signal=TERM")
+"""Starts a command with the signal blocked; the image has it, of GNU's coreutils."""
 BACKENDS = ("vertex", "kfp", "local")
 KUBERNETES_GPU = "nvidia.com/gpu"
 
@@ -76,6 +78,7 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
     @dsl.pipeline(name=NAME, description="Distil a language model at a short, then a long context")
     def anneal_and_continue(
         teacher_name: str = "gpt2-xl",
+        teacher_revision: str = "",
         teacher: str = ONLINE,
         target_workers: int = 4,
         target_bytes: int = 64,
@@ -133,6 +136,7 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
 
         streams = stage("prepare", prepare_tokens)(
             teacher_name=teacher_name,
+            teacher_revision=teacher_revision,
             dataset_name=dataset_name,
             dataset_config=dataset_config,
             dataset_revision=dataset_revision,
@@ -141,6 +145,7 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
         ).outputs["tokens"]
         training = {
             "teacher_name": teacher_name,
+            "teacher_revision": teacher_revision,
             "teacher_targets": _targets(stage, at_a_time, streams, given),
             "eval_ctx_lens": eval_ctx_lens,
             "save_best_on": best_metric,
@@ -175,6 +180,7 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
             record_before=short.outputs["record"],
             record_after=long.outputs["record"],
             teacher_name=teacher_name,
+            teacher_revision=teacher_revision,
             eval_ctx_lens=eval_ctx_lens,
             hf_secret_name=hf_secret_name,
             **own("evaluate"),
@@ -222,6 +228,7 @@ def _targets(
             shards = stage("targets", teacher_targets)(
                 tokens=streams,
                 teacher_name=given["teacher_name"],
+                teacher_revision=given["teacher_revision"],
                 share=share,
                 eval_ctx_lens=given["eval_ctx_lens"],
                 hf_secret_name=given["hf_secret_name"],
@@ -272,7 +279,7 @@ def _stages(settings: Settings, backend: str) -> Callable[[str, Any], Callable[.
         title, machine = STAGES[key].title, settings.machines[STAGES[key].machine_name]
 
         def task(**inputs: Any) -> Any:
-            runnable = _with_image(component, image)
+            runnable = _with_image(component, image, backend)
             if backend == "vertex" and machine.gpu:
                 runnable = _custom_job(runnable, key, settings)
             created = runnable(**inputs).set_display_name(title)
@@ -293,13 +300,14 @@ def _stages(settings: Settings, backend: str) -> Callable[[str, Any], Callable[.
     return stage
 
 
-def _with_image(component: Any, image: str) -> Any:
+def _with_image(component: Any, image: str, backend: str) -> Any:
     """A copy that runs in the image, as its container's first process.
 
     Vertex AI sends SIGTERM to the first process alone. As kfp writes the command, that is a shell,
     which does not pass signals on, so a training would be killed before it saves. (On open-source
     Kubeflow Pipelines the launcher is the first process; a task that is started again goes on from
-    its last periodic snapshot.)
+    its last periodic snapshot.) A first process ignores SIGTERM until it has a handler; blocked,
+    the signal waits until the stage begins.
     """
     copied = copy.deepcopy(component)
     container = copied.component_spec.implementation.container
@@ -307,6 +315,8 @@ def _with_image(component: Any, image: str) -> Any:
     before = container.command
     container.command = [_SHELL_CALL.sub(r"export \1\nexec \2", piece) for piece in before]
     assert container.command != before, "this release of kfp writes its command in another way"
+    if backend != "local":
+        container.command = [*BLOCKING, *container.command]
     return copied
 
 

@@ -41,6 +41,7 @@ from pipelines.anneal import build_pipeline
 from pipelines.embedded import build_corpus, build_teacher
 from pipelines.local_runs import LOG, PARAMETERS, name_of_run, open_run
 from pipelines.parameters import check_parameters, parameter_defaults, parse_parameters
+from pipelines.pins import with_revisions
 from pipelines.settings import LOCAL_IMAGE, Settings
 from pipelines.spec import compiled, titles_of
 from pipelines.stages import CACHED, STAGES
@@ -322,7 +323,7 @@ def run_here(work: Path) -> None:
     check_parameters(DEMO | parameters)
     started, name = time.monotonic(), name_of_run(parameters)
     places = {"teacher_name": str(work / "teacher"), "dataset_name": str(work / "corpus")}
-    every = DEMO | places | parameters
+    every = with_revisions(DEMO | places | parameters, parameter_defaults())
     directory = open_run(work, every, code_digest(), name=name, given=os.environ.get("RUN", ""))
     log.info("run in %s: all parameters in %s, all output in %s", directory, PARAMETERS, LOG)
     if parameters:

@@ -62,8 +62,8 @@ _OWN_HELP = {
     "export_license": "its license for the model card, e.g. apache-2.0; empty is unknown",
     "lm_eval_tasks": "tasks of lm-eval to run on the exported student, e.g. lambada_openai,piqa",
     "lm_eval_limit": "examples of each of these tasks; 0 is all of them",
-    "teacher_name": "teacher: a Hugging Face causal LM by hub name or directory",
-    "dataset_name": "data set: hub name, or a directory or file of text, json or parquet",
+    "teacher_name": "teacher: a Hugging Face causal LM by hub name or gs:// directory",
+    "dataset_name": "data set: hub name, or gs:// directory or file of text, json or parquet",
     "block_size": "training context in tokens",
     "train_steps": "optimizer updates",
     "lr_peak": "peak learning rate",
@@ -308,7 +308,7 @@ def check_cloud_parameters(values: Mapping[str, Any]) -> None:
         if place.startswith((".", "~", "/")) and os.path.exists(os.path.expanduser(place)):
             raise UsageError(
                 f"PARAMS: {name}={place!r} is on this machine, where no stage can read it; give a"
-                " hub name, or on Vertex AI /gcs/BUCKET/NAME"
+                " hub name or gs://BUCKET/NAME"
             )
     secret = values.get("hf_secret_name") or ""
     if secret and not _SECRET.fullmatch(secret):

@@ -36,6 +36,7 @@ from pipelines.parameters import (
     parameter_defaults,
     parse_parameters,
 )
+from pipelines.pins import with_revisions
 from pipelines.settings import Settings, load_settings
 from pipelines.spec import (
     check_stage,
@@ -213,6 +214,8 @@ def _repetition(
     if not number.isdecimal():
         raise LiquidError(f"{original.name} cannot be repeated: it has no label {_NUMBER_LABEL}")
     spec = json_format.MessageToDict(original._pb.pipeline_spec)
+    inputs = spec["root"].get("inputDefinitions", {}).get("parameters", {})
+    parameters = with_revisions(parameters, inputs)
     tasks = tasks_of(spec)
     states = beta.PipelineTaskDetail.State
     again = {tasks[key].root for key in with_downstream(spec, find_stage(spec, stage))}
@@ -253,7 +256,6 @@ def _repetition(
     )
     job.runtime_config.parameter_values.update(parameters)
     # The values together, by the trainer's own checks
-    inputs = spec["root"].get("inputDefinitions", {}).get("parameters", {})
     values = {name: entry.get("defaultValue") for name, entry in inputs.items()}
     values |= json_format.MessageToDict(job._pb.runtime_config).get("parameterValues", {})
     # A run of another release may have other parameters

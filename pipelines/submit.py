@@ -32,7 +32,13 @@ from pipelines.compile import compile_to
 from pipelines.estimates.plan import plan_of_run
 from pipelines.estimates.stages import Estimate, estimate
 from pipelines.estimates.text import text
-from pipelines.parameters import check_cloud_parameters, check_parameters, parse_parameters
+from pipelines.parameters import (
+    check_cloud_parameters,
+    check_parameters,
+    parameter_defaults,
+    parse_parameters,
+)
+from pipelines.pins import with_revisions
 from pipelines.settings import Settings, load_settings
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import LiquidError, UsageError
@@ -261,6 +267,7 @@ def main(argv: list[str]) -> None:
             f"PARAMS: export=false leaves nothing to register as MODEL_NAME={settings.model_name};"
             " leave one of them out"
         )
+    parameters = with_revisions(parameters, parameter_defaults())
     if backend == "vertex":
         submit_vertex(settings, parameters)
     else:

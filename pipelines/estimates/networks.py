@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from trainer.models.hugging_face import location_of, readable_errors
+from trainer.models.hugging_face import locate, readable_errors
 from trainer.models.local_files import check_sizes
 from trainer.models.student import StudentConfig, expected_shapes
 from trainer.runtime.errors import LiquidError
@@ -112,7 +112,7 @@ def _local(name: str) -> Network | str:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    location = location_of("teacher", name)
+    location = locate(name, "configuration").path
     check_sizes("teacher", name, location)
     with readable_errors("teacher", name):
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)

@@ -91,6 +91,7 @@ def commands(
         "prepare_tokens": lambda n: [str(tmp_path / f"tokens-{n}"), *flags(prepared)],
         "evaluate": lambda n: [str(tmp_path / f"metrics-{n}"), trained, *flags(evaluated)],
         "export_hf": lambda n: [trained, str(tmp_path / f"model-{n}"), work],
+        "sample": lambda n: [trained, "--prompt=if", "--max_new_tokens=8", "--with_teacher", work],
         "resize_reset": lambda n: [trained, str(tmp_path / f"r-{n}.pt"), "--block_size=64", work],
         "pick_best": lambda n: [str(Path(trained).parent)],
     }
@@ -161,6 +162,7 @@ def phase_of(said: list[str]) -> str:
 
 
 DOORS = ["entrypoint", "prepare_tokens", "evaluate", "export_hf", "resize_reset", "pick_best"]
+DOORS += ["sample"]
 
 
 @pytest.mark.parametrize("door", DOORS)

@@ -146,7 +146,7 @@ def test_what_a_rerun_does_again(
 
 
 def exports(work: Path) -> list[Path]:
-    return sorted(work.glob("artifacts/*/export-hf/exported"))
+    return sorted(work.glob("runs/*/*/export-hf/exported"))
 
 
 def test_the_final_student_is_exported_once(

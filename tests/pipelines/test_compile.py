@@ -207,6 +207,7 @@ def test_what_targets_cost_is_not_repeated_for_another_seed_or_schedule(
     assert tasks["teacher-targets"].parameters == {
         "teacher",
         "teacher_name",
+        "teacher_revision",
         "eval_ctx_lens",
         "hf_secret_name",
     }
@@ -253,7 +254,10 @@ def test_every_stage_is_the_first_process_of_its_container(
             pools = custom_job(spec, executor)["worker_pool_specs"]
             commands = [pool["container_spec"]["command"] for pool in pools]
         for command in commands:
-            assert len(re.findall("^ *exec python3 -m kfp", command[2], re.MULTILINE)) == 1, name
+            blocking = command[: command.index("sh")]
+            assert blocking == ([] if backend == "local" else ["env", "--block-signal=TERM"])
+            script = command[len(blocking) + 2]
+            assert len(re.findall("^ *exec python3 -m kfp", script, re.MULTILINE)) == 1, name
 
 
 def test_no_input_changes_between_submissions(compiled: tuple[str, dict[str, Any], str]) -> None:

@@ -438,6 +438,8 @@ def finished_run(
 TEACHER_TASKS = ("condition-branches-1", "condition-3", "condition-4", "for-loop-2")
 TEACHER_TASKS += ("plan-targets", "teacher-targets", "join-targets", "no-targets")
 """What decides on the teacher, and all that is inside of it."""
+EXPORT_TASKS = ("condition-5", "export-hf", "condition-6", "lm-eval-tasks")
+"""What decides on the export and on tasks of lm-eval, of which a run has none by default."""
 
 
 def skips(body: Mapping[str, Any]) -> dict[str, set[bool]]:
@@ -460,7 +462,7 @@ def add_details(
     """What Vertex AI says of the tasks of a pipeline, a condition or a loop of two rounds."""
     for key, task in dag["tasks"].items():
         title = task["taskInfo"]["name"]
-        untaken = title in {"cached", "online"} - {teacher}
+        untaken = title in {"cached", "online", "benchmarks"} - {teacher}
         number = str(100 + len(details))
         details.append(
             {
@@ -501,6 +503,7 @@ def test_rerun_repeats_a_stage_and_what_follows(
         "train-2": {False},
         "pick-best-2": {False},
         "evaluate": {False},
+        **{key: {False} for key in EXPORT_TASKS},
     }
     assert body["serviceAccount"] == SERVICE_ACCOUNT
     assert "runs again: " in done.stdout
@@ -513,7 +516,7 @@ def test_rerun_of_an_earlier_release_goes_by_its_own_titles(
     given = environment | {"RUN": original, "STAGE": "continue-1024"}
     done = run("rerun", given)
     assert done.returncode == 0, done.stderr
-    assert "runs again: continue-1024, pick-best-1024, evaluate\n" in done.stdout
+    assert "runs again: continue-1024, pick-best-1024, export, evaluate\n" in done.stdout
     # The two processes of its custom job are counted, whatever its title
     done = run("rerun", given | {"PARAMS": "continue_grad_accum=0 continue_micro_batch=64"})
     assert done.returncode == 2
@@ -530,7 +533,7 @@ def test_rerun_skips_what_came_from_the_cache(
     given = {"RUN": original, "STAGE": "continue", "CACHE": "0"}
     done = run("rerun", environment | given)
     assert done.returncode == 0, done.stderr
-    assert "runs again: continue, pick-best-continued, evaluate\n" in done.stdout
+    assert "runs again: continue, pick-best-continued, export, evaluate\n" in done.stdout
     body = vertex.requests[-1][2]
     skipped = {key for key, skipping in skips(body).items() if skipping == {True}}
     assert skipped == {"prepare-tokens", "train", "pick-best", "resize-reset", *TEACHER_TASKS}

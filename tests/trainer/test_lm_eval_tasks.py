@@ -69,7 +69,7 @@ def own_accuracy(student: Student, tokenizer: Any) -> float:
 
 @needs_lm_eval
 def test_a_task_gives_what_the_students_own_likelihoods_give(
-    place: Path, teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, teacher_dir: Path, gcs_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(place / "cache"))
     flags = [f"--tasks={place / 'mine.yaml'}", f"--local_workdir={place / 'w'}"]
@@ -80,6 +80,12 @@ def test_a_task_gives_what_the_students_own_likelihoods_give(
     assert found["results"]["python_words"]["acc,none"] == pytest.approx(expected)
     assert found["samples"]["python_words"]["effective"] == len(WORDS)
     assert "|python_words|" in (place / "out" / "lm_eval.md").read_text()
+    # One in a bucket is the same student
+    export_hf.run(str(place / "s.pt"), f"{gcs_bucket}/hf", workdir=str(place / "w"))
+    flags.append(f"--cache_dir={place / 'copies'}")
+    lm_eval_tasks.main([f"{gcs_bucket}/hf", str(place / "again"), *flags])
+    again = json.loads((place / "again" / "lm_eval.json").read_text())
+    assert again["results"] == found["results"]
 
 
 @needs_lm_eval

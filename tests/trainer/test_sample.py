@@ -148,6 +148,7 @@ def test_checkpoints_and_exports_in_a_bucket(
             2,
             "over the 16 positions of the teacher",
         ),
+        ("s.pt", ["--prompt=a", "--teacher_revision=v2"], 2, "is for a teacher; give --teacher or"),
         ("s.pt", ["--prompt=a", "--temperature=0"], 2, "--temperature=0 must be"),
         ("s.pt", ["--prompt=a", "--top_p=1.5"], 2, "--top_p=1.5 must be above 0 and at most 1"),
         (

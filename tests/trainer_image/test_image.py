@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +12,19 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from tests.faults.test_first_process import command_of_a_stage
+
+WITHOUT = """
+import sys
+
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name in {}:
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Without())
+"""
 
 ROOT = Path(__file__).parents[2]
 IMAGE = ROOT / "trainer_image"
@@ -23,8 +38,15 @@ def pins(path: Path) -> dict[str, str]:
     return {canonicalize_name(name): version for name, version in pairs}
 
 
+CLIENT = {"kfp-server-api", "kubernetes"}
+"""What kfp asks for and its executor does without."""
+
+
 def needed(*roots: str) -> set[str]:
-    """Everything that some packages ask for, here and with the extras that they name."""
+    """Everything that some packages ask for, here and with the extras that they name.
+
+    But for kfp's client, and what only that asks for.
+    """
     found: set[str] = set()
     todo = [Requirement(root) for root in roots]
     while todo:
@@ -32,6 +54,8 @@ def needed(*roots: str) -> set[str]:
         found.add(canonicalize_name(asked.name))
         for line in requires(asked.name) or ():
             below = Requirement(line)
+            if canonicalize_name(below.name) in CLIENT:
+                continue
             extras = asked.extras or {""}
             wanted = below.marker is None or any(
                 below.marker.evaluate({"extra": extra}) for extra in extras
@@ -64,6 +88,30 @@ def test_the_lock_holds_what_the_stages_need_and_no_more() -> None:
         "liquid-annealing"
     }
     assert locked == {name for name in found if not CUDA.fullmatch(name)}
+
+
+def test_nothing_is_built_from_source() -> None:
+    """A source would be built with the tools of the day, or with what the base happens to have."""
+    text = (IMAGE / "Dockerfile").read_text()
+    assert re.search(r"pip install .*--no-deps --only-binary=:all:", text)
+
+
+def test_a_stage_runs_without_the_client_of_kfp(tmp_path: Path) -> None:
+    blocked = {name.replace("-", "_") for name in CLIENT}
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT.format(blocked))
+    paths = (tmp_path, ROOT, IMAGE)
+    done = subprocess.run(
+        command_of_a_stage(tmp_path),
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join(map(str, paths)),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "output.json").read_text())["parameterValues"] == {"place": ""}
 
 
 def test_the_base_is_pinned_and_the_user_is_not_root() -> None:

@@ -23,21 +23,19 @@ from trainer.reports.runs import Run
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import UsageError
 from trainer.runtime.log import log, set_up_logging
-from trainer.settings.config import SETTINGS
+from trainer.settings.config import DEFAULT_WORKDIR
 from trainer.settings.flags import build_parser
 from trainer.storage.places import check_output
 from trainer.storage.publish import publishing
 
 HTML = "compare.html"
 
-_WORKDIR = str(SETTINGS["local_workdir"].default)
-
 
 def run(
     runs: Sequence[str],
     output: str = "",
     *,
-    workdir: str = _WORKDIR,
+    workdir: str = DEFAULT_WORKDIR,
 ) -> str:
     """Compare runs, and write ``compare.html`` where an output is given.
 

@@ -58,7 +58,7 @@ def run(
     streams = streams_for(config, token)
     longest = max((candidate.longest for candidate in candidates), default=0)
     check_contexts(config.eval_ctx_lens, longest, streams, config.eval_max_tokens)
-    spec = read_teacher_spec(config.teacher, token)
+    spec = read_teacher_spec(config.pretrained, token)
     for candidate in candidates:
         size = candidate.student.config.vocab_size
         check_vocabularies(size, streams.info.vocab_size, spec.vocab_size, candidate.uri)
@@ -76,10 +76,10 @@ def run(
 FLAGS = [
     name
     for name in SETTINGS
-    if name in ("teacher_name", "teacher_precision", "text_column", "cache_dir", "tokens_dir")
+    if name in ("teacher_precision", "text_column", "cache_dir", "tokens_dir")
     or name in ("eval_ctx_lens", "eval_max_tokens", "micro_batch", "pos_resize", "local_workdir")
     or name in ("n_heads", "trained_positions", "bf16", "fp16", "fp32")
-    or name.startswith(("dataset_", "hf_"))
+    or name.startswith(("teacher_name", "teacher_revision", "dataset_", "hf_"))
 ]
 
 

@@ -18,18 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoints.checkpoint import Checkpoint
+from trainer.checkpoints.metadata import tokenizer_of
 from trainer.checkpoints.model_card import model_card
 from trainer.checkpoints.snapshots import read_from
 from trainer.models.hugging_face import load_tokenizer
+from trainer.models.pretrained import Pretrained
 from trainer.models.stock import stock_model
 from trainer.models.student import StudentConfig
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import CheckpointError, ModelError, UsageError
 from trainer.runtime.log import log, quiet_libraries, set_up_logging
-from trainer.settings.config import SETTINGS, TrainConfig
+from trainer.settings.config import DEFAULT_WORKDIR, SETTINGS, TrainConfig
 from trainer.settings.flags import build_parser, settings_from_args
 from trainer.settings.hf_token import find_hf_token
 from trainer.settings.layers import Resolved, resolve
+from trainer.storage.copies import DEFAULT_CACHE
 from trainer.storage.places import check_output, is_empty, is_remote
 from trainer.storage.publish import publishing
 
@@ -38,6 +41,7 @@ OF_CHECKPOINT = ["n_heads", "trained_positions", "block_size"]
 FLAGS = [
     *OF_CHECKPOINT,
     "local_workdir",
+    "cache_dir",
     *(name for name in SETTINGS if name.startswith("hf_")),
 ]
 
@@ -62,33 +66,40 @@ def read_student(
     trained_positions: int | None = None,
     block_size: int | None = None,
     token: str | None = None,
-    workdir: str = "/tmp/liquid_work",  # noqa: S108 - the default of --local_workdir
+    workdir: str = DEFAULT_WORKDIR,
+    cache_dir: str = DEFAULT_CACHE,
 ) -> StockStudent:
     """A checkpoint's student in its stock form, with its tokenizer.
 
     Args:
         checkpoint: path or ``gs://`` URI.
-        tokenizer: name or directory; default is what the checkpoint was trained with.
+        tokenizer: hub name, local or ``gs://`` directory; default is what the checkpoint was
+            trained with.
         n_heads: where the metadata does not tell (default 12).
         trained_positions: where neither metadata nor optimizer state tells.
         block_size: longest context of a rotary student, where the metadata does not tell.
         token: for the Hugging Face hub.
         workdir: scratch directory.
+        cache_dir: where the files of a tokenizer in a ``gs://`` directory are kept.
 
     Raises:
         LiquidError: the checkpoint or the tokenizer cannot be read or do not fit together.
     """
     source = read_from(checkpoint, Path(workdir))
     config = source.student_config(n_heads)
-    name = tokenizer or source.meta.get("tokenizer")
-    if not name:
+    of_tokenizer = (
+        Pretrained(tokenizer, cache_dir=cache_dir)
+        if tokenizer
+        else tokenizer_of(source.meta, cache_dir)
+    )
+    if of_tokenizer is None:
         raise CheckpointError(f"{checkpoint} does not name its tokenizer; give --tokenizer")
     positions = _longest(source, trained_positions, block_size)
-    loaded = load_tokenizer(name, token)
+    loaded = load_tokenizer(of_tokenizer, token)
     if len(loaded) > config.vocab_size:
         raise ModelError(
-            f"the tokenizer of {name!r} has {len(loaded)} tokens, {checkpoint} a vocabulary of"
-            f" {config.vocab_size}; give --tokenizer with the one it was trained with"
+            f"the tokenizer of {of_tokenizer.name!r} has {len(loaded)} tokens, {checkpoint} a"
+            f" vocabulary of {config.vocab_size}; give --tokenizer with the one it was trained with"
         )
     model = stock_model(source.weights, config, positions)
     for described in (model.config, model.generation_config):
@@ -128,7 +139,8 @@ def run(
     license: str | None = None,
     hub: TrainConfig | None = None,
     again: bool = False,
-    workdir: str = "/tmp/liquid_work",  # noqa: S108 - the default of --local_workdir
+    workdir: str = DEFAULT_WORKDIR,
+    cache_dir: str = DEFAULT_CACHE,
 ) -> StockStudent:
     """Export a checkpoint with its tokenizer; its context becomes the model's maximum.
 
@@ -144,6 +156,7 @@ def run(
         again: a stage that the platform starts again: objects that its start before has left at a
             ``gs://`` output may be replaced.
         workdir: scratch directory.
+        cache_dir: where the files of a tokenizer in a ``gs://`` directory are kept.
 
     Returns:
         The student that was exported.
@@ -163,6 +176,7 @@ def run(
         block_size=block_size,
         token=find_hf_token(hub or TrainConfig()),
         workdir=workdir,
+        cache_dir=cache_dir,
     )
     # Without the model's configuration nothing loads it
     with publishing(output, last="config.json", workdir=Path(workdir)) as directory:
@@ -189,7 +203,9 @@ def main(argv: list[str]) -> None:
     parser = build_parser("python -m trainer.export_hf", str(__doc__), only=FLAGS)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="path or gs:// URI")
     parser.add_argument("output", metavar="OUT_DIR", help="a new or empty directory or gs:// URI")
-    parser.add_argument("--tokenizer", help="name or directory [the checkpoint's]", default=None)
+    parser.add_argument(
+        "--tokenizer", help="hub name, local or gs:// directory [of the checkpoint]", default=None
+    )
     parser.add_argument(
         "--license", help="identifier for the model card, e.g. apache-2.0 [unknown]", default=None
     )
@@ -204,6 +220,7 @@ def main(argv: list[str]) -> None:
         license=args.license,
         hub=resolved.config,
         workdir=resolved.config.local_workdir,
+        cache_dir=resolved.config.cache_dir,
         **of_checkpoint(resolved),
     )
 

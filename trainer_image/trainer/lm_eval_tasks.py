@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trainer.models.exported import exported_directory
-from trainer.models.hugging_face import load_tokenizer
+from trainer.models.exported import exported_student
+from trainer.models.hugging_face import load_tokenizer, locate
 from trainer.models.teacher import read_teacher_spec
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import DataError, LiquidError, ModelError, UsageError
@@ -55,7 +55,7 @@ def run(
         exported: a directory of `trainer.export_hf`, local or ``gs://``.
         output: a local directory or ``gs://`` prefix; results that are there are replaced.
         settings: which tasks, and how much of them.
-        config: ``seed``, ``micro_batch``, precision, work directory, Hugging Face token.
+        config: ``seed``, ``micro_batch``, precision, work and cache directory, Hugging Face token.
 
     Returns:
         Every metric that is a number, by ``{task} {metric}``.
@@ -72,13 +72,15 @@ def run(
     token = find_hf_token(config)
     if token is not None:
         os.environ[ENVIRONMENT_NAMES[0]] = token  # where the libraries below look
-    directory = exported_directory(exported, Path(config.local_workdir))
-    if directory is None:
+    student = exported_student(exported, config.cache_dir)
+    if student is None:
         raise ModelError(f"{exported} is no exported student; give a directory of export_hf")
-    spec = read_teacher_spec(directory, what="student")
-    load_tokenizer(directory)
+    spec = read_teacher_spec(student, what="student")
+    student = spec.model or student
+    load_tokenizer(student)
     manager, tasks = _tasks(settings.tasks)
     precision = choose_precision(config)
+    directory = locate(student, "weights", "student").path
     with _readable_errors(settings.tasks):
         found = harness.simple_evaluate(
             model="hf",
@@ -197,8 +199,8 @@ def _write(found: dict[str, Any], output: str, harness: Any, workdir: Path) -> N
         (directory / TABLE).write_text(f"{make_table(found)}\n", encoding="utf-8")
 
 
-FLAGS = ["seed", "micro_batch", "bf16", "fp16", "fp32", "local_workdir", "hf_token_value"]
-FLAGS += ["hf_token_file", "hf_token_gcs_uri", "hf_secret_name"]
+FLAGS = ["seed", "micro_batch", "bf16", "fp16", "fp32", "local_workdir", "cache_dir"]
+FLAGS += ["hf_token_value", "hf_token_file", "hf_token_gcs_uri", "hf_secret_name"]
 
 
 def main(argv: list[str]) -> None:

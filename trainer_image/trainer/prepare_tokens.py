@@ -14,6 +14,7 @@ if __name__ == "__main__":
 from pathlib import Path
 
 from trainer.data.prepared import check_same, find_streams
+from trainer.data.remote_data import pinned
 from trainer.data.streams import INFO_NAME, TokenInfo, cache_key, write_streams
 from trainer.models.hugging_face import load_tokenizer
 from trainer.runtime.commands import run_command
@@ -28,7 +29,7 @@ from trainer.storage.publish import publishing
 FLAGS = [
     name
     for name in SETTINGS
-    if name in ("teacher_name", "text_column", "cache_dir", "local_workdir")
+    if name in ("teacher_name", "teacher_revision", "text_column", "cache_dir", "local_workdir")
     or name.startswith(("dataset_", "hf_"))
 ]
 
@@ -51,8 +52,8 @@ def run(config: TrainConfig, output: str) -> TokenInfo:
     info = find_streams(output)
     if info is None:
         check_output(output)
-    token = find_hf_token(config)
-    tokenizer = load_tokenizer(config.teacher, token)
+    config, token = pinned(config), find_hf_token(config)
+    tokenizer = load_tokenizer(config.pretrained, token)
     if info is not None:
         check_same(info, config, tokenizer, output)
         log.info("%s already holds these token streams; they are left as they are", output)

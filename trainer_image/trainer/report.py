@@ -25,14 +25,12 @@ from trainer.reports.samples import read_samples
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import LiquidError
 from trainer.runtime.log import log, set_up_logging
-from trainer.settings.config import SETTINGS
+from trainer.settings.config import DEFAULT_WORKDIR
 from trainer.settings.flags import build_parser
 from trainer.storage.places import check_output
 from trainer.storage.publish import publishing
 
 HTML, MARKDOWN = "report.html", "report.md"
-
-_WORKDIR = str(SETTINGS["local_workdir"].default)
 
 
 def run(
@@ -41,7 +39,7 @@ def run(
     *,
     evaluation: str = "",
     samples: str = "",
-    workdir: str = _WORKDIR,
+    workdir: str = DEFAULT_WORKDIR,
 ) -> list[str]:
     """Write ``report.html`` and ``report.md`` on the phases of one training.
 

@@ -23,6 +23,7 @@ from trainer.runtime.commands import run_command
 from trainer.runtime.devices import free_memory
 from trainer.runtime.errors import UsageError
 from trainer.runtime.log import log, set_up_logging
+from trainer.settings.config import DEFAULT_WORKDIR
 from trainer.settings.flags import build_parser, settings_from_args
 from trainer.settings.layers import resolve
 from trainer.storage.places import (
@@ -46,7 +47,7 @@ def run(
     method: str = "linear",
     trained_positions: int | None = None,
     n_heads: int | None = None,
-    workdir: str = "/tmp/liquid_work",  # noqa: S108 - the default of --local_workdir
+    workdir: str = DEFAULT_WORKDIR,
 ) -> dict[str, Any]:
     """Write weights for ``block_size`` positions, without optimizer, at step 0.
 

@@ -16,16 +16,17 @@ if __name__ == "__main__":
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from trainer import export_hf
+from trainer.checkpoints.metadata import teacher_of
 from trainer.models.causal_lm import load_causal_lm
-from trainer.models.exported import exported_directory
+from trainer.models.exported import exported_student
 from trainer.models.hugging_face import load_tokenizer
+from trainer.models.pretrained import Pretrained
 from trainer.models.teacher import read_teacher_spec
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import DataError, ModelError, UsageError
@@ -39,7 +40,7 @@ from trainer.settings.layers import resolve
 from trainer.storage.places import read_bytes
 from trainer.training.precision import choose_precision
 
-FLAGS = [*SAMPLE_SETTINGS, "seed", *export_hf.FLAGS, "bf16", "fp16", "fp32"]
+FLAGS = [*SAMPLE_SETTINGS, "seed", "teacher_revision", *export_hf.FLAGS, "bf16", "fp16", "fp32"]
 _LIMIT = 1 << 20
 """Bytes of prompts."""
 
@@ -134,8 +135,9 @@ def run(
         source: a checkpoint or an exported directory, local or ``gs://``.
         prompts: one text each or more, none of them empty.
         settings: how texts are written.
-        config: ``seed``, precision, work directory, and where the Hugging Face token is.
-        teacher: hub name or directory of a teacher to let write too.
+        config: ``seed``, ``teacher_revision``, precision, work and cache directory, and where the
+            Hugging Face token is.
+        teacher: hub name, local or ``gs://`` directory of a teacher to let write too.
         with_teacher: let the teacher of the checkpoint's metadata write too.
         of_checkpoint: ``tokenizer``, ``n_heads``, ``trained_positions`` and ``block_size`` of
             `trainer.export_hf.read_student`.
@@ -146,20 +148,19 @@ def run(
     """
     if not prompts:
         raise UsageError("there is no prompt; give --prompt or --prompt_file")
+    if config.teacher_revision and not (teacher or with_teacher):
+        raise UsageError(
+            f"--teacher_revision={config.teacher_revision} is for a teacher; give --teacher or"
+            " --with_teacher too"
+        )
     precision, token = choose_precision(config), find_hf_token(config)
     student, metadata = _student(source, config, token, of_checkpoint)
     # Whatever is wrong with a prompt is told before a teacher is loaded
     ids = [student.encode(prompt, settings) for prompt in prompts]
-    teacher = teacher or (_teacher_of(source, metadata) if with_teacher else None)
     writers = [(student, ids)]
-    if teacher is not None:
-        spec = read_teacher_spec(teacher, token)
-        tokenizer = load_tokenizer(teacher, token)
-        _check_fit(f"teacher {teacher!r}", len(tokenizer), spec.vocab_size)
-        model = load_causal_lm(
-            "teacher", teacher, dtype=precision.teacher, device=precision.device, token=token
-        )
-        writer = Writer("teacher", model.eval(), tokenizer, spec.max_context)
+    if teacher or with_teacher:
+        of_teacher = _teacher(teacher, source, metadata, config)
+        writer = _writer("teacher", of_teacher, precision.teacher, precision.device, token)
         writers.append((writer, [writer.encode(prompt, settings) for prompt in prompts]))
     student.model.to(precision.device, precision.compute)
     texts = [
@@ -177,36 +178,55 @@ def _student(
     source: str, config: TrainConfig, token: str | None, of_checkpoint: dict[str, Any]
 ) -> tuple[Writer, dict[str, Any]]:
     """The student, and the metadata of its checkpoint; none of an exported directory."""
-    if (directory := exported_directory(source, Path(config.local_workdir))) is None:
+    if (exported := exported_student(source, config.cache_dir)) is None:
         read = export_hf.read_student(
-            source, token=token, workdir=config.local_workdir, **of_checkpoint
+            source,
+            token=token,
+            workdir=config.local_workdir,
+            cache_dir=config.cache_dir,
+            **of_checkpoint,
         )
         return Writer("student", read.model, read.tokenizer, read.positions), read.source.meta
     for name, value in of_checkpoint.items():
         if value is not None and name != "tokenizer":
             raise UsageError(f"--{name}={value} is for checkpoints; {source} is an exported model")
-    spec = read_teacher_spec(directory, what="student")
-    tokenizer = load_tokenizer(of_checkpoint.get("tokenizer") or directory, token)
-    _check_fit(source, len(tokenizer), spec.vocab_size)
-    model = load_causal_lm(
-        "student", directory, dtype=torch.float32, device=torch.device("cpu"), token=token
-    )
-    return Writer("student", model.eval(), tokenizer, spec.max_context), {}
+    own = of_checkpoint.get("tokenizer")
+    tokenizer = Pretrained(own, cache_dir=config.cache_dir) if own else None
+    cpu = torch.device("cpu")
+    return _writer("student", exported, torch.float32, cpu, token, tokenizer), {}
 
 
-def _teacher_of(source: str, meta: dict[str, Any]) -> str:
-    name = meta.get("teacher_name")
-    if not name:
+def _teacher(
+    name: str | None, source: str, metadata: dict[str, Any], config: TrainConfig
+) -> Pretrained:
+    """The teacher of that name, else the one that the metadata of ``source`` names."""
+    if name:
+        return Pretrained(name, config.teacher_revision, config.cache_dir)
+    named = teacher_of(metadata, config.cache_dir)
+    if named is None:
         raise UsageError(f"--with_teacher: {source} does not name its teacher; give --teacher")
-    return str(name)
+    return replace(named, revision=config.teacher_revision or named.revision)
 
 
-def _check_fit(what: str, tokens: int, vocabulary: int) -> None:
-    if tokens > vocabulary:
+def _writer(
+    what: str,
+    pretrained: Pretrained,
+    dtype: torch.dtype,
+    device: torch.device,
+    token: str | None,
+    tokenizer: Pretrained | None = None,
+) -> Writer:
+    """A model of `transformers` that writes; its tokenizer is its own by default."""
+    spec = read_teacher_spec(pretrained, token, what=what)
+    found = spec.model or pretrained
+    loaded = load_tokenizer(tokenizer or found, token)
+    if len(loaded) > spec.vocab_size:
         raise ModelError(
-            f"the tokenizer has {tokens} tokens, {what} a vocabulary of {vocabulary}; give the"
-            " tokenizer that it was trained with"
+            f"the tokenizer has {len(loaded)} tokens, {what} {pretrained.name!r} a vocabulary of"
+            f" {spec.vocab_size}; give the tokenizer that it was trained with"
         )
+    model = load_causal_lm(what, found, dtype=dtype, device=device, token=token)
+    return Writer(what, model.eval(), loaded, spec.max_context)
 
 
 def read_prompts(place: str) -> list[str]:
@@ -236,9 +256,9 @@ def _parser() -> argparse.ArgumentParser:
         "source", metavar="CHECKPOINT", help="a checkpoint or an exported directory, or gs:// URI"
     )
     texts = {
-        "tokenizer": "name or directory [the checkpoint's]",
+        "tokenizer": "hub name, local or gs:// directory [of the checkpoint]",
         "prompt_file": "file of prompts, one a line; - is the standard input",
-        "teacher": "let this teacher write too: hub name or directory",
+        "teacher": "let this teacher write too: hub name, local or gs:// directory",
     }
     for name, text in texts.items():
         parser.add_argument(f"--{name}", help=text, default=None)

@@ -59,7 +59,7 @@ def run(config: TrainConfig, settings: TargetSettings, output: str) -> Index | N
     config.require("teacher_name", "dataset_name")
     check_output(output)
     token = find_hf_token(config)
-    spec = read_teacher_spec(config.teacher, token)
+    spec = read_teacher_spec(config.pretrained, token)
     config = replace(config, block_size=_context(settings, spec))
     precision = choose_precision(config)
     streams = streams_for(config, token)
@@ -125,7 +125,7 @@ def _made_with(
             train_tokens=info.train_tokens,
             validation_tokens=info.validation_tokens,
             teacher=config.teacher,
-            teacher_digest=teacher_digest(config.teacher, token),
+            teacher_digest=teacher_digest(spec.model or config.pretrained, token),
             teacher_precision=kind,
             vocabulary=info.vocab_size,
             teacher_context=config.context,
@@ -142,9 +142,9 @@ def _made_with(
 FLAGS = [
     name
     for name in SETTINGS
-    if name in ("teacher_name", "teacher_precision", "text_column", "cache_dir", "tokens_dir")
+    if name in ("teacher_precision", "text_column", "cache_dir", "tokens_dir")
     or name in ("eval_ctx_lens", "seed", "bf16", "fp16", "fp32", "compile", "local_workdir")
-    or name.startswith(("dataset_", "hf_"))
+    or name.startswith(("teacher_name", "teacher_revision", "dataset_", "hf_"))
 ]
 
 

@@ -166,12 +166,6 @@ def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(name: str) -> N
             read(name)
 
 
-def test_a_bucket_is_not_read_and_the_line_says_what_to_give() -> None:
-    for read in (read_teacher_spec, load_tokenizer):
-        with pytest.raises(ModelError, match=r"no such directory; .* /gcs/bucket/teacher, where"):
-            read("gs://bucket/teacher")
-
-
 def test_a_file_is_not_a_teacher(tmp_path: Path) -> None:
     path = llama(tmp_path / "teacher") / "model.safetensors"
     with pytest.raises(ModelError, match="it is a file; give the directory"):

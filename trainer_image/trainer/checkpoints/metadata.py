@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from trainer.checkpoints.fields import is_number
+from trainer.models.pretrained import Pretrained
 from trainer.runtime.errors import CheckpointError, UsageError
 from trainer.runtime.messages import shortened
 from trainer.settings.config import SETTINGS, TrainConfig, check_values
@@ -189,6 +190,29 @@ def targets_of(meta: Mapping[str, Any]) -> str | None:
     """The fingerprint of the targets that a run was trained from; None without any."""
     fingerprint = meta.get("teacher_targets")
     return fingerprint if isinstance(fingerprint, str) else None
+
+
+def teacher_of(meta: Mapping[str, Any], cache_dir: str) -> Pretrained | None:
+    """The teacher of a run, at the revision that its settings gave; None where nothing names it.
+
+    Args:
+        meta: the metadata of a checkpoint of the run.
+        cache_dir: where files of a ``gs://`` directory are kept on this machine.
+    """
+    return _pretrained(meta, "teacher_name", cache_dir)
+
+
+def tokenizer_of(meta: Mapping[str, Any], cache_dir: str) -> Pretrained | None:
+    """As `teacher_of`: the model whose tokenizer the run's tokens are of."""
+    return _pretrained(meta, "tokenizer", cache_dir)
+
+
+def _pretrained(meta: Mapping[str, Any], key: str, cache_dir: str) -> Pretrained | None:
+    name, settings = meta.get(key), meta.get("settings")
+    revision = settings.get("teacher_revision") if isinstance(settings, dict) else None
+    if not name:
+        return None
+    return Pretrained(str(name), str(revision) if revision else None, cache_dir)
 
 
 def compiled_of(meta: Mapping[str, Any]) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +11,13 @@ from typing import Any
 import numpy as np
 
 from trainer.data.local_files import LocalData, load_bounded, readable_errors
-from trainer.models.hugging_face import bucket_advice, looks_local
+from trainer.data.remote_data import fetch_data
+from trainer.models.hugging_face import looks_local
 from trainer.runtime.errors import DataError
 from trainer.runtime.log import log
 from trainer.settings.config import TrainConfig
-from trainer.storage.files import in_home
+from trainer.storage.files import in_home, os_errors, status_of
+from trainer.storage.places import is_remote
 
 VALIDATION_FRACTION = 0.01
 
@@ -27,28 +28,28 @@ _DOCUMENTS_PER_CALL = 256
 
 
 def load_corpus(config: TrainConfig, token: str | None = None) -> Any:
-    """The data set as a `datasets.DatasetDict`, by hub name or from a local directory or file.
+    """The data set as a `datasets.DatasetDict`, by hub name or from a directory or file.
 
     Local text files are one document each; rows of json and parquet are documents.
 
     Raises:
         DataError: it cannot be found or read.
-        StorageError: a file of it is a pipe, a socket or a device.
+        StorageError: a file of it is a pipe, a socket or a device, or cannot be read or fetched.
         UsageError: a configuration is asked for of what has none.
     """
     import datasets
 
     name = str(config.dataset_name)
-    path = in_home(name)
+    path = str(fetch_data(config)) if is_remote(name) else in_home(name)
+    with os_errors("reading", path):
+        found = status_of(path)
     datasets.disable_progress_bars()
     with readable_errors(name):
-        if os.path.exists(path):
+        if found is not None:
             cache = str(Path(in_home(config.cache_dir)) / "datasets")
             loaded = load_bounded(LocalData(path, name, config.dataset_config, cache))
         elif looks_local(name):
-            raise DataError(
-                f"data set {name!r} cannot be loaded: {_nowhere(name)}{bucket_advice(name)}"
-            )
+            raise DataError(f"data set {name!r} cannot be loaded: {_nowhere(name)}")
         else:
             loaded = datasets.load_dataset(
                 name, config.dataset_config, revision=config.dataset_revision, token=token

@@ -15,13 +15,14 @@ from trainer.runtime.bounded import MEMORY, SECONDS, BoundedError, BoundedProces
 from trainer.runtime.errors import DataError, UsageError
 from trainer.storage.files import check_files, read_regular
 
-_BUILDERS = {
+BUILDERS = {
     ".txt": "text",
     ".text": "text",
     ".json": "json",
     ".jsonl": "json",
     ".parquet": "parquet",
 }
+"""By the suffix of a file, what `datasets` calls its kind."""
 
 _LOADER_SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 """Those of them that `datasets` takes for itself in a directory."""
@@ -162,9 +163,9 @@ def load(data: LocalData) -> Any:
     if saved:
         return datasets.load_from_disk(str(path))
     files = corpus_files(path)
-    kinds = {_BUILDERS[file.suffix.lower()] for file in files}
+    kinds = {BUILDERS[file.suffix.lower()] for file in files}
     if len(kinds) > 1:
-        raise DataError(f"data set {str(path)!r} mixes {' and '.join(sorted(kinds))} files")
+        raise DataError(f"data set {data.name!r} mixes {' and '.join(sorted(kinds))} files")
     empty = [file for file in files if _is_empty(file)]
     if len(empty) == len(files):
         raise DataError(f"data set {data.name!r} has no text: {empty[0]} is empty")
@@ -217,7 +218,7 @@ def _split_files(directory: Path, empty: list[Path]) -> dict[str, list[str]]:
     patterns = get_data_patterns(str(directory))
     found = DataFilesDict.from_patterns(patterns, base_path=str(directory))
     known = {
-        str(split): [str(file) for file in files if Path(file).suffix.lower() in _BUILDERS]
+        str(split): [str(file) for file in files if Path(file).suffix.lower() in BUILDERS]
         for split, files in found.items()
     }
     without = {str(file.resolve()) for file in empty}
@@ -239,9 +240,9 @@ def corpus_files(path: Path) -> list[Path]:
         DataError: there is none of a known kind.
     """
     candidates = [path] if path.is_file() else sorted(path.rglob("*"))
-    files = [file for file in candidates if file.is_file() and file.suffix.lower() in _BUILDERS]
+    files = [file for file in candidates if file.is_file() and file.suffix.lower() in BUILDERS]
     if not files:
         raise DataError(
-            f"data set {str(path)!r} has no file of a known kind ({', '.join(sorted(_BUILDERS))})"
+            f"data set {str(path)!r} has no file of a known kind ({', '.join(sorted(BUILDERS))})"
         )
     return files

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from trainer.data.corpus import documents, load_corpus, split_corpus
+from trainer.data.remote_data import pinned
 from trainer.data.tokenizing import Encoder
 from trainer.models.hugging_face import load_tokenizer
 from trainer.runtime.errors import DataError, ModelError, StorageError
@@ -97,7 +98,8 @@ class TokenStreams:
 def cache_key(config: TrainConfig, tokenizer: Any) -> str:
     """A digest of data set, configuration, revision, text column and tokenizer.
 
-    Local files count by relative name, size and modification time.
+    Local files count by relative name, size and modification time; those of a ``gs://`` directory
+    by their checksums, which its revision is a digest of: see `trainer.data.remote_data.pinned`.
     """
     described: list[Any] = [
         _FORMAT,
@@ -300,6 +302,9 @@ def open_streams(directory: Path) -> TokenStreams:
     """
     try:
         described = read_regular(directory / INFO_NAME, limit=INFO_LIMIT)
+    except PermissionError as error:
+        with os_errors("reading", directory / INFO_NAME):
+            raise error
     except (OSError, StorageError) as error:
         raise no_streams(str(directory), error) from error
     info = read_info(described, str(directory))
@@ -349,7 +354,8 @@ def streams_for(config: TrainConfig, token: str | None = None) -> TokenStreams:
         streams = open_streams(fetch_directory(config.tokens_dir, names, workdir, limit=INFO_LIMIT))
         _check_tokenizer(streams.info, config, token)
         return streams
-    tokenizer = load_tokenizer(config.teacher, token)
+    config = pinned(config)
+    tokenizer = load_tokenizer(config.pretrained, token)
     directory = Path(in_home(config.cache_dir)) / "tokens" / cache_key(config, tokenizer)
     if (directory / INFO_NAME).exists():
         log.info("token streams reused from %s", directory)
@@ -393,7 +399,7 @@ def _check_tokenizer(info: TokenInfo, config: TrainConfig, token: str | None) ->
         )
         return
     try:
-        tokenizer = load_tokenizer(config.teacher, token)
+        tokenizer = load_tokenizer(config.pretrained, token)
     except ModelError as error:
         # A student that trains alone needs no tokenizer, and other teachers are told of later
         log.warning("%s is not compared with the teacher's tokenizer: %s", config.tokens_dir, error)

@@ -3,45 +3,39 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
+from trainer.models.local_files import CONFIG
+from trainer.models.pretrained import Pretrained
 from trainer.runtime.errors import ModelError
+from trainer.storage.base import StorageMissingError
 from trainer.storage.files import in_home
-from trainer.storage.places import fetch_directory, is_remote, open_location
-
-CONFIG = "config.json"
-"""The model's configuration, written last."""
-_LIMIT = 1 << 20
-"""Bytes of it."""
+from trainer.storage.places import is_remote, open_location
 
 
-def exported_directory(source: str, workdir: Path) -> str | None:
-    """The local directory of an exported student, copied from a bucket where it lies in one.
+def exported_student(source: str, cache_dir: str) -> Pretrained | None:
+    """The model of an exported student, to be loaded as any other.
 
     Args:
         source: a directory or ``gs://`` prefix, or anything else.
-        workdir: where copies are kept.
+        cache_dir: where files of a ``gs://`` prefix are kept on this machine.
 
     Returns:
-        The directory; None where ``source`` is no directory.
+        The model; None where ``source`` is no directory of one.
 
     Raises:
         ModelError: a local directory that holds no model's configuration.
-        StorageError: it cannot be listed or copied.
+        StorageError: the bucket does not answer.
     """
     if is_remote(source):
-        names = [entry.name for entry in open_location(source).list()]
-        if CONFIG not in names:
+        try:
+            open_location(source).stat(CONFIG)  # written last
+        except StorageMissingError:
             return None
-        names.sort(key=lambda name: (name == CONFIG, name))
-        workdir.mkdir(parents=True, exist_ok=True)
-        return str(fetch_directory(source, names, workdir, limit=_LIMIT))
-    directory = in_home(source)
-    if not os.path.isdir(directory):
+    elif not os.path.isdir(in_home(source)):
         return None
-    if not os.path.isfile(os.path.join(directory, CONFIG)):
+    elif not os.path.isfile(os.path.join(in_home(source), CONFIG)):
         raise ModelError(
             f"{source} is a directory without {CONFIG}; give a checkpoint in it, best.pt for"
             " example, or a directory of trainer.export_hf"
         )
-    return directory
+    return Pretrained(source, cache_dir=cache_dir)

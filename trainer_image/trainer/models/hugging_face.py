@@ -6,13 +6,24 @@ import contextlib
 import os
 import pickle
 import re
+import stat
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trainer.models.local_files import TOKENIZER, TOKENIZER_FILES, check_sizes, check_tokenizer
-from trainer.runtime.errors import ModelError
-from trainer.storage.files import check_files, in_home, os_errors
+from trainer.models.local_files import (
+    CONFIG,
+    TOKENIZER,
+    TOKENIZER_FILES,
+    check_sizes,
+    check_tokenizer,
+)
+from trainer.models.pretrained import Located, Needed, Pretrained, described
+from trainer.models.remote_models import fetch_model
+from trainer.runtime.errors import ModelError, UsageError
+from trainer.storage.files import check_files, in_home, os_errors, status_of
+from trainer.storage.places import is_remote
 
 _SHOWN = 1000
 """Characters of a library's reason."""
@@ -23,40 +34,47 @@ def looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def bucket_advice(name: str) -> str:
-    """The end of an error message: what to give in place of a ``gs://`` URI; else empty.
+def locate(model: str | Pretrained, needed: Needed, what: str = "teacher") -> Located:
+    """Where `transformers` finds a model; one in an object store is fetched.
 
-    Vertex AI mounts the project's buckets:
-    https://cloud.google.com/vertex-ai/docs/training/cloud-storage-file-system
-    """
-    scheme, _, path = name.partition("://")
-    if scheme != "gs":
-        return ""
-    return f"; give a local copy, or on Vertex AI /gcs/{path}, where it mounts the bucket"
-
-
-def location_of(what: str, name: str) -> str:
-    """The name for `transformers`: of a directory with ``~`` expanded, of the hub as it is.
+    Args:
+        model: by hub name, local directory or ``gs://`` directory.
+        needed: what of it, see `trainer.models.remote_models.fetch_model`.
+        what: what messages call it: teacher, student.
 
     Raises:
-        ModelError: a path that is no directory; `transformers` would look for it on the hub.
-        StorageError: the directory holds a pipe, a socket or a device.
-        UsageError: there is no such home directory.
+        ModelError: a path that is no directory, which `transformers` would look for on the hub; or
+            what is in an object store is refused, see `trainer.models.remote_models.fetch_model`.
+        StorageError: the directory cannot be read or fetched, or holds a pipe, a socket or a
+            device.
+        UsageError: there is no such home directory, or a revision of a local directory is asked
+            for.
     """
+    model = Pretrained.of(model)
+    name, shown = model.name, described(needed, what)
+    if is_remote(name):
+        fetched, digest = fetch_model(model, needed, what)
+        return Located(str(fetched), None, replace(model, revision=digest))
     path = in_home(name)
-    if os.path.isdir(path):
-        with os_errors("reading", path):
-            # `transformers` would wait at a pipe, and read a device for ever
-            check_files(*Path(path).iterdir())
-        return path
-    if os.path.exists(path):
+    with os_errors("reading", path):
+        found = status_of(path)
+    if found is None:
+        if looks_local(name):
+            raise ModelError(f"{shown} {name!r} cannot be loaded: no such directory")
+        return Located(name, model.revision, model)
+    if not stat.S_ISDIR(found.st_mode):
         raise ModelError(
-            f"{what} {name!r} cannot be loaded: it is a file; give the directory that holds it"
+            f"{shown} {name!r} cannot be loaded: it is a file; give the directory that holds it"
         )
-    if looks_local(name):
-        advice = bucket_advice(name)
-        raise ModelError(f"{what} {name!r} cannot be loaded: no such directory{advice}")
-    return name
+    if model.revision is not None:
+        raise UsageError(
+            f"--teacher_revision={model.revision}: {name!r} is a local directory, which has no"
+            " revisions; leave it out"
+        )
+    with os_errors("reading", path):
+        # `transformers` would wait at a pipe, and read a device for ever
+        check_files(*Path(path).iterdir())
+    return Located(path, None, model)
 
 
 @contextlib.contextmanager
@@ -83,7 +101,8 @@ def readable_errors(what: str, name: str) -> Iterator[None]:
         safetensors.SafetensorError,
         huggingface_hub.errors.StrictDataclassError,
     ) as error:
-        hint = "" if os.path.isdir(in_home(name)) else "; check the name, the token and the network"
+        here = is_remote(name) or os.path.isdir(in_home(name))
+        hint = "" if here else "; check the name, the token and the network"
         raise ModelError(
             f"{what} {name!r} cannot be loaded: {_reason(error)[:_SHOWN]}{hint}"
         ) from error
@@ -109,39 +128,59 @@ def _reason(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _fetched(name: str, token: str | None) -> str | None:
-    """The local copy of a model on the hub, with its tokenizer's file; None where it has none."""
+def _fetched(what: str, located: Located, file: str, token: str | None) -> str | None:
+    """The local copy of a model's files on the hub, with one of them; None where it has none."""
     from transformers.utils import cached_file
 
-    with readable_errors("tokenizer of", name):
+    with readable_errors(what, located.path):
         path = cached_file(
-            name, TOKENIZER, token=token, _raise_exceptions_for_missing_entries=False
+            located.path,
+            file,
+            token=token,
+            _raise_exceptions_for_missing_entries=False,
+            **located.options,
         )
     return None if path is None else os.path.dirname(path)
 
 
-def load_tokenizer(name: str, token: str | None = None) -> Any:
+def commit_of(located: Located, token: str | None = None) -> str | None:
+    """The commit that a model of the hub is at; None where the hub's cache does not tell.
+
+    Raises:
+        ModelError: the model's configuration cannot be loaded.
+    """
+    # The cache of the hub has a directory for each commit
+    commit = os.path.basename(_fetched("teacher", located, CONFIG, token) or "")
+    return commit if re.fullmatch("[0-9a-f]{40}", commit) else None
+
+
+def load_tokenizer(model: str | Pretrained, token: str | None = None) -> Any:
     """The tokenizer of a model.
 
     Raises:
         ModelError: there is none, it cannot be loaded, or it lacks a vocabulary or the end-of-text
             token that goes between documents.
+        StorageError: its directory cannot be read or fetched.
     """
     from transformers import AutoTokenizer
 
-    location = location_of("tokenizer of", name)
+    located = locate(model, "tokenizer")
+    name, location = located.model.name, located.path
     if os.path.isdir(location) and not any(map(TOKENIZER_FILES.fullmatch, os.listdir(location))):
         # For some models, `transformers` would then make an empty tokenizer
         raise ModelError(
             f"{name!r} has no tokenizer files (tokenizer.json, for example); save the teacher's"
             " tokenizer there"
         )
-    directory = location if os.path.isdir(location) else _fetched(name, token)
+    local = os.path.isdir(location)
+    directory = location if local else _fetched("tokenizer of", located, TOKENIZER, token)
     if directory is not None:
         check_sizes("tokenizer of", name, directory)
         check_tokenizer(name, directory)
     with readable_errors("tokenizer of", name):
-        tokenizer = AutoTokenizer.from_pretrained(location, token=token, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            location, token=token, trust_remote_code=False, **located.options
+        )
     added = getattr(tokenizer, "added_tokens_decoder", {})
     if len(tokenizer.get_vocab()) - len(added) < 2:
         raise ModelError(

@@ -7,15 +7,20 @@ import json
 import os
 import re
 import stat
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from trainer.runtime.bounded import MEMORY, BoundedError, BoundedProcess
 from trainer.runtime.errors import CheckpointError, ModelError
 from trainer.runtime.messages import brief
-from trainer.storage.files import open_regular, os_errors
+from trainer.storage.base import StorageMissingError
+from trainer.storage.files import open_regular, os_errors, read_regular
 
-TOKENIZER = "tokenizer.json"
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+"""Suffixes of files that may be pickles."""
 
 TOKENIZER_FILES = re.compile(
     r"(tokenizer|vocab|merges|spiece|sentencepiece|bpe|tekken).*|.*\.(model|tiktoken|spm|bpe|vocab)"
@@ -50,7 +55,7 @@ _PROBE = "".join(
 
 
 def check_sizes(what: str, name: str, directory: str) -> None:
-    """Refuse files that no model has of such a size; `location_of` refuses what is no file.
+    """Refuse files that no model has of such a size; `locate` refuses what is no file.
 
     Raises:
         ModelError: naming the file.
@@ -62,14 +67,22 @@ def check_sizes(what: str, name: str, directory: str) -> None:
             continue  # what links to nothing is missing, and told as that where it is needed
         if stat.S_ISDIR(status.st_mode):
             continue
-        text = path.suffix in (".json", ".jinja", ".txt") and path.name != TOKENIZER
-        largest = _LARGEST_JSON if text else _LARGEST_TOKENIZER
-        expected = text or TOKENIZER_FILES.fullmatch(path.name)
-        if expected and status.st_size > largest:
-            raise ModelError(
-                f"{what} {name!r} cannot be loaded: {path.name} has {status.st_size} bytes; at"
-                f" most {largest} are expected"
-            )
+        check_size(what, name, path.name, status.st_size)
+
+
+def check_size(what: str, name: str, file: str, size: int) -> None:
+    """Refuse a file of a model that no model has of such a size.
+
+    Raises:
+        ModelError: naming the file.
+    """
+    text = file.endswith((".json", ".jinja", ".txt")) and file != TOKENIZER
+    largest = _LARGEST_JSON if text else _LARGEST_TOKENIZER
+    if (text or TOKENIZER_FILES.fullmatch(file)) and size > largest:
+        raise ModelError(
+            f"{what} {name!r} cannot be loaded: {file} has {size} bytes; at most {largest} are"
+            " expected"
+        )
 
 
 def check_tokenizer(name: str, directory: str) -> None:
@@ -116,9 +129,12 @@ def check_weights(what: str, directory: str, config: Any) -> None:
             and that is not there, or a pickle that holds more than tensors.
         StorageError: the weights cannot be read.
     """
-    for file in _weights(what, Path(directory), config):
-        if file.suffix != ".safetensors":
-            _check_pickled(what, file)
+    for name in weight_files(what, Path(directory)):
+        # What may not be read, safetensors calls missing
+        with os_errors("reading", Path(directory, name)), open_regular(Path(directory, name)):
+            pass
+        if name.endswith(PICKLES):
+            _check_pickled(what, Path(directory, name))
     text = config.get_text_config()
     for key, most in _MOST.items():
         value = getattr(text, key, None)
@@ -153,37 +169,71 @@ def _parameters(config: Any) -> int:
     return sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
 
 
-def _weights(what: str, directory: Path, config: Any) -> list[Path]:
-    """The files that `transformers` takes for the weights; none where there are none."""
-    stated = getattr(config, "transformers_weights", None)
+def read_config(what: str, directory: Path, file: str = CONFIG) -> dict[str, Any]:
+    """A JSON object of a model's directory; empty where there is no such file.
+
+    Raises:
+        ModelError: it is something else than a JSON object.
+        StorageError: it cannot be read.
+    """
+    path = directory / file
+    try:
+        with os_errors("reading", path):
+            content = json.loads(read_regular(path, limit=_LARGEST_JSON))
+    except StorageMissingError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{what} cannot be loaded: {file}: {brief(str(error))}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{what} cannot be loaded: {file} is no JSON object")
+    return content
+
+
+def weight_files(what: str, directory: Path, beside: Collection[str] | None = None) -> list[str]:
+    """Names of the files that `transformers` takes for the weights; none where there are none.
+
+    Args:
+        what: what messages call the model, ``teacher 'gpt2'``.
+        directory: with its configuration and, if it has one, the index of its weights.
+        beside: the files of the model; by default those of the directory.
+
+    Raises:
+        ModelError: the configuration names a pickle, or the index a file that is not there.
+    """
+    beside = {path.name for path in directory.iterdir()} if beside is None else beside
+    stated = read_config(what, directory).get("transformers_weights")
     if stated is not None:
         if not str(stated).endswith((".safetensors", _INDEX)):
             raise ModelError(
                 f"{what} cannot be loaded: its config.json names weights in"
                 f" {brief(stated)}; give safetensors"
             )
-        index = str(stated).endswith(_INDEX)
-        return _indexed(what, directory, str(stated)) if index else [directory / str(stated)]
+        if not str(stated).endswith(_INDEX):
+            return [_beside(what, str(stated), CONFIG, beside)]
+        return _indexed(what, directory, str(stated), beside)
     for single in ("model.safetensors", "pytorch_model.bin"):
-        if (directory / single).is_file():
-            return [directory / single]
-        if (directory / f"{single}.index.json").is_file():
-            return _indexed(what, directory, f"{single}.index.json")
+        if single in beside:
+            return [single]
+        if f"{single}.index.json" in beside:
+            return _indexed(what, directory, f"{single}.index.json", beside)
     return []
 
 
-def _indexed(what: str, directory: Path, index: str) -> list[Path]:
-    content = json.loads((directory / index).read_bytes())
-    files = content.get("weight_map") if isinstance(content, dict) else None
+def _indexed(what: str, directory: Path, index: str, beside: Collection[str]) -> list[str]:
+    content = read_config(what, directory, _beside(what, index, CONFIG, beside))
+    files = content.get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
         raise ModelError(f"{what} cannot be loaded: {index} has no weight_map from names to files")
-    for file in sorted(set(files.values())):
-        if os.path.basename(file) != file or not (directory / file).is_file():
-            raise ModelError(
-                f"{what} cannot be loaded: {index} names {file[:200]!r}, and no such"
-                " file is beside it"
-            )
-    return [directory / file for file in sorted(set(files.values()))]
+    return [_beside(what, file, index, beside) for file in sorted(set(files.values()))]
+
+
+def _beside(what: str, file: str, naming: str, beside: Collection[str]) -> str:
+    """The file itself, if it is one of those beside the file that names it."""
+    if os.path.basename(file) != file or file not in beside:
+        raise ModelError(
+            f"{what} cannot be loaded: {naming} names {file[:200]!r}, and no such file is beside it"
+        )
+    return file
 
 
 def _check_pickled(what: str, path: Path) -> None:

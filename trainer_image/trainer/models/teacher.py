@@ -13,11 +13,17 @@ from torch import Tensor, nn
 
 from trainer.models.causal_lm import load_causal_lm
 from trainer.models.fast_bodies import FastBody, QuantizationError, family_of, quantize_teacher
-from trainer.models.hugging_face import location_of, readable_errors
-from trainer.models.local_files import check_sizes
+from trainer.models.hugging_face import commit_of, locate, readable_errors
+from trainer.models.local_files import CONFIG, check_sizes, weight_files
+from trainer.models.pretrained import Pretrained
 from trainer.runtime.errors import ModelError
+from trainer.storage.files import os_errors
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+BY_NAME = "hub name "
+"""How the digest of a teacher begins whose commit could not be told; its name follows."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,8 @@ class TeacherSpec:
     """Longest context in tokens; None where its configuration sets none."""
     vocab_size: int
     """Rows of its output head, padding included."""
+    model: Pretrained | None = None
+    """What was read, with the revision that was found; None: whatever the name stands for."""
 
 
 class Teacher:
@@ -152,19 +160,25 @@ def _logit_scale(config: Any) -> float:
     return float(scale or 1.0) / float(divisor or 1.0)
 
 
-def read_teacher_spec(name: str, token: str | None = None, *, what: str = "teacher") -> TeacherSpec:
+def read_teacher_spec(
+    model: str | Pretrained, token: str | None = None, *, what: str = "teacher"
+) -> TeacherSpec:
     """Longest context and vocabulary from a model's configuration alone; messages call it ``what``.
 
     Raises:
         ModelError: the configuration cannot be loaded, or has no vocabulary size.
+        StorageError: its directory cannot be read or fetched.
     """
     from transformers import AutoConfig
 
-    location = location_of(what, name)
-    if os.path.isdir(location):
-        check_sizes(what, name, location)
+    located = locate(model, "configuration", what)
+    name = located.model.name
+    if os.path.isdir(located.path):
+        check_sizes(what, name, located.path)
     with readable_errors(what, name):
-        config = AutoConfig.from_pretrained(location, token=token, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(
+            located.path, token=token, trust_remote_code=False, **located.options
+        )
     config = config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None)
     vocabulary = getattr(config, "vocab_size", None)
@@ -178,34 +192,30 @@ def read_teacher_spec(name: str, token: str | None = None, *, what: str = "teach
             f"{what} {name!r} has max_position_embeddings {longest!r:.100} in its configuration;"
             " give a whole number"
         )
-    return TeacherSpec(name, longest, vocabulary)
+    return TeacherSpec(name, longest, vocabulary, located.model)
 
 
-def teacher_digest(name: str, token: str | None = None) -> str:
+def teacher_digest(model: str | Pretrained, token: str | None = None) -> str:
     """What tells a teacher's weights and configuration from others, whatever it is called.
 
-    Of a directory it is a digest of the files that would be loaded, all of which are read; of a
-    model on the hub the commit.
+    Of a directory it is a digest of the files that would be loaded, all of which are read, so that
+    a ``gs://`` directory and a copy of it have the same; of a model on the hub the commit.
 
     Raises:
         ModelError: the directory, or the configuration on the hub, cannot be read.
+        StorageError: the directory cannot be read or fetched.
     """
-    from transformers import AutoConfig
-
-    location = location_of("teacher", name)
-    if not os.path.isdir(location):
-        with readable_errors("teacher", name):
-            config = AutoConfig.from_pretrained(location, token=token, trust_remote_code=False)
-        commit = getattr(config, "_commit_hash", None)
-        return f"commit {commit}" if commit else f"hub name {name}"
+    located = locate(model, "weights")
+    name, directory = located.model.name, Path(located.path)
+    if not directory.is_dir():
+        commit = commit_of(located, token)
+        return f"commit {commit}" if commit else f"{BY_NAME}{name}"
     digest = hashlib.sha256()
-    paths = sorted(path for path in Path(location).iterdir() if path.is_file())
-    kinds = [[path for path in paths if path.suffix == kind] for kind in (".safetensors", ".bin")]
-    # The order in which transformers looks for them
-    weights = next((found for found in kinds if found), [])
-    for path in [*(path for path in paths if path.name == "config.json"), *weights]:
-        with readable_errors("teacher", name), path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    weights = weight_files(f"teacher {name!r}", directory)
+    configuration = [CONFIG] if (directory / CONFIG).exists() else []
+    for path in (directory / file for file in (*configuration, *weights)):
+        with os_errors("reading", path), path.open("rb") as content:
+            digest.update(path.name.encode() + hashlib.file_digest(content, "sha256").digest())
     return f"sha256 {digest.hexdigest()}"
 
 
@@ -217,7 +227,11 @@ def load_teacher(
     Raises:
         ModelError: the weights cannot be loaded, are of other shapes than the configuration says,
             or are not those of a causal LM that computes finite logits.
+        StorageError: its directory cannot be read or fetched, or was changed since its
+            configuration was read.
     """
-    model = load_causal_lm("teacher", spec.name, dtype=dtype, device=device, token=token)
+    model = load_causal_lm(
+        "teacher", spec.model or spec.name, dtype=dtype, device=device, token=token
+    )
     with readable_errors("teacher", spec.name):
         return Teacher(model, spec)

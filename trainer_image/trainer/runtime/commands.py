@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from trainer.runtime.errors import signal_status
+from trainer.runtime.homes import find_home
 from trainer.runtime.log import (
     flush_standard_streams,
     open_standard_streams,
@@ -36,8 +37,9 @@ def start_stage() -> None:
     open_standard_streams()
     set_up_logging()
     end_on_signals()
-    quiet_libraries()
     sys.excepthook = _report_and_exit
+    find_home()
+    quiet_libraries()
 
 
 def _report_and_exit(kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -56,6 +58,7 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     open_standard_streams()
     with ending_on_signals():
         try:
+            find_home()
             command(sys.argv[1:] if argv is None else argv)
             sys.stdout.flush()
             status = os.EX_OK

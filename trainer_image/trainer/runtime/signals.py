@@ -95,6 +95,9 @@ class _Watch:
         threading.Thread(
             target=self._watch, args=(self._pipe,), name="signals", daemon=True
         ).start()
+        # The first process of a container is started with them blocked: one that came meanwhile is
+        # handled now
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return True
 
     def release(self) -> None:
@@ -228,7 +231,8 @@ def watch_signals() -> None:
     """Let SIGTERM and SIGINT end this process, from here on to its end, in one line.
 
     A program calls it before it imports anything that takes a while: until then the first process
-    of a container ignores SIGTERM. Where somebody else handles or ignores a signal, and outside of
+    of a container ignores SIGTERM, unless it was started with the signal blocked, which then waits
+    for this call. Where somebody else handles or ignores a signal, and outside of
     the main thread, nothing changes.
     """
     if _watch.start():

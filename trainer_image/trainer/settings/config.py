@@ -10,6 +10,7 @@ those of `LmEvalSettings` of the one that runs tasks of lm-eval.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from functools import cached_property, partial
@@ -17,6 +18,7 @@ from typing import Any
 
 from trainer.loss.divergences import DIVERGENCES, LINEAR_SCHEME
 from trainer.models.positions import RESIZE_METHODS
+from trainer.models.pretrained import Pretrained
 from trainer.runtime.errors import UsageError
 from trainer.runtime.messages import shortened
 from trainer.settings.schedules import (
@@ -26,6 +28,7 @@ from trainer.settings.schedules import (
     StepSchedule,
     schedule_entries,
 )
+from trainer.storage.copies import DEFAULT_CACHE
 
 REQUIRED = ("block_size", "teacher_name", "dataset_name")
 
@@ -35,6 +38,9 @@ AUTO = 0
 DEFAULT_MICRO_BATCH = 8
 
 NO_COMPILE_CACHE = "off"
+
+DEFAULT_WORKDIR = f"{os.environ.get('TMPDIR') or '/tmp'}/liquid_work"  # noqa: S108
+"""Below the directory that the system's programs keep their temporary files in."""
 
 MOST_TEMPERATURES = 64
 """At which targets are made; each takes some bytes of every record."""
@@ -213,19 +219,27 @@ class TrainConfig:
     # What is trained on what
     teacher_name: str | None = setting(
         None,
-        "teacher: a Hugging Face causal LM by hub name or local directory (required unless"
+        "teacher: a Hugging Face causal LM by hub name, local or gs:// directory (required unless"
         " --teacher_targets is given)",
+    )
+    teacher_revision: str | None = setting(
+        None,
+        "revision of a hub teacher (commit, tag or branch); of a gs:// directory the digest that"
+        " its files must have",
+        _not_empty,
     )
     dataset_name: str | None = setting(
         None,
-        "data set: hub name, or a local directory or file of text, json or parquet (required"
-        " unless --tokens_dir is given)",
+        "data set: hub name, or a local or gs:// directory or file of text, json or parquet"
+        " (required unless --tokens_dir is given)",
     )
     dataset_config: str | None = setting(
         None, "configuration of the data set, e.g. wikitext-103-v1"
     )
     dataset_revision: str | None = setting(
-        None, "revision of a hub data set (commit, tag or branch)"
+        None,
+        "revision of a hub data set (commit, tag or branch); of a gs:// directory the digest that"
+        " its files must have",
     )
     text_column: str = setting("text", "column of the data set that holds the text", _not_empty)
     block_size: int | None = setting(None, "training context in tokens (required)", _COUNT)
@@ -360,13 +374,11 @@ class TrainConfig:
         "where checkpoints go, gs:// or local; $(date +FORMAT) is expanded (default: the work"
         " directory)",
     )
-    local_workdir: str = technical(
-        "/tmp/liquid_work",  # noqa: S108
-        "scratch directory",
-        _not_empty,
-    )
+    local_workdir: str = technical(DEFAULT_WORKDIR, "scratch directory", _not_empty)
     cache_dir: str = technical(
-        "~/.cache/liquid_annealing", "where tokenized data sets are kept", _not_empty
+        DEFAULT_CACHE,
+        "where tokenized data sets are kept, and teachers and data sets of gs:// directories",
+        _not_empty,
     )
     tokens_dir: str | None = technical(
         None,
@@ -427,6 +439,11 @@ class TrainConfig:
         """The teacher's name or directory."""
         assert self.teacher_name is not None, "require() was not called"
         return self.teacher_name
+
+    @property
+    def pretrained(self) -> Pretrained:
+        """The teacher, with its revision and the place of its copies."""
+        return Pretrained(self.teacher, self.teacher_revision, self.cache_dir)
 
     @property
     def needs_teacher(self) -> bool:

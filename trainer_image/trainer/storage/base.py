@@ -93,6 +93,13 @@ class Location(Protocol):
     def child(self, name: str) -> str:
         """The full URI of a name."""
 
+    def walk(self, *, most: int) -> list[Entry]:
+        """The files below at any depth, by their paths from here, sorted; for reading alone.
+
+        Raises:
+            StorageError: there are more than `most`.
+        """
+
     def list(self) -> list[Entry]:
         """The files directly below, sorted by name; empty if there is no such directory.
 
@@ -212,11 +219,30 @@ def check_name(name: str) -> str:
 def usable_names(names: Iterable[str], uri: str) -> Iterator[str]:
     """Of the names in a listing those that `check_name` takes; the others are logged."""
     for name in names:
-        try:
-            yield check_name(name)
-        except StorageError as error:
-            if not name.startswith(".") or name.strip(".") == "":
-                log.warning("%s: ignored: %s", uri, error)
+        if _is_usable(name, name, uri):
+            yield name
+
+
+def usable_paths(paths: Iterable[str], uri: str) -> Iterator[str]:
+    """Of paths in a listing those whose every part `check_name` takes; the others are logged."""
+    for path in paths:
+        if all(_is_usable(part, path, uri) for part in path.split("/")):
+            yield path
+
+
+def _is_usable(name: str, path: str, uri: str) -> bool:
+    try:
+        check_name(name)
+    except StorageError as error:
+        if not name.startswith(".") or name.strip(".") == "":
+            log.warning("%s: %signored: %s", uri, "" if name == path else f"{path!r} is ", error)
+        return False
+    return True
+
+
+def too_many(uri: str, most: int) -> StorageError:
+    """The error for a directory of more files than its reader allows."""
+    return StorageError(f"{uri} has more than {most} files; give the directory of the files alone")
 
 
 def too_large(what: str, size: int, limit: int) -> StorageTooLargeError:

@@ -69,6 +69,20 @@ def in_home(path: str, named: str | None = None) -> str:
     return expanded
 
 
+def status_of(path: str | os.PathLike[str]) -> os.stat_result | None:
+    """What is at a path, links followed; None where nothing is.
+
+    `os.path.exists` says of what may not be looked at that it is not there.
+
+    Raises:
+        OSError: it may not be looked at, for example.
+    """
+    try:
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
 def open_regular(path: str | os.PathLike[str], *, limit: int | None = None) -> BinaryIO:
     """Open a stored file for reading; a link to one is followed.
 
@@ -368,7 +382,7 @@ def _reason(error: OSError, path: Path) -> str:
     if error.errno == errno.EROFS:
         return "the file system is read-only; choose a directory that can be written"
     if error.errno in (errno.EACCES, errno.EPERM):
-        return "permission denied; check the owner and mode of the directory"
+        return "permission denied; check owner and mode of the file and its directories"
     if error.errno == errno.EISDIR:
         return "it is a directory, not a file"
     if error.errno in (errno.EEXIST, errno.ENOTEMPTY):

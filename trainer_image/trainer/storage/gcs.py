@@ -39,7 +39,9 @@ from trainer.storage.base import (
     conflict,
     describe_writer,
     too_large,
+    too_many,
     usable_names,
+    usable_paths,
 )
 from trainer.storage.files import (
     atomic_write,
@@ -144,30 +146,42 @@ class BucketLocation:
         """The full URI of a name."""
         return f"{self._uri}/{name}"
 
+    def walk(self, *, most: int) -> list[Entry]:
+        """See `Location.walk`."""
+        found = self._listed(max_results=most + 1)
+        if len(found) > most:
+            raise too_many(self._uri, most)
+        names = sorted(name for name in found if name and not name.endswith("/"))
+        return [_entry(name, found[name]) for name in usable_paths(names, self._uri)]
+
     def list(self) -> list[Entry]:
         """See `Location.list`."""
-
-        def pages() -> dict[str, Any]:
-            found = self._client().list_blobs(
-                self._bucket_name,
-                prefix=self._prefix,
-                delimiter="/",
-                fields="items(name,size,crc32c,generation,updated),nextPageToken",
-                retry=None,
-                timeout=self._timeout,
-            )
-            return {blob.name[len(self._prefix) :]: blob for blob in found}
-
-        try:
-            found = self._retrying("listing", self._uri, pages)
-        except exceptions.NotFound:
-            raise self._no_bucket() from None
+        found = self._listed(delimiter="/")
         # A "directory" made by a file browser is an object named like the prefix itself
         found.pop("", None)
         entries = [_entry(name, found[name]) for name in usable_names(sorted(found), self._uri)]
         claims = [_entry(CLAIM, found[CLAIM])] if CLAIM in found else []
         self._sightings.first_listing([*claims, *entries])
         return entries
+
+    def _listed(self, **options: Any) -> dict[str, Any]:
+        """The objects of a listing, by their names without the prefix."""
+
+        def pages() -> dict[str, Any]:
+            found = self._client().list_blobs(
+                self._bucket_name,
+                prefix=self._prefix,
+                fields="items(name,size,crc32c,generation,updated),nextPageToken",
+                retry=None,
+                timeout=self._timeout,
+                **options,
+            )
+            return {blob.name[len(self._prefix) :]: blob for blob in found}
+
+        try:
+            return self._retrying("listing", self._uri, pages)
+        except exceptions.NotFound:
+            raise self._no_bucket() from None
 
     def stat(self, name: str, *, checksum: bool = False) -> Entry:
         """See `Location.stat`; Cloud Storage always knows the checksum."""

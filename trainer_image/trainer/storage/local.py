@@ -23,7 +23,9 @@ from trainer.storage.base import (
     check_name,
     conflict,
     describe_writer,
+    too_many,
     usable_names,
+    usable_paths,
 )
 from trainer.storage.files import (
     BLOCK,
@@ -68,6 +70,17 @@ class LocalLocation:
     def child(self, name: str) -> str:
         """The path of a name."""
         return str(self._root / name)
+
+    def walk(self, *, most: int) -> list[Entry]:
+        """See `Location.walk`."""
+        entries: dict[str, Entry] = {}
+        for path in self._root.rglob("*"):
+            if path.is_file():
+                name = path.relative_to(self._root).as_posix()
+                entries[name] = replace(_entry(path), name=name)
+                if len(entries) > most:
+                    raise too_many(self.uri, most)
+        return [entries[name] for name in usable_paths(sorted(entries), self.uri)]
 
     def list(self) -> list[Entry]:
         """See `Location.list`."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from trainer.data.streams import TokenInfo
-from trainer.models.teacher import teacher_digest
+from trainer.models.pretrained import Pretrained
+from trainer.models.teacher import BY_NAME, teacher_digest
 from trainer.runtime.errors import DataError, LiquidError, ModelError, UsageError
 from trainer.settings.config import TrainConfig
 from trainer.targets.shards import MadeWith
@@ -38,15 +39,16 @@ def _temperatures(config: TrainConfig) -> set[float]:
     return {temperature.at(step) for step in reached if alpha.at(step) > 0.0}
 
 
-def check_teacher(made: MadeWith, name: str, token: str | None) -> None:
+def check_teacher(made: MadeWith, model: Pretrained, token: str | None) -> None:
     """Compare the teacher that targets are of with one that is named.
 
     Raises:
         UsageError: it is another one, or cannot be told to be the same.
     """
+    name = model.name
     advice = "leave --teacher_name out, or give targets of that teacher"
     try:
-        digest = teacher_digest(name, token)
+        digest = teacher_digest(model, token)
     except LiquidError as error:
         if name == made.teacher:
             return
@@ -54,7 +56,7 @@ def check_teacher(made: MadeWith, name: str, token: str | None) -> None:
             f"the targets are of teacher {made.teacher!r}, not {name!r}, which cannot be compared"
             f" with it ({error}); {advice}"
         ) from None
-    if digest != made.teacher_digest:
+    if made.teacher_digest not in (digest, f"{BY_NAME}{name}"):
         raise UsageError(
             f"the targets are of teacher {made.teacher!r} ({made.teacher_digest[:20]}…), which is"
             f" not --teacher_name={name!r} ({digest[:20]}…); {advice}"

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +14,9 @@ import torch
 
 from trainer.models.teacher import PRECISIONS
 from trainer.runtime.devices import choose_device, has_fp8
-from trainer.runtime.errors import UsageError
+from trainer.runtime.errors import DeviceError, UsageError
+from trainer.runtime.log import log
+from trainer.runtime.messages import shortened
 from trainer.settings.config import TrainConfig
 
 
@@ -42,14 +48,54 @@ class Precision:
         return torch.autocast(self.device.type, dtype=self.compute)
 
 
+def _check_compiler(config: TrainConfig, device: torch.device) -> None:
+    """Say what ``--compile=auto`` is here, and find what it takes on a CPU.
+
+    Raises:
+        UsageError: there is no C++ compiler.
+    """
+    if config.compile == "auto":
+        log.info(
+            "--compile=auto: %s", "on, for a GPU" if device.type == "cuda" else "off, on a CPU"
+        )
+    elif config.compile == "on" and device.type == "cpu":
+        name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+        if shutil.which(name) is None:
+            raise UsageError(
+                f"--compile=on: on a CPU it needs a C++ compiler, and {name!r} is not here; install"
+                " it, name another by CXX, or give --compile=off"
+            )
+
+
+@contextlib.contextmanager
+def compiler_errors() -> Iterator[None]:
+    """Tell a failure of torch's compiler in one line.
+
+    Raises:
+        DeviceError: the compiler failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):
+            raise
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise DeviceError(
+            f"torch.compile failed: {shortened(reason, 300)}; repair the compiler, or give"
+            " --compile=off"
+        ) from error
+
+
 def choose_precision(config: TrainConfig, device: torch.device | None = None) -> Precision:
     """The precision that the settings give, else the device's best: bf16, fp16, fp32 on the CPU.
 
     Raises:
-        UsageError: the device lacks the precision that the settings give.
+        UsageError: the device lacks the precision that the settings give, or the machine the
+            compiler.
     """
     device = device or choose_device()
     gpu = device.type == "cuda"
+    _check_compiler(config, device)
     if config.fp16 and not gpu:
         raise UsageError("--fp16 needs a GPU; leave it out to compute in fp32 on the CPU")
     if config.bf16 and gpu and not torch.cuda.is_bf16_supported(including_emulation=False):

@@ -41,7 +41,7 @@ from trainer.targets.shards import Index
 from trainer.training.compile_cache import CompileCache
 from trainer.training.loop import TrainingLoop
 from trainer.training.micro_batch import resolve_micro_batch
-from trainer.training.precision import choose_precision
+from trainer.training.precision import choose_precision, compiler_errors
 from trainer.training.progress import RunResult
 from trainer.training.run_header import begin_record
 from trainer.training.start import (
@@ -148,7 +148,7 @@ def _start(
     config, targets = resolved.config, source.made if isinstance(source, Index) else None
 
     def tokenizer_size() -> int:
-        return len(load_tokenizer(config.teacher, token))
+        return len(load_tokenizer(config.pretrained, token))
 
     if own is not None:
         start = from_own_snapshot(resolved, own)
@@ -245,7 +245,8 @@ def _train(
         training.recorder = begin_record(
             resolved, config, start, taught_by, streams, snapshots, processes
         )
-    return training.run()
+    with compiler_errors():
+        return training.run()
 
 
 def _over_checkpoint(

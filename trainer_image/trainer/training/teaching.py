@@ -49,7 +49,7 @@ def check_targets(index: Index, resolved: Resolved, token: str | None) -> None:
     config = resolved.config
     check_settings(index.made, config)
     if resolved.given("teacher_name"):
-        check_teacher(index.made, config.teacher, token)
+        check_teacher(index.made, config.pretrained, token)
 
 
 def teacher_spec(config: TrainConfig, token: str | None) -> TeacherSpec | None:
@@ -60,7 +60,7 @@ def teacher_spec(config: TrainConfig, token: str | None) -> TeacherSpec | None:
     """
     if not config.needs_teacher:
         return None
-    spec = read_teacher_spec(config.teacher, token)
+    spec = read_teacher_spec(config.pretrained, token)
     if spec.max_context is not None and config.context > spec.max_context:
         raise UsageError(
             f"--block_size={config.context} is over the {spec.max_context} positions of teacher"
