@@ -41,6 +41,10 @@ setup: $(STAMP) ## create the virtual environment with everything the commands n
 run-local: $(STAMP) ## the whole pipeline at a small scale on embedded text: no cloud, hub or GPU
 	@$(BIN)/python -m pipelines.local
 
+.PHONY: search
+search: $(STAMP) ## short trainings ranked: GRID=examples/search.yaml [BACKEND=vertex or kfp PARAMS= WAIT=1 DRY_RUN=1]
+	@$(BIN)/python -m pipelines.search $(BACKEND)
+
 .PHONY: compile
 compile: $(STAMP) ## compile the pipeline to build/pipeline.yaml (BACKEND=vertex or kfp)
 	@$(BIN)/python -m pipelines.compile build/pipeline.yaml $(BACKEND)

@@ -26,10 +26,8 @@ def plan_targets(
 
     start_stage()
 
-    from dataclasses import asdict
-
-    from trainer.runtime.strict_json import dumps
-    from trainer.settings.config import TargetSettings, TrainConfig
+    from trainer.settings.config import TrainConfig
+    from trainer.targets.shares import shares_of
 
     temperatures: set[float] = set()
     for initial, text in (
@@ -37,15 +35,9 @@ def plan_targets(
         (continue_temperature, continue_temp_schedule),
     ):
         temperatures.update(TrainConfig(T=initial, temp_schedule=text).schedule_T.values())
-    shares = []
-    for worker in range(target_workers):
-        # Refuses here what would fail on every worker
-        settings = TargetSettings(
-            teacher_context=max(anneal_block_size, continue_block_size),
-            target_temperatures=tuple(sorted(temperatures)),
-            target_bytes=target_bytes,
-            workers=target_workers,
-            worker=worker,
-        )
-        shares.append(dumps(asdict(settings)))
-    return shares
+    return shares_of(
+        context=max(anneal_block_size, continue_block_size),
+        temperatures=temperatures,
+        target_bytes=target_bytes,
+        workers=target_workers,
+    )

@@ -31,7 +31,7 @@ from components.resize_reset import resize_reset
 from components.teacher_targets import teacher_targets
 from components.train import train
 from pipelines.settings import LOCAL_IMAGE, Settings
-from pipelines.stages import CACHED, ONLINE, STAGES, Machine
+from pipelines.stages import CACHED, ONLINE, STAGES, Machine, Stage
 from trainer.runtime.devices import EXPECTED_GPUS
 
 NAME = "liquid-annealing"
@@ -71,7 +71,7 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
         settings.check_no_registry()
     if backend == "kfp":
         settings.check_kubeflow()
-    stage = _stages(settings, backend)
+    stage = task_maker(settings, backend, STAGES)
     # Tasks that run at the same time spoil each other's output in the local runner
     at_a_time = 1 if backend == "local" else 0
 
@@ -271,20 +271,22 @@ def _export(
             stage("register", register_model)(model=model, **settings.registry())
 
 
-def _stages(settings: Settings, backend: str) -> Callable[[str, Any], Callable[..., Any]]:
+def task_maker(
+    settings: Settings, backend: str, stages: Mapping[str, Stage]
+) -> Callable[[str, Any], Callable[..., Any]]:
     """A function that makes tasks: a stage's component, on its machine, under its title."""
     image = settings.trainer_image or LOCAL_IMAGE
 
     def stage(key: str, component: Any) -> Callable[..., Any]:
-        title, machine = STAGES[key].title, settings.machines[STAGES[key].machine_name]
+        title, machine = stages[key].title, settings.machines[stages[key].machine_name]
 
         def task(**inputs: Any) -> Any:
             runnable = _with_image(component, image, backend)
             if backend == "vertex" and machine.gpu:
-                runnable = _custom_job(runnable, key, settings)
+                runnable = _custom_job(runnable, stages[key], settings)
             created = runnable(**inputs).set_display_name(title)
             if backend == "local":
-                again = 1 if STAGES[key].fans_out else 0
+                again = 1 if stages[key].fans_out else 0
                 return created.set_retry(num_retries=again, backoff_duration="0s")
             if backend == "kfp" or not machine.gpu:
                 _request_machine(created, machine)
@@ -330,14 +332,14 @@ def _request_machine(task: Any, machine: Machine) -> None:
         task.set_env_variable(EXPECTED_GPUS, str(machine.accelerator_count))
 
 
-def _custom_job(component: Any, key: str, settings: Settings) -> Any:
+def _custom_job(component: Any, stage: Stage, settings: Settings) -> Any:
     """A stage's component as a Vertex custom training job on as many machines as asked for."""
     from google_cloud_pipeline_components.v1.custom_job import (
         create_custom_training_job_from_component,
     )
 
-    title, machine = STAGES[key].title, settings.machines[STAGES[key].machine_name]
-    board = settings.tensorboard if STAGES[key].trains else ""
+    title, machine = stage.title, settings.machines[stage.machine_name]
+    board = settings.tensorboard if stage.trains else ""
     # Of the stage, not of the run: a run's name would keep the task out of the cache
     output = f"{settings.pipeline_root.rstrip('/')}/tensorboard/{title}" if board else ""
     job = create_custom_training_job_from_component(

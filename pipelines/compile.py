@@ -10,7 +10,9 @@ if __name__ == "__main__":
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from kfp import compiler
 
@@ -21,9 +23,20 @@ from trainer.runtime.errors import UsageError
 from trainer.runtime.log import set_up_logging
 from trainer.settings.flags import OneLineParser
 
+Build = Callable[[Settings, str], Any]
+"""Makes a pipeline of settings and backend."""
 
-def compile_to(path: Path, settings: Settings, backend: str = "vertex") -> Path:
+
+def compile_to(
+    path: Path, settings: Settings, backend: str = "vertex", build: Build = build_pipeline
+) -> Path:
     """Write the compiled pipeline for a backend; returns the path.
+
+    Args:
+        path: to write.
+        settings: image and machines.
+        backend: see `pipelines.anneal.build_pipeline`.
+        build: makes the pipeline of settings and backend.
 
     Raises:
         UsageError: an unknown backend, or no YAML file's path.
@@ -35,7 +48,7 @@ def compile_to(path: Path, settings: Settings, backend: str = "vertex") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        compiler.Compiler().compile(build_pipeline(settings, backend), package_path=str(path))
+        compiler.Compiler().compile(build(settings, backend), package_path=str(path))
     return path
 
 

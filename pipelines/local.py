@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from kfp import local
 import components
 import trainer
 from pipelines.anneal import build_pipeline
+from pipelines.compile import Build
 from pipelines.embedded import build_corpus, build_teacher
 from pipelines.local_runs import LOG, PARAMETERS, name_of_run, open_run
 from pipelines.parameters import check_parameters, parameter_defaults, parse_parameters
@@ -104,24 +105,24 @@ _QUIET = re.compile(r" = .*\((default|command line|checkpoint|--config)\)$")
 class LocalRun:
     """The result of a run of the pipeline."""
 
-    parameters: Mapping[str, Any]
-    """All of the pipeline's, which decide what there is to run."""
+    titles: Collection[str]
+    """Of the stages that there are to run, in order."""
     ran: list[str] = field(default_factory=list)
     """Titles of the stages that ran, in the order in which they first ended."""
     directory: Path = Path()
     """Of its parameters, its log and what its stages wrote."""
     outputs: dict[str, Any] = field(default_factory=dict)
-    """The pipeline's output artifacts: ``report``, ``table``, ``before``, ``after``."""
+    """The pipeline's outputs; of the annealing: ``report``, ``table``, ``before``, ``after``."""
 
     @property
     def cached(self) -> list[str]:
         """Titles of the stages taken from an earlier run."""
-        return [
-            stage.title
-            for stage in STAGES.values()
-            if stage.runs_with(self.parameters) and not stage.setting
-            if stage.title not in self.ran
-        ]
+        return [title for title in self.titles if title not in self.ran]
+
+
+def titles_for(parameters: Mapping[str, Any]) -> list[str]:
+    """Of the stages that run here with all of the pipeline's parameters."""
+    return [s.title for s in STAGES.values() if s.runs_with(parameters) and not s.setting]
 
 
 class _Readable(io.TextIOBase):
@@ -199,20 +200,29 @@ class _Readable(io.TextIOBase):
         self._show(f"── {self.last}: {status} after {duration(took)}")
 
 
-def run_pipeline(work: Path, parameters: dict[str, Any], directory: Path | None = None) -> LocalRun:
+def run_pipeline(
+    work: Path,
+    parameters: dict[str, Any],
+    directory: Path | None = None,
+    build: Build = build_pipeline,
+    titles: Collection[str] = (),
+) -> LocalRun:
     """Run the pipeline in the kfp local runner with its cache.
 
     Args:
         work: of all local runs, which share its ``cache``.
         parameters: of the pipeline, over its defaults.
         directory: of `open_run`; a new one by default.
+        build: makes the pipeline.
+        titles: of its stages; those of the annealing by default.
 
     Raises:
         LiquidError: a task failed; names it and its message.
     """
     code = code_digest()
     directory = directory or open_run(work, parameters, code)
-    run = LocalRun(parameter_defaults() | parameters, directory=directory)
+    titles = titles or titles_for(parameter_defaults() | parameters)
+    run = LocalRun(titles, directory=directory)
     local.init(
         local.SubprocessRunner(use_venv=False),
         pipeline_root=str(directory),
@@ -230,7 +240,7 @@ def run_pipeline(work: Path, parameters: dict[str, Any], directory: Path | None 
             # The image's name is part of the cache's key, so changed code is not taken from it
             settings = Settings(trainer_image=f"{LOCAL_IMAGE}:{code}")
             with contextlib.redirect_stdout(stream):
-                pipeline = build_pipeline(settings, "local")
+                pipeline = build(settings, "local")
                 stream.titles = titles_of(compiled(pipeline))
                 run.outputs = dict(pipeline(**parameters).outputs)
         except RuntimeError as error:

@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "submit-pipeline": _SENDING,
     "submit-kfp": (*_SENDING, "HOST", "KFP_TOKEN"),
     "rerun": (*_SENDING, "RUN", "STAGE"),
+    "search": (*_SENDING, "GRID", "BACKEND", "HOST", "KFP_TOKEN"),
 }
 """What the pipeline's commands read beside the settings.
 

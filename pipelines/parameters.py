@@ -23,12 +23,11 @@ from trainer.loss.divergences import LINEAR_SCHEME
 from trainer.runtime.errors import UsageError
 from trainer.runtime.messages import brief
 from trainer.runtime.near_names import near_name
-from trainer.settings.accumulation import accumulation
+from trainer.settings.accumulation import with_accumulation
 from trainer.settings.config import (
     REQUIRED,
     SETTINGS,
     TargetSettings,
-    TrainConfig,
     check_shapes,
 )
 from trainer.settings.layers import Resolved, for_evaluation, resolve
@@ -36,6 +35,7 @@ from trainer.settings.secret_names import shown_name, without_values
 from trainer.settings.values import given
 
 _STAGES = [stage.key for stage in STAGES.values() if stage.configurable]
+DEFAULT_METRIC = "val_loss_student"
 _OTHER_NAMES = {"temperature": "T", "resize_method": "pos_resize"}
 """Parameters that the trainer has another name for."""
 _NO_SETTING = (
@@ -102,7 +102,7 @@ def parameter_defaults() -> dict[str, Any]:
 def parameter_help(name: str) -> str:
     """What a parameter is, in the words of the trainer's setting where there is one."""
     _, rest = split_stage(name)
-    return _OWN_HELP.get(rest) or str(SETTINGS[_OTHER_NAMES.get(rest, rest)].metadata["help"])
+    return _OWN_HELP.get(rest) or str(SETTINGS[setting_of(rest)].metadata["help"])
 
 
 def split_stage(name: str) -> tuple[str, str]:
@@ -175,7 +175,7 @@ def check_parameters(values: Mapping[str, Any], processes: Mapping[str, int] | N
     values = parameter_defaults() | dict(values)
     _check_targets(values)
     _check_export(values)
-    metric = values["best_metric"] or "val_loss_student"
+    metric = values["best_metric"] or DEFAULT_METRIC
     for stage in _STAGES:
         try:
             _check_more(values[f"{stage}_more_settings"], stage)
@@ -183,10 +183,8 @@ def check_parameters(values: Mapping[str, Any], processes: Mapping[str, int] | N
             if stage == "evaluate":
                 for_evaluation(resolved.config, "teacher_name")  # tokens are of the first stage
                 continue
-            _check_training(resolved.config, metric)
-            if stage == "anneal" and not resolved.config.resume_gcs_uri:
-                check_shapes(resolved.values)
-            accumulation(resolved, (processes or {}).get(stage, 1))
+            gpus = (processes or {}).get(stage, 1)
+            check_training(resolved, metric, gpus, shapes=stage == "anneal")
         except UsageError as error:
             raise UsageError(f"PARAMS for stage {stage}: {_as_typed(error, stage)}") from None
 
@@ -194,11 +192,7 @@ def check_parameters(values: Mapping[str, Any], processes: Mapping[str, int] | N
 def _parameters_of(stage: str) -> dict[str, str]:
     """By the trainer's name of a setting: the parameter that gives it to a stage."""
     split = {name: split_stage(name) for name in parameter_defaults()}
-    return {
-        _OTHER_NAMES.get(rest, rest): name
-        for name, (of, rest) in split.items()
-        if of in ("", stage)
-    }
+    return {setting_of(rest): name for name, (of, rest) in split.items() if of in ("", stage)}
 
 
 def _as_typed(error: UsageError, stage: str) -> str:
@@ -211,23 +205,59 @@ def _as_typed(error: UsageError, stage: str) -> str:
     return _FLAG.sub(typed, str(error))
 
 
-def stage_settings(values: Mapping[str, Any], stage: str) -> Resolved:
-    """The trainer's settings that a stage runs with.
+def stage_values(values: Mapping[str, Any], stage: str) -> dict[str, Any]:
+    """What parameters give to a stage, by the trainer's names.
 
     Args:
         values: every parameter.
         stage: one that takes settings of the trainer, by its key.
-
-    Raises:
-        UsageError: a value is not one that its setting can take.
     """
     named = {split_stage(name): value for name, value in values.items() if name not in _NO_SETTING}
     own = {rest: value for (of, rest), value in named.items() if of in ("", stage)}
     more = own.pop("more_settings")
-    asked = {_OTHER_NAMES.get(name, name): value for name, value in own.items()}
+    asked = {setting_of(name): value for name, value in own.items()}
     if asked.get("grad_accum") == 0:
         del asked["grad_accum"]
-    return resolve(given(**(asked | more)), {})
+    return asked | more
+
+
+def stage_settings(values: Mapping[str, Any], stage: str) -> Resolved:
+    """The trainer's settings that a stage runs with; arguments as those of `stage_values`.
+
+    Raises:
+        UsageError: a value is not one that its setting can take.
+    """
+    return resolve(given(**stage_values(values, stage)), {})
+
+
+def setting_of(rest: str) -> str:
+    """The trainer's name of a parameter, whose stage has been taken off."""
+    return _OTHER_NAMES.get(rest, rest)
+
+
+def check_training(resolved: Resolved, metric: str, processes: int, *, shapes: bool) -> Resolved:
+    """Check a training's settings as it will itself once it runs; returns them completed.
+
+    Args:
+        resolved: of the trainer, as parameters give them.
+        metric: that decides which checkpoint is best.
+        processes: how many take part.
+        shapes: whether a student is built from them, where no checkpoint is given.
+
+    Raises:
+        UsageError: the setting, its value and what is allowed.
+    """
+    config = resolved.config
+    config.require(*REQUIRED)
+    if config.train_steps == 0:
+        raise UsageError("--train_steps=0 trains nothing; at least 1 update is needed")
+    if metric not in config.student_metrics:
+        near = near_name(metric, config.student_metrics)
+        hint = f"did you mean {near}?" if near else f"it gives {config.student_metrics}"
+        raise UsageError(f"best_metric={metric!r} is not evaluated there; {hint}")
+    if shapes and not config.resume_gcs_uri:
+        check_shapes(resolved.values)
+    return with_accumulation(resolved, processes)
 
 
 def _check_targets(values: Mapping[str, Any]) -> None:
@@ -315,13 +345,3 @@ def check_cloud_parameters(values: Mapping[str, Any]) -> None:
         raise UsageError(
             f"PARAMS: hf_secret_name={secret!r}: write projects/P/secrets/S[/versions/V]"
         )
-
-
-def _check_training(config: TrainConfig, metric: str) -> None:
-    config.require(*REQUIRED)
-    if config.train_steps == 0:
-        raise UsageError("--train_steps=0 trains nothing; at least 1 update is needed")
-    if metric not in config.student_metrics:
-        near = near_name(metric, config.student_metrics)
-        hint = f"did you mean {near}?" if near else f"it gives {config.student_metrics}"
-        raise UsageError(f"best_metric={metric!r} is not evaluated there; {hint}")

@@ -30,6 +30,7 @@ from pipelines.anneal import build_pipeline
 from pipelines.estimates.plan import Plan
 from pipelines.estimates.prices import Prices, read_prices
 from pipelines.estimates.stages import estimate
+from pipelines.estimates.text import text
 from pipelines.parameters import (
     check_cloud_parameters,
     check_parameters,
@@ -159,7 +160,8 @@ def rerun(settings: Settings, run: str, stage: str, parameters: dict[str, Any]) 
     job.labels.update(settings.labels)
     print("\n".join(remarks), file=sys.stderr if switches.request_alone else sys.stdout)
     spec = json_format.MessageToDict(job._pb.pipeline_spec)
-    switches.show(estimate(_plan(settings.region, spec, repeated, values, prices, switches.cache)))
+    plan = _plan(settings.region, spec, repeated, values, prices, switches.cache)
+    switches.show(text(estimate(plan)))
     if switches.request_alone:
         print(type(job).to_json(job))
     if not switches.dry_run:

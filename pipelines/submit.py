@@ -27,10 +27,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipelines.anneal import NAME
-from pipelines.compile import compile_to
+from pipelines.anneal import NAME, build_pipeline
+from pipelines.compile import Build, compile_to
 from pipelines.estimates.plan import plan_of_run
-from pipelines.estimates.stages import Estimate, estimate
+from pipelines.estimates.stages import estimate
 from pipelines.estimates.text import text
 from pipelines.parameters import (
     check_cloud_parameters,
@@ -80,21 +80,42 @@ class Switches:
         if self.request_alone and not self.dry_run:
             raise UsageError("JSON=1 prints the request in place of sending it; give DRY_RUN=1 too")
 
-    def show(self, estimate: Estimate) -> None:
+    def show(self, expected: str) -> None:
         """Print what the run will take, but where the request alone is asked for."""
         if not self.request_alone:
-            print(text(estimate), flush=True)
+            print(expected, flush=True)
         if self.dry_run and not self.request_alone:
             print("\nnothing is sent, by DRY_RUN=1; JSON=1 beside it prints the request")
 
 
-def new_run_id() -> str:
+def new_run_id(name: str = NAME) -> str:
     """An id for a new run. It holds the time, which no input of a task may."""
-    return f"{NAME}-{time.strftime('%Y%m%d%H%M%S', time.gmtime())}"
+    return f"{name}-{time.strftime('%Y%m%d%H%M%S', time.gmtime())}"
 
 
-def submit_vertex(settings: Settings, parameters: dict[str, Any]) -> None:
+def _estimate_of(
+    settings: Settings, parameters: dict[str, Any], backend: str, switches: Switches
+) -> Callable[[], str]:
+    """Gives the estimate of the annealing's run; a wrong file of prices is told at once."""
+    plan = plan_of_run(settings, parameters, backend, cache=switches.cache)
+    return lambda: text(estimate(plan))
+
+
+def submit_vertex(
+    settings: Settings,
+    parameters: dict[str, Any],
+    build: Build = build_pipeline,
+    name: str = NAME,
+    expected: Callable[[], str] | None = None,
+) -> None:
     """Submit to Vertex AI Pipelines and print the run's page.
+
+    Args:
+        settings: where to, image and machines.
+        parameters: of the pipeline.
+        build: makes the pipeline.
+        name: of the pipeline, which the run's begins with.
+        expected: says what the run takes; the annealing's estimate by default.
 
     Raises:
         UsageError: something is missing or makes no sense.
@@ -102,18 +123,18 @@ def submit_vertex(settings: Settings, parameters: dict[str, Any]) -> None:
     """
     switches = Switches()
     settings.require("project", "region", "pipeline_root", "trainer_image")
-    plan = plan_of_run(settings, parameters, "vertex", cache=switches.cache)
+    expected = expected or _estimate_of(settings, parameters, "vertex", switches)
     from google.cloud import aiplatform
     from google.cloud.aiplatform_v1 import PipelineJob
 
     from pipelines import vertex
 
-    job_id = new_run_id()
+    job_id = new_run_id(name)
     with tempfile.TemporaryDirectory() as scratch, vertex.readable_errors(settings):
-        path = compile_to(Path(scratch) / "pipeline.yaml", settings, "vertex")
+        path = compile_to(Path(scratch) / "pipeline.yaml", settings, "vertex", build)
         credentials = vertex.connect(settings, send=not switches.dry_run)
         job = aiplatform.PipelineJob(
-            display_name=NAME,
+            display_name=name,
             template_path=str(path),
             job_id=job_id,
             pipeline_root=settings.pipeline_root,
@@ -127,7 +148,7 @@ def submit_vertex(settings: Settings, parameters: dict[str, Any]) -> None:
         )
         resource = job.to_dict()
         resource |= {"serviceAccount": settings.service_account, "network": settings.network}
-        switches.show(estimate(plan))
+        switches.show(expected())
         if switches.dry_run:
             if not switches.request_alone:
                 return
@@ -165,8 +186,17 @@ def send_to_vertex(settings: Settings, api: Any, job: Any, job_id: str, *, wait:
         follow(look, page, settings.poll_seconds)
 
 
-def submit_kfp(settings: Settings, parameters: dict[str, Any], host: str) -> None:
+def submit_kfp(
+    settings: Settings,
+    parameters: dict[str, Any],
+    host: str,
+    build: Build = build_pipeline,
+    name: str = NAME,
+    expected: Callable[[], str] | None = None,
+) -> None:
     """Submit to open-source Kubeflow Pipelines at ``host`` and print the run's page.
+
+    The other arguments are those of `submit_vertex`.
 
     Raises:
         UsageError: something is missing.
@@ -175,21 +205,21 @@ def submit_kfp(settings: Settings, parameters: dict[str, Any], host: str) -> Non
     switches = Switches()
     beside = {} if host else {"HOST": "address of Kubeflow Pipelines, http://…"}
     settings.require("trainer_image", beside=beside)
-    plan = plan_of_run(settings, parameters, "kfp", cache=switches.cache)
+    expected = expected or _estimate_of(settings, parameters, "kfp", switches)
     from pipelines import kubeflow
 
     with tempfile.TemporaryDirectory() as scratch:
-        path = compile_to(Path(scratch) / "pipeline.yaml", settings, "kfp")
+        path = compile_to(Path(scratch) / "pipeline.yaml", settings, "kfp", build)
         request: dict[str, Any] = {
             "arguments": parameters,
-            "run_name": new_run_id(),
-            "experiment_name": settings.experiment or NAME,
+            "run_name": new_run_id(name),
+            "experiment_name": settings.experiment or name,
             "enable_caching": switches.cache,
             "pipeline_root": settings.pipeline_root or None,
             "service_account": settings.service_account or None,
             "namespace": settings.namespace or None,
         }
-        switches.show(estimate(plan))
+        switches.show(expected())
         if switches.dry_run:
             if not switches.request_alone:
                 return

@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trainer
 from pipelines.local import LocalRun, _Readable, code_digest, run_pipeline
-from pipelines.parameters import parameter_defaults
 from pipelines.stages import ONLINE, STAGES
 from tests.interrupts import with_interrupts
 from trainer.checkpoints.reading import read_checkpoint
@@ -272,6 +271,6 @@ def test_an_error_of_another_kind_is_shown_as_it_is() -> None:
     """What Python prints last of a traceback, whatever printed around it."""
     code = "try:\n    {}['a']\nexcept KeyError:\n    raise ValueError('a lies\\n\\nhere')"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
-    stream = _Readable(io.StringIO(), io.StringIO(), LocalRun(parameter_defaults()))
+    stream = _Readable(io.StringIO(), io.StringIO(), LocalRun(()))
     stream.write("loading\n" + textwrap.indent(printed, "    ") + "\x1b[91mdone\x1b[0m\n")
     assert stream.last_error == "ValueError: a lies"

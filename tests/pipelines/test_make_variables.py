@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[2]
         ("submit-pipeline", "PARAM", "no command reads PARAM; did you mean PARAMS?"),
         ("submit-kfp", "WANDB_MODE", "no command reads WANDB_MODE; docs/pipeline.md lists what"),
         ("run-local", "STAGE", "make run-local does not read STAGE; it is for rerun, so leave it"),
-        ("compile", "WAIT", "it is for submit-pipeline, submit-kfp and rerun, so leave it out"),
-        ("clean", "REGION", "make clean does not read REGION; it is for run-local, compile, bui"),
+        ("compile", "WAIT", "it is for submit-pipeline, submit-kfp, rerun and search, so leave"),
+        ("clean", "REGION", "make clean does not read REGION; it is for run-local, compile, est"),
         ("", "JOBS", "make help does not read JOBS; it is for test, so leave it out"),
         ("rerun", "STAGE RUN PROJECT WAIT LOG_FORMAT", ""),
         # One list of settings for every command of the pipeline

@@ -296,6 +296,12 @@ class TrainConfig:
     train_steps: int = setting(
         10_000, "optimizer updates; 0 loads, prints the settings and exits", _UPDATES
     )
+    stop_at: int | None = technical(
+        None,
+        "update after which the run pauses, evaluated and saved; started again with a later one or"
+        " none it goes on (learning rate and schedules are those of all --train_steps)",
+        _COUNT,
+    )
     global_batch: int = setting(64, "windows per update over all processes", _COUNT)
     micro_batch: int = technical(
         DEFAULT_MICRO_BATCH,
@@ -422,6 +428,11 @@ class TrainConfig:
     def peak_lr(self) -> float:
         """``lr_peak`` where given, else ``lr``."""
         return self.lr if self.lr_peak is None else self.lr_peak
+
+    @property
+    def last_step(self) -> int:
+        """Updates done when this start of the run ends: all of them, or where it pauses."""
+        return self.train_steps if self.stop_at is None else self.stop_at
 
     @property
     def contexts(self) -> tuple[int, ...]:
@@ -618,6 +629,12 @@ def check_values(values: Mapping[str, Any]) -> None:
         raise UsageError(
             f"{' and '.join(precisions)} exclude each other; give one, or none for the best"
             " available"
+        )
+    stop, steps = values.get("stop_at"), values.get("train_steps")
+    if stop and steps and stop > steps:
+        raise UsageError(
+            f"--stop_at={stop} is past the last of --train_steps={steps}; give a smaller one, or"
+            " leave it out"
         )
     if values.get("teacher_precision") == "fp8" and values.get("shard_teacher"):
         raise UsageError(

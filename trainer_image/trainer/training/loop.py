@@ -156,7 +156,7 @@ class TrainingLoop:
         """Whether the weights are those of a complete update."""
 
     def run(self) -> RunResult:
-        """Train to ``train_steps`` with evaluations, snapshots and log lines.
+        """Train to ``train_steps`` or ``stop_at`` with evaluations, snapshots and log lines.
 
         Raises:
             Preempted: a signal stopped the run; its state has been saved.
@@ -171,8 +171,9 @@ class TrainingLoop:
             raise self._preempted(self.stop_signal.name)
         best = self.progress.best_value, self.progress.best_step
         took = duration(time.perf_counter() - began)
+        ended = "finished" if self.step == self.config.train_steps else "pausing"
         log_values(
-            f"finished at step {self.step} after {took}: best {self.config.save_best_on}"
+            f"{ended} at step {self.step} after {took}: best {self.config.save_best_on}"
             f" {best[0]:.4f} at step {best[1]}; checkpoints in {self.config.uri}",
             finish_seconds=time.perf_counter() - self._last_save,
             run_seconds=seconds_since_start(),
@@ -183,12 +184,12 @@ class TrainingLoop:
         """Updates and what is due after them, up to the last snapshot's arrival."""
         main = self.processes.main
         scalars = ScalarLog(self.config.uri, step=self.step, enabled=main)
-        bar = ProgressBar("training", "step", self.config.train_steps, self.step, shown=main)
+        bar = ProgressBar("training", "step", self.config.last_step, self.step, shown=main)
         batches = self._batches()
         try:
             self._catch_up(scalars)
             update = self._first_update
-            while self.step < self.config.train_steps:
+            while self.step < self.config.last_step:
                 update(batches)
                 update = self._update
                 bar.update(note=self._shown)
@@ -211,7 +212,7 @@ class TrainingLoop:
         log.info(
             "training from step %d to %d at context %d: %d windows per update (%d x %d), %s on %s",
             self.step,
-            config.train_steps,
+            config.last_step,
             config.context,
             config.global_batch,
             self.accumulation,
@@ -321,7 +322,7 @@ class TrainingLoop:
     def _batches(self) -> Generator[_Batch, None, None]:
         """Micro-batches from this step on; a thread prepares the next ones."""
         gpu = self.precision.device.type == "cuda"
-        first, end = self.step * self.accumulation, self.config.train_steps * self.accumulation
+        first, end = (n * self.accumulation for n in (self.step, self.config.last_step))
         records: Iterator[Tensor] | None = None
         if self.targets is not None:
             windows = (
@@ -341,7 +342,7 @@ class TrainingLoop:
     # ── between updates ───────────────────────────────────────────────────────────────────────
 
     def _after_update(self, scalars: ScalarLog) -> None:
-        config, last = self.config, self.step == self.config.train_steps
+        config, last = self.config, self.step == self.config.last_step
         # All processes must agree, for all take part in a sharded snapshot, and clocks differ
         stop, timed = self.processes.any_of(
             self.stop_signal is not None, time.monotonic() >= self._next_time_snapshot
@@ -369,7 +370,8 @@ class TrainingLoop:
         """Names of the snapshots that every run of these settings takes at this step, recorded."""
         last = self.step == self.config.train_steps
         begun = self.step > max(self.progress.first_step, 0)
-        due = begun and self.step % self.config.save_every == 0
+        pausing = self.step == self.config.last_step and not last
+        due = (begun and self.step % self.config.save_every == 0) or pausing
         names = [step_name(self.step)] * due + [FINAL] * last
         for name in names:
             self._record_checkpoint(name)
@@ -420,7 +422,7 @@ class TrainingLoop:
         """Make up for log line, evaluation, best or final checkpoint that a kill cut off here."""
         if not self.continued:
             return
-        at_end = self.step == self.config.train_steps
+        at_end = self.step == self.config.last_step
         if self.window.updates and (self.step % self.config.log_interval == 0 or at_end):
             self._log(scalars)
         due = self.step % self.config.eval_every == 0 or at_end
@@ -428,11 +430,14 @@ class TrainingLoop:
         first_step = self.progress.first_step
         first_steps = (first_step,) if first_step >= 0 else (0, self.origin.get("step"))
         first = self.progress.metrics_step < 0 and self.step in first_steps
+        evaluated = due and not first and self.progress.metrics_step != self.step
         names: list[str] = []
-        if due and not first and self.progress.metrics_step != self.step:
+        if evaluated:
             names = self._evaluate(scalars)
         elif self.progress.best_step == self.step:
             names = [BEST]
+        if evaluated and at_end and self.step < self.config.train_steps:
+            names.append(step_name(self.step))  # no later snapshot will tell of it
         names += [FINAL] * (FINAL in self._due())
         self._send_record()
         self._save(names)

@@ -107,7 +107,7 @@ def run(
     log_values(f"imported in {imported:.1f} s", import_seconds=imported)
     _log_settings(resolved, every=dry)
     _check_metric(config)
-    if own is not None and own.source.rpartition("/")[2] == FINAL:
+    if own is not None and _is_done(own, config):
         if processes.main:
             snapshots.mend()
         log.info("nothing to do: %s is at step %d of %d", own.source, own.step, config.train_steps)
@@ -120,6 +120,11 @@ def run(
     if config.train_steps == 0:
         log.info("--train_steps=0: settings resolved and checkpoint read, nothing trained")
         return None
+    if own is None and start.step >= config.last_step:
+        raise UsageError(
+            f"--stop_at={config.stop_at} is not past step {start.step}, where {start.source} is;"
+            " give a later one"
+        )
     _check_metadata(config, start, index)
     return _train(resolved, start, source, snapshots, token, processes)
 
@@ -131,6 +136,15 @@ def _log_settings(resolved: Resolved, *, every: bool) -> None:
         log.info(line)
     if usual := len(resolved.values) - len(lines):
         log.info("%d other settings have their defaults; %s will have all", usual, METRICS)
+
+
+def _is_done(own: Checkpoint, config: TrainConfig) -> bool:
+    """Whether a run has come to its end, or at least to where this start of it pauses."""
+    if own.source.rpartition("/")[2] == FINAL or own.step > config.last_step:
+        return True
+    # A stop may have saved the step before it was evaluated
+    pausing = own.step == config.last_step < config.train_steps
+    return pausing and own.meta.get("metrics_step") == own.step
 
 
 def _start(

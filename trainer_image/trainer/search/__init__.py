@@ -1,0 +1,1 @@
+"""A search of settings: its trials, their trainings and their ranking."""
