@@ -53,13 +53,21 @@ compile: $(STAMP) ## compile the pipeline to build/pipeline.yaml (BACKEND=vertex
 build-image: $(STAMP) ## build and push TRAINER_IMAGE: with Cloud Build, or BUILDER=docker [DRY_RUN=1]
 	@$(BIN)/python -m pipelines.build_image
 
+.PHONY: preflight
+preflight: $(STAMP) ## look whether Vertex AI would run it: what submit-pipeline takes; it looks first too
+	@$(BIN)/python -m pipelines.preflight
+
 .PHONY: estimate
 estimate: $(STAMP) ## tokens, time and price of each stage, before a run [PARAMS= PRICES= BACKEND=kfp JSON=1]
 	@$(BIN)/python -m pipelines.estimate $(BACKEND)
 
 .PHONY: submit-pipeline
-submit-pipeline: $(STAMP) ## submit to Vertex AI: PROJECT= PIPELINE_ROOT= TRAINER_IMAGE= [PARAMS= WAIT=1 DRY_RUN=1]
+submit-pipeline: $(STAMP) ## submit to Vertex AI: PROJECT= PIPELINE_ROOT= TRAINER_IMAGE= [PARAMS= WAIT=1 DRY_RUN=1 PREFLIGHT=0]
 	@$(BIN)/python -m pipelines.submit vertex
+
+.PHONY: schedule
+schedule: $(STAMP) ## let Vertex AI submit it again and again: what submit-pipeline takes, CRON="0 3 * * 1" [DRY_RUN=1]
+	@$(BIN)/python -m pipelines.schedule
 
 .PHONY: submit-kfp
 submit-kfp: $(STAMP) ## submit to open-source Kubeflow Pipelines: HOST= TRAINER_IMAGE= [PARAMS= WAIT=1]

@@ -31,7 +31,7 @@ from components.resize_reset import resize_reset
 from components.teacher_targets import teacher_targets
 from components.train import train
 from pipelines.settings import LOCAL_IMAGE, Settings
-from pipelines.stages import CACHED, ONLINE, STAGES, Machine, Stage
+from pipelines.stages import CACHED, ONLINE, SCHEDULING, STAGES, Machine, Stage
 from trainer.runtime.devices import EXPECTED_GPUS
 
 NAME = "liquid-annealing"
@@ -58,9 +58,9 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
 
     Args:
         settings: image and machines.
-        backend: ``vertex`` runs GPU stages as custom training jobs (machine type, disk, spot,
-            timeout, several machines); ``kfp`` as plain tasks that ask for GPUs; ``local`` asks
-            for nothing.
+        backend: ``vertex`` runs GPU stages as custom training jobs (machine type, disk,
+            scheduling, timeout, several machines); ``kfp`` as plain tasks that ask for GPUs;
+            ``local`` asks for nothing.
 
     Raises:
         UsageError: machines that the backend would refuse, or could not give.
@@ -359,7 +359,8 @@ def _custom_job(component: Any, stage: Stage, settings: Settings) -> Any:
         network=settings.network,
         encryption_spec_key_name=settings.cmek_key,
         labels=dict(settings.labels),
-        strategy="SPOT" if machine.spot else "STANDARD",
+        strategy=SCHEDULING[machine.scheduling],
+        max_wait_duration=f"{machine.max_wait_hours * 3600}s",
         env=[{"name": EXPECTED_GPUS, "value": str(machine.accelerator_count)}],
     )
     if not machine.disk_type:

@@ -32,7 +32,7 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "pipeline.md"
 
 EXAMPLE = {
     "PARAMS": "teacher=cached target_workers=2",
-    "TARGETS_SPOT": "1",
+    "TARGETS_SCHEDULING": "spot",
     "ANNEAL_MACHINE_TYPE": "a3-highgpu-1g",
     "ANNEAL_ACCELERATOR_TYPE": "NVIDIA_H100_80GB",
 }

@@ -1,6 +1,6 @@
 """Estimate what a run takes: machines, tokens, time and price of each stage. Sends nothing.
 
-    make estimate PARAMS="teacher=cached" ANNEAL_SPOT=1
+    make estimate PARAMS="teacher=cached" ANNEAL_SCHEDULING=spot
     make estimate BACKEND=kfp
 
 It takes the settings, machines and ``PARAMS`` of ``make submit-pipeline``, which prints the same

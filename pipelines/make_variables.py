@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 
-from pipelines.settings import known_names
+from pipelines.settings import known_names, renamed
 from trainer.runtime.near_names import near_name
 from trainer.settings.secret_names import shown_name
 
@@ -27,16 +27,18 @@ OF_OTHERS = (
     "OMP_NUM_THREADS",
 )
 """Variables of the environment that the libraries and the log read, in every command."""
-_SENDING = ("PARAMS", "WAIT", "DRY_RUN", "JSON", "CACHE")
+_SENDING = ("PARAMS", "DRY_RUN", "JSON", "CACHE")
 COMMANDS: dict[str, tuple[str, ...]] = {
     "run-local": ("PARAMS", "CACHE", "RUN"),
     "compile": ("BACKEND",),
-    "estimate": ("PARAMS", "BACKEND", "JSON"),
     "build-image": ("BUILDER", "DRY_RUN"),
-    "submit-pipeline": _SENDING,
-    "submit-kfp": (*_SENDING, "HOST", "KFP_TOKEN"),
-    "rerun": (*_SENDING, "RUN", "STAGE"),
-    "search": (*_SENDING, "GRID", "BACKEND", "HOST", "KFP_TOKEN"),
+    "preflight": ("PARAMS",),
+    "estimate": ("PARAMS", "BACKEND", "JSON", "CACHE"),
+    "submit-pipeline": (*_SENDING, "WAIT", "PREFLIGHT"),
+    "submit-kfp": (*_SENDING, "WAIT", "HOST", "KFP_TOKEN"),
+    "schedule": (*_SENDING, "PREFLIGHT", "CRON"),
+    "rerun": (*_SENDING, "WAIT", "PREFLIGHT", "RUN", "STAGE"),
+    "search": (*_SENDING, "WAIT", "PREFLIGHT", "GRID", "BACKEND", "HOST", "KFP_TOKEN"),
 }
 """What the pipeline's commands read beside the settings.
 
@@ -69,6 +71,8 @@ def wrong_variable(goals: Iterable[str], given: Iterable[str]) -> str:
         if name in readers:
             only = _listed(readers[name])
             return f"make {' '.join(asked)} does not read {name}; it is for {only}, so leave it out"
+        if instead := renamed(name):
+            return instead
         near = near_name(name, read) or near_name(name, readers)
         hint = (
             f"did you mean {near}?"

@@ -5,10 +5,11 @@
 
 Everything else that succeeded, or came from the cache, is skipped. The new run is the old one, with
 its image, machines, service account, network, key, labels and parameters, but for the parameters
-given (and ``LABELS``, which are added). What it will take is printed first. ``WAIT=1`` follows it,
-``DRY_RUN=1`` sends nothing and with ``JSON=1`` prints the request, ``CACHE=0`` keeps the repeated
-tasks from being found in the cache. (In the local runner the cache does all this: ``make run-local
-PARAMS=…``.)
+given (and ``LABELS``, which are added). ``{STAGE}_MACHINES`` and ``{STAGE}_SCHEDULING`` move a
+stage to other machines. The checks of `pipelines.preflight` come first, without ``PREFLIGHT=0``;
+then what it will take is printed. ``WAIT=1`` follows it, ``DRY_RUN=1`` sends nothing and with
+``JSON=1`` prints the request, ``CACHE=0`` keeps the repeated tasks from being found in the cache.
+(In the local runner the cache does all this: ``make run-local PARAMS=…``.)
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from google.protobuf import json_format
@@ -43,6 +45,7 @@ from pipelines.spec import (
     check_stage,
     compiled,
     find_stage,
+    jobs_of,
     machine_of,
     processes_of,
     stage_of,
@@ -150,7 +153,8 @@ def rerun(settings: Settings, run: str, stage: str, parameters: dict[str, Any]) 
         vertex.connect(settings)
         api = vertex.client(settings, "v1beta1")
         original = api.get_pipeline_job(name=name, timeout=vertex.REQUEST_SECONDS)
-    job, remarks, values, repeated = _repetition(original, stage, parameters, switches.cache)
+    job, remarks, running = _repetition(original, stage, parameters, switches.cache)
+    remarks += _with_machines(job, settings, running, look=switches.look_first)
     # Its custom jobs have an account and a network of their own, the same ones
     for key in ("service_account", "network"):
         kept, own = getattr(original, key), getattr(settings, key)
@@ -159,8 +163,7 @@ def rerun(settings: Settings, run: str, stage: str, parameters: dict[str, Any]) 
             remarks.append(f"{key.upper()}={own} is not used: a repetition keeps {kept}")
     job.labels.update(settings.labels)
     print("\n".join(remarks), file=sys.stderr if switches.request_alone else sys.stdout)
-    spec = json_format.MessageToDict(job._pb.pipeline_spec)
-    plan = _plan(settings.region, spec, repeated, values, prices, switches.cache)
+    plan = _plan(job, settings.region, running, prices, cache=switches.cache)
     switches.show(text(estimate(plan)))
     if switches.request_alone:
         print(type(job).to_json(job))
@@ -168,37 +171,91 @@ def rerun(settings: Settings, run: str, stage: str, parameters: dict[str, Any]) 
         send_to_vertex(settings, api, job, new_run_id(), wait=switches.wait)
 
 
-def _plan(
-    region: str,
-    spec: Mapping[str, Any],
-    repeated: list[str],
-    values: Mapping[str, Any],
-    prices: Prices,
-    cache: bool,
-) -> Plan:
-    """What is to be estimated: the tasks that run again, on the machines of the original."""
-    tasks = tasks_of(spec)
+def _with_machines(job: Any, settings: Settings, titles: list[str], *, look: bool) -> list[str]:
+    """Put the machines that the settings list for what runs again into the new run.
+
+    Args:
+        job: the new run, which is changed.
+        settings: of which machines count that `pipelines.repeated_machines` names.
+        titles: of the tasks that run again.
+        look: whether the checks of `pipelines.preflight` come first, which choose the machines.
+
+    Returns:
+        What to say of them.
+
+    Raises:
+        UsageError: a machine that Vertex AI would refuse.
+        LiquidError: a check failed.
+    """
+    from pipelines.preflight import before_sending
+    from pipelines.repeated_machines import put_machines, repeated_jobs, with_machines_of
+
+    spec = _spec(job)
+    settings = with_machines_of(spec, settings, titles)
+    values = _values(job)
+    if look:
+        jobs = jobs_of(spec).values()
+        images = [str(one.pools[0]["container_spec"]["image_uri"]) for one in jobs]
+        of_run = replace(
+            settings,
+            pipeline_root=job.runtime_config.gcs_output_directory,
+            service_account=job.service_account,
+            trainer_image=images[0] if images else settings.trainer_image,
+        )
+        read = {name for t in tasks_of(spec).values() if t.title in titles for name in t.parameters}
+        needed = {name: value for name, value in values.items() if name in read}
+        # What only skipped tasks read may be gone
+        asked = dict.fromkeys(("resume_gcs_uri", "dataset_name", "teacher_name"), "") | needed
+        settings = before_sending(of_run, asked, repeated_jobs(spec, titles))
+    remarks = put_machines(spec, settings, titles)
+    if remarks:
+        job.pipeline_spec = spec
+        check_parameters(_known(values), processes_of(spec))
+    return remarks
+
+
+def _spec(job: Any) -> dict[str, Any]:
+    """A run's compiled pipeline."""
+    return dict(json_format.MessageToDict(job._pb.pipeline_spec))
+
+
+def _values(job: Any) -> dict[str, Any]:
+    """A run's parameters: those given, over the defaults of its pipeline."""
+    inputs = _spec(job)["root"].get("inputDefinitions", {}).get("parameters", {})
+    values = {name: entry.get("defaultValue") for name, entry in inputs.items()}
+    given = json_format.MessageToDict(job._pb.runtime_config).get("parameterValues", {})
+    return values | dict(given)
+
+
+def _known(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that this release has too."""
+    return {name: values[name] for name in values if name in parameter_defaults()}
+
+
+def _plan(job: Any, region: str, titles: list[str], prices: Prices, *, cache: bool) -> Plan:
+    """What is to be estimated of the new run: the tasks of these titles, which run again."""
+    spec, given = _spec(job), _values(job)
     # A stored run holds whole numbers as doubles
-    values = {name: type(old)(values.get(name, old)) for name, old in parameter_defaults().items()}
-    named = {key: stage_of(tasks[key]) for key in repeated}
-    runs = [key for key, stage in named.items() if not stage or STAGES[stage].runs_with(values)]
-    again = "these, by RUN and STAGE"
-    again += ", unless one of an earlier run with the same inputs is in the cache" * cache
+    values = {name: type(old)(given.get(name, old)) for name, old in parameter_defaults().items()}
+    tasks = tasks_of(spec).values()
+    again = [(stage_of(task), task.title) for task in tasks if task.title in titles]
+    new = "these, by RUN and STAGE"
+    new += ", unless one of an earlier run with the same inputs is in the cache" * cache
     return Plan(
         backend="vertex",
         region=region,
-        stages=[(named[key], tasks[key].title) for key in runs],
-        machines={stage_of(task): machine_of(spec, task) for task in tasks.values()},
+        stages=[at for at in again if not at[0] or STAGES[at[0]].runs_with(values)],
+        machines={stage_of(task): machine_of(spec, task) for task in tasks},
         values=values,
         prices=prices,
-        new=again,
+        new=new,
     )
 
 
 def _repetition(
     original: Any, stage: str, parameters: Mapping[str, Any], cache: bool
-) -> tuple[Any, list[str], dict[str, Any], list[str]]:
-    """The new run, what to say of it, its parameters, and the keys of the tasks that run again.
+) -> tuple[Any, list[str], list[str]]:
+    """The new run, what to say of it, and the titles of the tasks that run again.
 
     It is the original, but for parameters and tasks to skip.
 
@@ -215,9 +272,10 @@ def _repetition(
     number = original.labels.get(_NUMBER_LABEL, "")
     if not number.isdecimal():
         raise LiquidError(f"{original.name} cannot be repeated: it has no label {_NUMBER_LABEL}")
-    spec = json_format.MessageToDict(original._pb.pipeline_spec)
-    inputs = spec["root"].get("inputDefinitions", {}).get("parameters", {})
-    parameters = with_revisions(parameters, inputs)
+    spec = _spec(original)
+    parameters = with_revisions(
+        parameters, spec["root"].get("inputDefinitions", {}).get("parameters", {})
+    )
     tasks = tasks_of(spec)
     states = beta.PipelineTaskDetail.State
     again = {tasks[key].root for key in with_downstream(spec, find_stage(spec, stage))}
@@ -233,8 +291,8 @@ def _repetition(
     # The other branch of a condition runs only where what decides it is given
     idle = {task.task_name for task in details if task.state == states.NOT_TRIGGERED}
     idle -= {task.title for task in tasks.values() if task.deciding.intersection(parameters)}
-    running = [key for key in repeated if tasks[key].title not in idle]
-    remarks = [f"runs again: {', '.join(tasks[key].title for key in running)}"]
+    running = [tasks[key].title for key in repeated if tasks[key].title not in idle]
+    remarks = [f"runs again: {', '.join(running)}"]
     remarks += check_reach(spec, repeated, parameters)
     for key in repeated if not cache else ():
         tasks[key].spec["cachingOptions"] = {"enableCache": False}
@@ -258,12 +316,8 @@ def _repetition(
     )
     job.runtime_config.parameter_values.update(parameters)
     # The values together, by the trainer's own checks
-    values = {name: entry.get("defaultValue") for name, entry in inputs.items()}
-    values |= json_format.MessageToDict(job._pb.runtime_config).get("parameterValues", {})
-    # A run of another release may have other parameters
-    known = parameter_defaults()
-    check_parameters({name: values[name] for name in values if name in known}, processes_of(spec))
-    return job, remarks, values, running
+    check_parameters(_known(_values(job)), processes_of(spec))
+    return job, remarks, running
 
 
 def main(argv: list[str]) -> None:

@@ -45,7 +45,7 @@ from pipelines.parameters import check_cloud_parameters, parameter_defaults, par
 from pipelines.pins import with_revisions
 from pipelines.settings import Settings, load_settings
 from pipelines.stages import CACHED, STAGES, Stage
-from pipelines.submit import submit_kfp, submit_vertex, switch
+from pipelines.submit import Switches, ready_for_vertex, submit_kfp, submit_vertex, switch
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import UsageError
 from trainer.runtime.log import log, quiet_libraries, set_up_logging
@@ -319,7 +319,9 @@ def submit(backend: str, path: str) -> None:
     search = read_search(path, base, own, settings.processes(backend)[STAGE])
     host = os.environ.get("HOST", "")
     if backend == "vertex":
-        settings.require("project", "region", "pipeline_root", "trainer_image")
+        looked_at = [STAGE, "targets"] if search.needs_targets else [STAGE]
+        asked = {**search.base, "teacher": CACHED}
+        settings = ready_for_vertex(settings, asked, Switches(), looked_at)
     else:
         beside = {} if host else {"HOST": "address of Kubeflow Pipelines, http://…"}
         settings.require("pipeline_root", "trainer_image", beside=beside)

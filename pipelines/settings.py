@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.machine_types import check_pair
-from pipelines.stages import DEFAULT_MACHINES, STAGES, Machine, described
+from pipelines.machine_types import ATTACHED, check_pair
+from pipelines.stages import DEFAULT_MACHINES, SCHEDULING, STAGES, Machine, described, listed
 from trainer.runtime.errors import UsageError
 from trainer.runtime.messages import brief
 from trainer.runtime.near_names import near_name
@@ -27,9 +27,11 @@ LOCAL_IMAGE = "liquid-annealing/trainer:local"
 
 _CPU = re.compile(r"\d+(\.\d+)?m?")
 _MEMORY = re.compile(r"[1-9]\d*([KMGTPE]i?)?")
-_CUSTOM_JOB_ONLY = ("DISK_GIB", "DISK_TYPE", "TIMEOUT_HOURS")
+_CUSTOM_JOB_ONLY = ("DISK_GIB", "DISK_TYPE", "TIMEOUT_HOURS", "MACHINES", "MAX_WAIT_HOURS")
 """What plain tasks do not take, of any backend."""
 _LARGEST = 2**31 - 1
+_FLEX_START_HOURS = 7 * 24
+"""The longest timeout that Vertex AI takes for a job of flex start."""
 _LABEL_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 _MODEL_NAME = re.compile(r"[a-z_][a-z0-9_-]{0,62}")
 _LABEL_VALUE = re.compile(r"[a-z0-9_-]{0,63}")
@@ -58,6 +60,7 @@ class Settings:
     api_endpoint: str = described("", "another endpoint of the Vertex AI interface, HOST[:PORT]")
     api_transport: str = described("", "grpc or rest; empty is the client's choice")
     poll_seconds: int = described(15, "seconds between two looks at a run that is followed")
+    preflight_seconds: int = described(60, "seconds that all checks before a submission may take")
     experiment: str = described(
         "", "experiment to list the run in, on Vertex AI with its parameters and metrics"
     )
@@ -92,8 +95,9 @@ class Settings:
                 )
         if self.pipeline_root and "://" not in self.pipeline_root:
             raise UsageError(f"PIPELINE_ROOT={self.pipeline_root!r} must start with gs://")
-        if self.poll_seconds < 1:
-            raise UsageError(f"POLL_SECONDS={self.poll_seconds} must be at least 1")
+        for name in ("poll_seconds", "preflight_seconds"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name.upper()}={getattr(self, name)} must be at least 1")
         if self.api_transport not in ("", "grpc", "rest"):
             raise UsageError(f"API_TRANSPORT={self.api_transport!r}: choose grpc or rest")
         for name, value in self.labels.items():
@@ -130,14 +134,23 @@ class Settings:
         self.check_experiment()
         self._check_tensorboard()
         for stage, machine in self.machines.items():
-            _check_custom_job(stage.upper(), machine)
             self._check_both_given(stage, machine)
-            if machine.gpu:
-                kind, count = machine.accelerator_type, machine.accelerator_count
-                check_pair(stage.upper(), machine.machine_type, kind, count)
+            self.check_jobs(stage)
             unused = ("CPU", "MEMORY") if machine.gpu else _CUSTOM_JOB_ONLY
             why = "its machine type has them" if machine.gpu else "the stage is no custom job"
             self._refuse_unused(stage, unused, f"Vertex AI would not use it, since {why}")
+
+    def check_jobs(self, stage: str) -> None:
+        """Refuse machines of a stage, of all that it lists, that Vertex AI would refuse.
+
+        Raises:
+            UsageError: see `check_vertex`.
+        """
+        for one in self.machines[stage].alternatives:
+            _check_custom_job(stage.upper(), one)
+            if one.gpu:
+                kind, count = one.accelerator_type, one.accelerator_count
+                check_pair(stage.upper(), one.machine_type, kind, count)
 
     def check_experiment(self) -> None:
         """Refuse a name that no experiment of Vertex AI can have.
@@ -171,7 +184,7 @@ class Settings:
         """Refuse what open-source Kubeflow Pipelines would ignore silently, or reject.
 
         Raises:
-            UsageError: several machines, spot machines, or Google Cloud's settings.
+            UsageError: several machines, Vertex AI's ways to get them, or Google Cloud's settings.
         """
         for name in ("network", "cmek_key", "labels", "tensorboard"):
             if getattr(self, name):
@@ -185,12 +198,11 @@ class Settings:
                 " a Kubernetes service account, or leave it out"
             )
         for stage, machine in self.machines.items():
-            for key, given in (("REPLICAS", machine.replicas > 1), ("SPOT", machine.spot)):
-                if given:
-                    raise UsageError(
-                        f"{stage.upper()}_{key} is for Vertex AI; leave it out for open-source"
-                        " Kubeflow Pipelines"
-                    )
+            for key in _custom_only(machine):
+                raise UsageError(
+                    f"{stage.upper()}_{key} is for Vertex AI; leave it out for open-source"
+                    " Kubeflow Pipelines"
+                )
             unused = ("MACHINE_TYPE", *_CUSTOM_JOB_ONLY)
             self._refuse_unused(stage, unused, "open-source Kubeflow Pipelines would not use it")
 
@@ -243,6 +255,8 @@ class Settings:
             "machine_type": machine.family != default.family,
             "accelerator_type": machine.accelerator_type != default.accelerator_type,
         }
+        if machine.machines:
+            return  # each entry has both
         for name, other in (tuple(changed), tuple(changed)[::-1]):
             absent = f"{stage}_{other}".upper() not in self.given
             if default.gpu and machine.gpu and changed[name] and absent:
@@ -293,10 +307,23 @@ def _check_machine(name: str, machine: Machine) -> None:
         value, least = getattr(machine, spec.name), spec.metadata["least"]
         if least is not None and value < least:
             raise UsageError(f"{name}_{spec.name.upper()}={value} must be at least {least}")
+        if spec.metadata["most"] is not None and value > spec.metadata["most"]:
+            most = spec.metadata["most"]
+            raise UsageError(f"{name}_{spec.name.upper()}={value} must be at most {most}")
+    if machine.scheduling not in SCHEDULING:
+        raise UsageError(
+            f"{name}_SCHEDULING={machine.scheduling!r}: choose one of {', '.join(SCHEDULING)}"
+        )
     if not _CPU.fullmatch(machine.cpu) or not float(machine.cpu.removesuffix("m")):
         raise UsageError(f"{name}_CPU={machine.cpu!r}: a number of cores is needed, such as 4")
     if not _MEMORY.fullmatch(machine.memory):
         raise UsageError(f"{name}_MEMORY={machine.memory!r}: write it as 32Gi or 32G")
+
+
+def _custom_only(machine: Machine) -> list[str]:
+    """Which settings a machine has that no plain task takes."""
+    given = {"REPLICAS": machine.replicas > 1, "SCHEDULING": machine.scheduling != "standard"}
+    return [key for key, present in given.items() if present]
 
 
 def _check_custom_job(name: str, machine: Machine) -> None:
@@ -304,12 +331,11 @@ def _check_custom_job(name: str, machine: Machine) -> None:
 
     kind = machine.accelerator_type
     if not machine.gpu:
-        for key, given in (("REPLICAS", machine.replicas > 1), ("SPOT", machine.spot)):
-            if given:
-                raise UsageError(
-                    f"{name}_{key} is for a custom job, and only stages with a GPU are one; give"
-                    f" {name}_ACCELERATOR_TYPE and {name}_ACCELERATOR_COUNT, or leave {key} out"
-                )
+        for key in _custom_only(machine):
+            raise UsageError(
+                f"{name}_{key} is for a custom job, and only stages with a GPU are one; give"
+                f" {name}_ACCELERATOR_TYPE and {name}_ACCELERATOR_COUNT, or leave {key} out"
+            )
         return
     known = AcceleratorType.__members__
     if kind not in known:
@@ -320,6 +346,18 @@ def _check_custom_job(name: str, machine: Machine) -> None:
         raise UsageError(
             f"{name}_ACCELERATOR_TYPE={kind} without {name}_MACHINE_TYPE; Vertex AI needs a machine"
             " type to put it in, for example g2-standard-12 for NVIDIA_L4"
+        )
+    if machine.scheduling != "flex_start":
+        return
+    if kind in ATTACHED:
+        raise UsageError(
+            f"{name}_SCHEDULING=flex_start is not for {kind}; choose standard or spot, or another"
+            " accelerator"
+        )
+    if machine.timeout_hours > _FLEX_START_HOURS:
+        raise UsageError(
+            f"{name}_TIMEOUT_HOURS={machine.timeout_hours}: with {name}_SCHEDULING=flex_start a job"
+            f" may take {_FLEX_START_HOURS} at most"
         )
 
 
@@ -354,12 +392,33 @@ def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         if stage in machines and rest in {spec.name for spec in fields(Machine)}:
             machines[stage][rest] = _converted(name, text, type(getattr(Machine(), rest)))
         else:
-            kind = {"LABELS": dict, "POLL_SECONDS": int}.get(name, str)
+            kind = {"labels": dict}.get(name.lower(), type(getattr(Settings, name.lower(), "")))
             values[name.lower()] = _converted(name, text, kind)
     merged = {
-        stage: replace(DEFAULT_MACHINES[stage], **changes) for stage, changes in machines.items()
+        stage: replace(DEFAULT_MACHINES[stage], **_with_first_listed(stage, changes))
+        for stage, changes in machines.items()
     }
     return Settings(machines=merged, given=frozenset(given), **values)
+
+
+def _with_first_listed(stage: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """What is given for a stage's machine; where it lists several, on the first of them."""
+    name = f"{stage}_machines".upper()
+    try:
+        alternatives = listed(changes.get("machines", ""))
+    except ValueError as error:
+        raise UsageError(
+            f"{name}: {brief(str(error))} is not TYPE:ACCELERATOR:COUNT, such as"
+            " a3-highgpu-1g:NVIDIA_H100_80GB:1"
+        ) from None
+    if not alternatives:
+        return changes
+    for key in alternatives[0]:
+        if key in changes:
+            raise UsageError(
+                f"{name} and {stage.upper()}_{key.upper()} are both given; leave one out"
+            )
+    return changes | alternatives[0]
 
 
 def _known_in(environ: Mapping[str, str], known: Iterable[str]) -> list[str]:
@@ -371,12 +430,22 @@ def _known_in(environ: Mapping[str, str], known: Iterable[str]) -> list[str]:
     keys = [spec.name.upper() for spec in fields(Machine)]
     for name in environ:
         stage, _, key = name.partition("_")
+        if instead := renamed(name):
+            raise UsageError(instead)
         # Others may use such a prefix too, so only what comes near a name is taken for a mistake
         if stage.lower() in DEFAULT_MACHINES and key not in keys:
             near = difflib.get_close_matches(key, keys, 1, cutoff=0.75)
             if near:
                 raise UsageError(f"unknown setting {name}; did you mean {stage}_{near[0]}?")
     return [name for name in known if environ.get(name)]
+
+
+def renamed(name: str) -> str:
+    """What to give instead of a name of an earlier release; empty for any other name."""
+    stage, _, key = name.upper().partition("_")
+    if key != "SPOT" or stage.lower() not in DEFAULT_MACHINES:
+        return ""
+    return f"{name} is of an earlier release; give {stage}_SCHEDULING=spot instead of {name}=1"
 
 
 def settings_file(environ: Mapping[str, str] = os.environ) -> Path:
@@ -398,6 +467,8 @@ def _from_file(environ: Mapping[str, str], known: Mapping[str, str]) -> dict[str
         name = str(key).upper()
         if name in found:
             raise UsageError(f"{path}: {name} is given twice")
+        if instead := renamed(name):
+            raise UsageError(f"{path}: {instead}")
         if name not in known:
             shown = brief(shown_name(str(key), known))
             raise UsageError(f"{path}: unknown setting {shown}{nearest(name, known)}")
@@ -419,10 +490,6 @@ def _converted(name: str, value: Any, kind: type) -> Any:
     if isinstance(value, (dict, list)):
         raise UsageError(f"{name}={value!r}: one value is needed")
     text = str(value)
-    if kind is bool:
-        if text.lower() not in ("1", "0", "true", "false"):
-            raise UsageError(f"{name}={text!r}: 1 or 0 is needed")
-        return text.lower() in ("1", "true")
     try:
         converted = kind(text)
     except ValueError:

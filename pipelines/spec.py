@@ -15,10 +15,11 @@ from typing import Any
 
 from google.protobuf import json_format
 
-from pipelines.stages import STAGES, Machine
+from pipelines.stages import SCHEDULING, STAGES, Machine
 from trainer.runtime.errors import UsageError
 from trainer.runtime.near_names import near_name
 
+_BY_STRATEGY = {strategy: name for name, strategy in SCHEDULING.items()}
 _OF_CONDITION = re.compile(r"inputs\.parameter_values\['([^']+)'\]")
 
 
@@ -174,21 +175,63 @@ def stage_of(task: Task) -> str:
     return ""
 
 
-def machine_of(spec: Mapping[str, Any], task: Task) -> Machine:
-    """What a task runs on: the machines of its custom training job, or CPU and memory."""
-    pools = _given_to(spec, task, "worker_pool_specs")
-    if pools:
+@dataclass(frozen=True)
+class Job:
+    """A task that is a custom training job."""
+
+    task: Task
+    defaults: Mapping[str, Any]
+    """By name of an input: its definition, of which the job takes the default value."""
+
+    def value(self, name: str) -> Any:
+        """What the job has for an input of custom training jobs; None for none."""
+        own = self.task.spec.get("inputs", {}).get("parameters", {}).get(name, {})
+        default = self.defaults.get(name, {}).get("defaultValue")
+        return own.get("runtimeValue", {}).get("constant", default)
+
+    def give(self, name: str, value: Any) -> None:
+        """Put another value there, in the spec that the job is part of."""
+        inputs = self.task.spec.setdefault("inputs", {}).setdefault("parameters", {})
+        inputs[name] = {"runtimeValue": {"constant": value}}
+
+    @property
+    def pools(self) -> list[dict[str, Any]]:
+        """Its worker pools; none for a task that is no custom training job."""
+        return list(self.value("worker_pool_specs") or ())
+
+    @property
+    def machine(self) -> Machine:
+        """What it runs on, and how it gets it."""
+        pools = self.pools
         first = pools[0]["machine_spec"]
         return Machine(
-            machine_type=first.get("machine_type", ""),
-            accelerator_type=first.get("accelerator_type", ""),
+            machine_type=str(first.get("machine_type", "")),
+            accelerator_type=str(first.get("accelerator_type", "")),
             accelerator_count=int(first.get("accelerator_count", 0)),
             replicas=sum(int(pool["replica_count"]) for pool in pools),
-            spot=_given_to(spec, task, "strategy") == "SPOT",
-            timeout_hours=_hours(str(_given_to(spec, task, "timeout"))),
+            scheduling=_BY_STRATEGY.get(str(self.value("strategy")), Machine.scheduling),
+            max_wait_hours=self._hours("max_wait_duration", Machine.max_wait_hours),
+            timeout_hours=self._hours("timeout", Machine.timeout_hours),
         )
-    component = spec["components"][task.spec["componentRef"]["name"]]
-    executor = spec["deploymentSpec"]["executors"][component["executorLabel"]]
+
+    def _hours(self, name: str, default: int) -> int:
+        """Of a duration as the service writes it, 259200s."""
+        seconds = str(self.value(name)).removesuffix("s")
+        return int(seconds) // 3600 if seconds.isdecimal() else default
+
+
+def jobs_of(spec: Mapping[str, Any]) -> dict[str, Job]:
+    """By key of a stage: its custom training job."""
+    jobs = {stage_of(task): _job(spec, task) for task in tasks_of(spec).values()}
+    return {stage: job for stage, job in jobs.items() if stage and job.pools}
+
+
+def machine_of(spec: Mapping[str, Any], task: Task) -> Machine:
+    """What a task runs on: the machines of its custom training job, or CPU and memory."""
+    job = _job(spec, task)
+    if job.pools:
+        return job.machine
+    executor = spec["deploymentSpec"]["executors"][_component(spec, task)["executorLabel"]]
     resources = executor["container"].get("resources", {})
     return Machine(
         cpu=str(resources.get("resourceCpuLimit", Machine.cpu)),
@@ -196,26 +239,18 @@ def machine_of(spec: Mapping[str, Any], task: Task) -> Machine:
     )
 
 
-def _hours(timeout: str) -> int:
-    """Of a duration as the service writes it, 259200s."""
-    seconds = timeout.removesuffix("s")
-    return int(seconds) // 3600 if seconds.isdecimal() else Machine.timeout_hours
+def _job(spec: Mapping[str, Any], task: Task) -> Job:
+    return Job(task, _component(spec, task).get("inputDefinitions", {}).get("parameters", {}))
 
 
-def _given_to(spec: Mapping[str, Any], task: Task, name: str) -> Any:
-    """The constant that a task's component has for an input; None: it has no such input."""
-    component = spec["components"][task.spec["componentRef"]["name"]]
-    inputs = component.get("inputDefinitions", {}).get("parameters", {})
-    own = task.spec.get("inputs", {}).get("parameters", {}).get(name, {})
-    return own.get("runtimeValue", {}).get("constant", inputs.get(name, {}).get("defaultValue"))
+def _component(spec: Mapping[str, Any], task: Task) -> dict[str, Any]:
+    return dict(spec["components"][task.spec["componentRef"]["name"]])
 
 
 def processes_of(spec: Mapping[str, Any]) -> dict[str, int]:
     """By stage, how many processes its custom training job runs: one a GPU."""
-    processes = {}
-    for task in tasks_of(spec).values():
-        stage, pools = stage_of(task), _given_to(spec, task, "worker_pool_specs")
-        if pools and stage and STAGES[stage].configurable:
-            machine = machine_of(spec, task)
-            processes[stage] = machine.replicas * max(1, machine.accelerator_count)
-    return processes
+    machines = {stage: job.machine for stage, job in jobs_of(spec).items()}
+    return {
+        stage: machine.replicas * max(1, machine.accelerator_count)
+        for stage, machine in machines.items()
+    }

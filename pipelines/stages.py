@@ -5,14 +5,37 @@ A new stage is a module of ``trainer``, its component, a task in `pipelines.anne
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+SCHEDULING = {"standard": "STANDARD", "spot": "SPOT", "flex_start": "FLEX_START"}
+"""How a custom job gets its machines, by Vertex AI's names."""
 
-def described(default: Any, help: str, *, least: int | None = None) -> Any:
+_LISTED = re.compile(r"[a-z0-9-]+:[A-Z0-9_]+:[1-9]\d{0,2}")
+
+
+def described(default: Any, help: str, *, least: int | None = None, most: int | None = None) -> Any:
     """A dataclass field with the sentence that messages and the documentation show."""
-    return field(default=default, metadata={"help": help, "least": least})
+    return field(default=default, metadata={"help": help, "least": least, "most": most})
+
+
+def listed(machines: str) -> list[dict[str, Any]]:
+    """The fields of a `Machine` that each entry of its ``machines`` gives.
+
+    Raises:
+        ValueError: an entry that is not ``TYPE:ACCELERATOR:COUNT``; says which.
+    """
+    entries = [entry.strip() for entry in machines.split(",") if entry.strip()]
+    for entry in entries:
+        if not _LISTED.fullmatch(entry):
+            raise ValueError(entry)
+    split = [entry.split(":") for entry in entries]
+    return [
+        {"machine_type": name, "accelerator_type": accelerator, "accelerator_count": int(count)}
+        for name, accelerator, count in split
+    ]
 
 
 @dataclass(frozen=True)
@@ -29,10 +52,23 @@ class Machine:
     accelerator_type: str = described("", "on Vertex AI, e.g. NVIDIA_H100_80GB")
     accelerator_count: int = described(0, "GPUs of each machine; 0 is none", least=0)
     replicas: int = described(1, "machines", least=1)
-    spot: bool = described(False, "spot machines: cheaper, may be taken away")
+    machines: str = described(
+        "", "instead, TYPE:ACCELERATOR:COUNT, …: the first that the quota has room for is taken"
+    )
+    scheduling: str = described(
+        "standard", "spot: cheaper, may be taken away; flex_start: waits for free machines"
+    )
+    max_wait_hours: int = described(
+        24, "longest wait of flex_start; 0 is without end", least=0, most=365 * 24
+    )
     retries: int = described(3, "times the platform starts the stage again", least=0)
     backoff_seconds: int = described(60, "wait before the first retry; doubles each time", least=0)
     timeout_hours: int = described(24, "hours after which a custom job is stopped", least=1)
+
+    @property
+    def alternatives(self) -> tuple[Machine, ...]:
+        """Itself on each of `machines`, in their order; itself alone where none are listed."""
+        return tuple(replace(self, **fields) for fields in listed(self.machines)) or (self,)
 
     @property
     def gpu(self) -> bool:

@@ -5,8 +5,9 @@
 
 Everything comes from the environment or the settings file, see `pipelines.settings`; beside those
 ``PARAMS`` (the pipeline's parameters), ``WAIT=1`` (follow the run to its end), ``DRY_RUN=1`` (send
-nothing; with ``JSON=1`` print the request) and ``CACHE=0`` (run every task again). Before a run is
-sent, its estimate is printed, as ``make estimate`` does.
+nothing; with ``JSON=1`` print the request), ``CACHE=0`` (run every task again) and, for Vertex AI,
+``PREFLIGHT=0`` (send without the checks of `pipelines.preflight`, on the first machine that a stage
+lists). Before a run is sent, its estimate is printed, as ``make estimate`` does.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from typing import Any
 from pipelines.anneal import NAME, build_pipeline
 from pipelines.compile import Build, compile_to
 from pipelines.estimates.plan import plan_of_run
+from pipelines.estimates.prices import read_prices
 from pipelines.estimates.stages import estimate
 from pipelines.estimates.text import text
 from pipelines.parameters import (
@@ -65,7 +67,7 @@ def switch(name: str, *, default: bool = False) -> bool:
 
 @dataclass(frozen=True)
 class Switches:
-    """How to submit: ``DRY_RUN``, ``JSON``, ``WAIT`` and ``CACHE``, read before anything is sent.
+    """How to submit: ``DRY_RUN``, ``WAIT`` and so on, read before anything is sent.
 
     Raises:
         UsageError: one of them is neither 1 nor 0, or ``JSON`` is 1 without ``DRY_RUN``.
@@ -74,17 +76,24 @@ class Switches:
     dry_run: bool = field(default_factory=partial(switch, "DRY_RUN"))
     wait: bool = field(default_factory=partial(switch, "WAIT"))
     cache: bool = field(default_factory=partial(switch, "CACHE", default=True))
+    preflight: bool = field(default_factory=partial(switch, "PREFLIGHT", default=True))
     request_alone: bool = field(default_factory=partial(switch, "JSON"))
 
     def __post_init__(self) -> None:
         if self.request_alone and not self.dry_run:
             raise UsageError("JSON=1 prints the request in place of sending it; give DRY_RUN=1 too")
 
+    @property
+    def look_first(self) -> bool:
+        """Whether the checks of `pipelines.preflight` come first."""
+        return self.preflight and not self.dry_run
+
     def show(self, expected: str) -> None:
         """Print what the run will take, but where the request alone is asked for."""
-        if not self.request_alone:
-            print(expected, flush=True)
-        if self.dry_run and not self.request_alone:
+        if self.request_alone:
+            return
+        print(expected, flush=True)
+        if self.dry_run:
             print("\nnothing is sent, by DRY_RUN=1; JSON=1 beside it prints the request")
 
 
@@ -111,7 +120,7 @@ def submit_vertex(
     """Submit to Vertex AI Pipelines and print the run's page.
 
     Args:
-        settings: where to, image and machines.
+        settings: from `ready_for_vertex`.
         parameters: of the pipeline.
         build: makes the pipeline.
         name: of the pipeline, which the run's begins with.
@@ -122,18 +131,77 @@ def submit_vertex(
         LiquidError: it could not be sent, or, with ``WAIT=1``, the run failed.
     """
     switches = Switches()
-    settings.require("project", "region", "pipeline_root", "trainer_image")
     expected = expected or _estimate_of(settings, parameters, "vertex", switches)
-    from google.cloud import aiplatform
     from google.cloud.aiplatform_v1 import PipelineJob
 
     from pipelines import vertex
 
     job_id = new_run_id(name)
-    with tempfile.TemporaryDirectory() as scratch, vertex.readable_errors(settings):
+    with vertex.readable_errors(settings):
+        job = vertex_job(settings, parameters, switches, job_id, build, name)
+        resource = job.to_dict()
+        resource |= {"serviceAccount": settings.service_account, "network": settings.network}
+        switches.show(expected())
+        if switches.request_alone:
+            request = {"parent": settings.place, "pipelineJobId": job_id, "pipelineJob": resource}
+            print(json.dumps(request, indent=2, default=str))
+        if switches.dry_run:
+            return
+        # Not PipelineJob.submit: it makes a bucket where PIPELINE_ROOT has a typo
+        api, request = job.api_client, PipelineJob.from_json(json.dumps(resource))
+    send_to_vertex(settings, api, request, job_id, wait=switches.wait)
+
+
+def ready_for_vertex(
+    settings: Settings,
+    parameters: Mapping[str, Any],
+    switches: Switches,
+    stages: Iterable[str] | None = None,
+) -> Settings:
+    """The settings with the machines that can be had, everything else being there and allowed.
+
+    Args:
+        settings: where to, image and machines.
+        parameters: of the pipeline.
+        switches: say whether to look.
+        stages: whose machines are looked at; None: of all that the parameters let run.
+
+    Raises:
+        UsageError: something is missing or makes no sense.
+        LiquidError: a check failed.
+    """
+    from pipelines.preflight import NEEDED, before_sending
+
+    settings.require(*NEEDED).check_vertex()
+    read_prices(settings.prices)
+    if switches.look_first:
+        settings = before_sending(settings, parameters, stages)
+        if stages is None:
+            check_parameters(parameters, settings.processes("vertex"))
+    return settings
+
+
+def vertex_job(
+    settings: Settings,
+    parameters: dict[str, Any],
+    switches: Switches,
+    job_id: str,
+    build: Build = build_pipeline,
+    name: str = NAME,
+) -> Any:
+    """The pipeline as a job of Vertex AI's client, not sent yet.
+
+    Raises:
+        UsageError: machines that Vertex AI would refuse, or a region that it does not have.
+    """
+    from google.cloud import aiplatform
+
+    from pipelines import vertex
+
+    with tempfile.TemporaryDirectory() as scratch:
         path = compile_to(Path(scratch) / "pipeline.yaml", settings, "vertex", build)
         credentials = vertex.connect(settings, send=not switches.dry_run)
-        job = aiplatform.PipelineJob(
+        return aiplatform.PipelineJob(
             display_name=name,
             template_path=str(path),
             job_id=job_id,
@@ -146,18 +214,6 @@ def submit_vertex(
             location=settings.region,
             credentials=credentials,
         )
-        resource = job.to_dict()
-        resource |= {"serviceAccount": settings.service_account, "network": settings.network}
-        switches.show(expected())
-        if switches.dry_run:
-            if not switches.request_alone:
-                return
-            request = {"parent": settings.place, "pipelineJobId": job_id, "pipelineJob": resource}
-            print(json.dumps(request, indent=2, default=str))
-            return
-        # Not PipelineJob.submit: it makes a bucket where PIPELINE_ROOT has a typo
-        api, request = job.api_client, PipelineJob.from_json(json.dumps(resource))
-    send_to_vertex(settings, api, request, job_id, wait=switches.wait)
 
 
 def send_to_vertex(settings: Settings, api: Any, job: Any, job_id: str, *, wait: bool) -> None:
@@ -183,7 +239,7 @@ def send_to_vertex(settings: Settings, api: Any, job: Any, job_id: str, *, wait:
             ) from None
     if wait:
         look = partial(vertex.look, settings, runs, name)
-        follow(look, page, settings.poll_seconds)
+        follow(look, page, settings.poll_seconds, partial(vertex.shortage, settings, runs, name))
 
 
 def submit_kfp(
@@ -220,12 +276,11 @@ def submit_kfp(
             "namespace": settings.namespace or None,
         }
         switches.show(expected())
-        if switches.dry_run:
-            if not switches.request_alone:
-                return
+        if switches.request_alone:
             print(json.dumps({"host": host, **request}, indent=2))
             print("---")
             print(path.read_text())
+        if switches.dry_run:
             return
         token = kubeflow.token_from_environment()
         client, request["namespace"] = kubeflow.connect(host, token, settings.namespace)
@@ -239,7 +294,12 @@ def submit_kfp(
         follow(partial(kubeflow.look, client, host, run.run_id), page, settings.poll_seconds)
 
 
-def follow(look: Callable[[], tuple[str, dict[str, str]]], page: str, poll_seconds: int) -> None:
+def follow(
+    look: Callable[[], tuple[str, dict[str, str]]],
+    page: str,
+    poll_seconds: int,
+    explain: Callable[[], str] = str,
+) -> None:
     """Print the states of a run's tasks as they change, until the run ends.
 
     Ctrl-C ends the following alone.
@@ -248,6 +308,7 @@ def follow(look: Callable[[], tuple[str, dict[str, str]]], page: str, poll_secon
         look: gives the state of the run, and by title the states of its tasks.
         page: where the run can be seen.
         poll_seconds: between two looks.
+        explain: what to say of a run that failed, beside its tasks; empty where nothing is known.
 
     Raises:
         LiquidError: the run did not end well; names the tasks that failed. Or it cannot be looked
@@ -279,7 +340,8 @@ def follow(look: Callable[[], tuple[str, dict[str, str]]], page: str, poll_secon
     if state != "SUCCEEDED":
         failed = ", ".join(title for title, now in shown.items() if now == "FAILED")
         ending = f"; failed: {failed}" if failed else ""
-        raise LiquidError(f"the run ended as {state.lower()}{ending}")
+        why = explain() if state == "FAILED" else ""
+        raise LiquidError(f"the run ended as {state.lower()}{ending}{f'; {why}' if why else ''}")
 
 
 def main(argv: list[str]) -> None:
@@ -299,6 +361,7 @@ def main(argv: list[str]) -> None:
         )
     parameters = with_revisions(parameters, parameter_defaults())
     if backend == "vertex":
+        settings = ready_for_vertex(settings, parameters, Switches())
         submit_vertex(settings, parameters)
     else:
         submit_kfp(settings, parameters, os.environ.get("HOST", ""))

@@ -16,12 +16,17 @@ from google.auth.credentials import AnonymousCredentials
 from google.cloud import aiplatform
 
 from pipelines.settings import Settings
+from pipelines.stages import STAGES
 from trainer.runtime.errors import LiquidError, UsageError
 
 REQUEST_SECONDS = 60.0
 _CONTEXT_LOOKS, _CONTEXT_SECONDS = 60, 2.0
 _TELLING = ("FAILED", "CANCELLED", "CANCELLING", "CANCEL_PENDING", "RUNNING", "PENDING")
 """States of a task that say more of a loop than those of its other rounds, most first."""
+_EXHAUSTED = 8
+"""The code of RESOURCE_EXHAUSTED in a task's error."""
+_NO_MACHINE = re.compile(r"RESOURCE_EXHAUSTED|resources are insufficient", re.IGNORECASE)
+_QUOTA = re.compile(r"quota", re.IGNORECASE)
 _REQUEST = re.compile(r"^(GET|POST) https?://\S+: ")
 
 
@@ -44,7 +49,7 @@ def connect(settings: Settings, *, send: bool = True) -> Any:
             api_transport=settings.api_transport or None,
         )
     except ValueError as error:
-        reason = _first_line(error).partition(", select from")[0]
+        reason = first_line(error).partition(", select from")[0]
         raise UsageError(
             f"REGION={settings.region!r}: {reason}; give one such as us-central1"
         ) from None
@@ -71,34 +76,36 @@ def readable_errors(settings: Settings) -> Iterator[None]:
         yield
     except (auth.DefaultCredentialsError, auth.RefreshError, api.Unauthorized) as error:
         raise LiquidError(
-            f"not authenticated with Google Cloud ({_first_line(error)}); run gcloud auth"
+            f"not authenticated with Google Cloud ({first_line(error)}); run gcloud auth"
             " application-default login, or set GOOGLE_APPLICATION_CREDENTIALS"
         ) from None
     except api.Forbidden as error:
         raise LiquidError(
-            f"permission denied in project {settings.project!r}: {_first_line(error)}; the account"
+            f"permission denied in project {settings.project!r}: {first_line(error)}; the account"
             " needs roles/aiplatform.user, and roles/iam.serviceAccountUser on SERVICE_ACCOUNT"
         ) from None
     except (api.TooManyRequests, api.ResourceExhausted) as error:
         raise LiquidError(
-            f"quota exhausted in {settings.region}: {_first_line(error)}; ask for more, use another"
+            f"quota exhausted in {settings.region}: {first_line(error)}; ask for more, use another"
             " REGION, or fewer or other accelerators"
         ) from None
     except api.NotFound as error:
-        raise LiquidError(f"not found at {place}: {_first_line(error)}") from None
+        raise LiquidError(f"not found at {place}: {first_line(error)}") from None
     except api.ServiceUnavailable as error:
-        raise LiquidError(f"{place} cannot be reached or is down: {_first_line(error)}") from None
+        raise LiquidError(f"{place} cannot be reached or is down: {first_line(error)}") from None
     except (api.GoogleAPICallError, api.RetryError) as error:
-        raise LiquidError(f"{place} answered: {_first_line(error)}") from None
+        raise LiquidError(f"{place} answered: {first_line(error)}") from None
     except (requests.exceptions.RequestException, auth.TransportError) as error:
         raise LiquidError(
-            f"{place} cannot be reached ({_first_line(error)}); check REGION, API_ENDPOINT and the"
+            f"{place} cannot be reached ({first_line(error)}); check REGION, API_ENDPOINT and the"
             " network"
         ) from None
 
 
-def _first_line(error: Exception) -> str:
-    message = getattr(error, "message", None) or str(error)
+def first_line(error: Exception) -> str:
+    """What an error says, in one line of 300 characters at most."""
+    first = next((said for said in error.args if isinstance(said, str)), "")
+    message = getattr(error, "message", None) or first or str(error)
     shown = _REQUEST.sub("", " ".join(str(message).split()))
     return shown[:300] or type(error).__name__
 
@@ -108,6 +115,13 @@ def console_link(settings: Settings, job_id: str) -> str:
     return (
         "https://console.cloud.google.com/vertex-ai/locations/"
         f"{settings.region}/pipelines/runs/{job_id}?project={settings.project}"
+    )
+
+
+def schedules_link(settings: Settings) -> str:
+    """The page of the Google Cloud console that lists, pauses and deletes schedules."""
+    return (
+        f"https://console.cloud.google.com/vertex-ai/pipelines/schedules?project={settings.project}"
     )
 
 
@@ -144,7 +158,7 @@ def open_experiment(settings: Settings) -> str:
         try:
             experiment = aiplatform.Experiment.get_or_create(settings.experiment)
         except ValueError as error:
-            raise UsageError(f"EXPERIMENT={settings.experiment}: {_first_line(error)}") from None
+            raise UsageError(f"EXPERIMENT={settings.experiment}: {first_line(error)}") from None
         return str(experiment.resource_name)
 
 
@@ -195,6 +209,33 @@ def look(settings: Settings, api: Any, name: str) -> tuple[str, dict[str, str]]:
             of_rounds = (task.state.name, states.get(task.task_name, ""))
             states[task.task_name] = next((s for s in _TELLING if s in of_rounds), of_rounds[0])
     return job.state.name.removeprefix("PIPELINE_STATE_"), states
+
+
+def shortage(settings: Settings, api: Any, name: str) -> str:
+    """Which stage of a run got no machine, and how to run it elsewhere; empty if none did.
+
+    Raises:
+        LiquidError: the run cannot be looked at.
+    """
+    with readable_errors(settings):
+        job = api.get_pipeline_job(name=name, timeout=REQUEST_SECONDS)
+    for task in details_of(job):
+        said = " ".join(task.error.message.split())
+        machine_name = next(
+            (s.machine_name.upper() for s in STAGES.values() if s.title == task.task_name), ""
+        )
+        if not machine_name or task.state.name != "FAILED":
+            continue
+        if task.error.code != _EXHAUSTED and not _NO_MACHINE.search(said):
+            continue
+        what = "its quota is used up" if _QUOTA.search(said) else "it has no such machine free"
+        return (
+            f"{task.task_name} did not get its machine in {settings.region}, since {what}"
+            f" ({said[:200]}); run it elsewhere, with make rerun RUN={name.rpartition('/')[2]}"
+            f' STAGE={task.task_name} {machine_name}_MACHINES="TYPE:ACCELERATOR:COUNT, …", let it'
+            f" wait, with {machine_name}_SCHEDULING=flex_start, or submit to another REGION"
+        )
+    return ""
 
 
 def roots_of(details: list[Any]) -> dict[int, Any]:

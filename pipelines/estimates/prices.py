@@ -62,7 +62,10 @@ class Prices:
     accelerators: Mapping[str, Price]
 
     def hourly(self, machine: Machine) -> float | None:
-        """What all machines of a stage cost on Vertex AI for an hour; None: a price is missing."""
+        """What all machines of a stage cost on Vertex AI for an hour; None: a price is missing.
+
+        Those of flex start count as on demand.
+        """
         if not machine.gpu:
             found = self.plain(machine)
             return self.vertex_fee * self.machines[found].on_demand if found else None
@@ -75,7 +78,8 @@ class Prices:
             if gpu is None or base.accelerator:
                 return None
             parts.append((gpu, machine.accelerator_count))
-        each = [(part.spot if machine.spot else part.on_demand, count) for part, count in parts]
+        spot = machine.scheduling == "spot"
+        each = [(part.spot if spot else part.on_demand, count) for part, count in parts]
         if any(price is None for price, _ in each):
             return None
         total = sum(price * count for price, count in each if price is not None)

@@ -168,8 +168,10 @@ class _Maker:
         hourly = prices.hourly(machine) if vertex else None
         if hourly is None and vertex:
             self._note(f"{prices.source} has no price for {name}")
-        if machine.spot:
+        if machine.scheduling == "spot":
             self._note(f"{title} is on spot machines, whose price changes from day to day")
+        if machine.scheduling == "flex_start":
+            self._note(f"{title} is on machines of flex_start, counted at the price on demand")
         if job and start + work.fixed > machine.timeout_hours * 3600:
             self._note(
                 f"{title} takes longer than the {machine.timeout_hours} hours after which it is"
@@ -186,9 +188,9 @@ class _Maker:
             kind = self.plan.prices.plain(machine) if vertex else ""
             return f"{several}{machine.cpu} CPU, {machine.memory}" + (f" ({kind})" if kind else "")
         gpus = f"{machine.accelerator_count} {_short(machine.accelerator_type)}"
-        spot = ", spot" if machine.spot else ""
+        way = "" if machine.scheduling == "standard" else f", {machine.scheduling}"
         host = machine.machine_type if vertex else f"{machine.cpu} CPU, {machine.memory}"
-        return f"{several}{host}, {gpus}{spot}"
+        return f"{several}{host}, {gpus}{way}"
 
     def _over_tokens(
         self,

@@ -53,7 +53,7 @@ poll_seconds: 15
 anneal_accelerator_type: NVIDIA_TESLA_A100
 anneal_accelerator_count: 1
 anneal_machine_type: a2-highgpu-1g
-continue_spot: true
+continue_scheduling: spot
 prepare_memory: 32Gi
 prepare_cpu: "4"
 """

@@ -19,6 +19,13 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 64  # the checks before a submission all connect at once
+
+    def handle_error(self, *_: object) -> None:
+        """Nothing: a client that waits no longer has closed its connection."""
+
+
 class Loopback:
     """A server on 127.0.0.1 that records requests and answers as told."""
 
@@ -29,8 +36,12 @@ class Loopback:
         """HTTP status, gRPC status and message for every interface call."""
         self.page: tuple[int, dict[str, str], str] | None = None
         """Status, headers and text for every request: what is no interface answers."""
+        self.headers: dict[str, str] = {}
+        """More of them for each answer."""
         self.outages = 0
         """How many of the next looks at a run end as 503."""
+        self.task_error: dict[str, Any] = {}
+        """What Vertex AI says of a task that failed."""
         self.run_state = "SUCCEEDED"
         """Of runs of Kubeflow Pipelines."""
         self.multi_user = False
@@ -40,7 +51,7 @@ class Loopback:
         """By full name: the versions of models in the registry, the newest last."""
         self.contexts: dict[str, dict[str, Any]] = {}
         """Of Vertex AI's metadata, by name; an experiment is one."""
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server = _Server(("127.0.0.1", 0), self._handler())
         self.port = self._server.server_address[1]
         scheme = "https" if tls else "http"
         self.url = f"{scheme}://localhost:{self.port}"
@@ -158,10 +169,12 @@ class Loopback:
             ("teacher-targets", "4", "SUCCEEDED"),
             ("anneal", "1", last if ended else "RUNNING"),
         ]
-        details = [
+        details: list[dict[str, Any]] = [
             {"taskId": str(number), "parentTaskId": parent, "taskName": name, "state": state}
             for number, (name, parent, state) in enumerate(tasks, start=1)
         ]
+        if details[-1]["state"] == "FAILED":
+            details[-1]["error"] = self.task_error
         state = f"PIPELINE_STATE_{last}" if ended else "PIPELINE_STATE_RUNNING"
         store, _, run_id = job["name"].partition("/pipelineJobs/")
         # Vertex AI makes the run's context a while after the run
@@ -201,7 +214,8 @@ class Loopback:
                     status, headers, text = loopback.page
                 else:
                     status, answer = loopback.answer(self.command, self.path, body)
-                    headers, text = {"Content-Type": "application/json"}, json.dumps(answer)
+                    headers = {"Content-Type": "application/json"} | loopback.headers
+                    text = answer if isinstance(answer, str) else json.dumps(answer)
                 data = text.encode()
                 self.send_response(status)
                 for name, value in headers.items():

@@ -26,7 +26,7 @@ MACHINES = {
     "ANNEAL_ACCELERATOR_TYPE": "NVIDIA_H100_80GB",
     "ANNEAL_ACCELERATOR_COUNT": "2",
     "ANNEAL_MACHINE_TYPE": "a3-highgpu-2g",
-    "ANNEAL_SPOT": "1",
+    "ANNEAL_SCHEDULING": "spot",
     "ANNEAL_TIMEOUT_HOURS": "30",
     "CONTINUE_REPLICAS": "3",
     "PREPARE_RETRIES": "5",
@@ -43,7 +43,7 @@ def compiled(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, dict[str, Any], str]:
     path = tmp_path_factory.mktemp("compiled") / "pipeline.yaml"
-    google = ("ANNEAL_SPOT", "CONTINUE_REPLICAS", "SERVICE_ACCOUNT", "LABELS")
+    google = ("ANNEAL_SCHEDULING", "CONTINUE_REPLICAS", "SERVICE_ACCOUNT", "LABELS")
     google += ("ANNEAL_MACHINE_TYPE", "ANNEAL_TIMEOUT_HOURS")
     vertex_only = google if request.param == "kfp" else ()
     machines = {name: value for name, value in MACHINES.items() if name not in vertex_only}
@@ -189,13 +189,14 @@ def test_each_worker_that_makes_targets_has_a_machine_of_its_own(
         assert worker["resources"]["cpuLimit"] == 12.0
     if backend == "vertex":
         assert custom_job(spec, worker)["strategy"] == "STANDARD"
-        machine = {"MACHINE_TYPE": "g2-standard-12", "ACCELERATOR_TYPE": "NVIDIA_L4", "SPOT": "1"}
+        machine = {"MACHINE_TYPE": "g2-standard-12", "ACCELERATOR_TYPE": "NVIDIA_L4"}
+        machine |= {"SCHEDULING": "flex_start", "MAX_WAIT_HOURS": "6"}
         given = load_settings({f"TARGETS_{name}": value for name, value in machine.items()})
         path = compile_to(tmp_path / "pipeline.yaml", given, backend)
         other = next(iter(yaml.safe_load_all(path.read_text())))
         job = custom_job(other, executors(other)["teacher-targets"])
         (pool,) = job["worker_pool_specs"]
-        assert job["strategy"] == "SPOT"
+        assert (job["strategy"], job["max_wait_duration"]) == ("FLEX_START", "21600s")
         assert job["restart_job_on_worker_restart"] is True
         assert pool["machine_spec"]["machine_type"] == "g2-standard-12"
 
@@ -213,6 +214,20 @@ def test_what_targets_cost_is_not_repeated_for_another_seed_or_schedule(
     }
     assert tasks["plan-targets"].after == {"prepare-tokens"}
     assert tasks["train"].after == {"prepare-tokens", "join-targets", "no-targets"}
+
+
+def test_of_several_machines_the_first_is_compiled(tmp_path: Path) -> None:
+    listed = "a3-highgpu-1g:NVIDIA_H100_80GB:1, a2-ultragpu-2g:NVIDIA_A100_80GB:2"
+    settings = load_settings({"ANNEAL_MACHINES": listed})
+    path = compile_to(tmp_path / "pipeline.yaml", settings, "vertex")
+    spec = next(iter(yaml.safe_load_all(path.read_text())))
+    (pool,) = custom_job(spec, executors(spec)["anneal"])["worker_pool_specs"]
+    assert pool["machine_spec"] == {
+        "machine_type": "a3-highgpu-1g",
+        "accelerator_type": "NVIDIA_H100_80GB",
+        "accelerator_count": 1,
+    }
+    assert [one.accelerator_count for one in settings.machines["anneal"].alternatives] == [1, 2]
 
 
 def test_the_type_of_the_boot_disk_may_be_given(tmp_path: Path) -> None:
@@ -303,7 +318,7 @@ def test_parameters_default_to_the_two_runs() -> None:
     assert {name: defaults[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("name", ["ANNEAL_SPOT", "CONTINUE_REPLICAS"])
+@pytest.mark.parametrize("name", ["ANNEAL_SCHEDULING", "CONTINUE_REPLICAS"])
 def test_what_kubeflow_cannot_give(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match=f"{name} is for Vertex AI"):
         compile_to(tmp_path / "x.yaml", load_settings({name: MACHINES[name]}), "kfp")

@@ -69,7 +69,7 @@ def test_it_is_json_when_asked_for(tmp_path: Path) -> None:
         ({"PRICES": "absent.yaml"}, (), "PRICES='absent.yaml' cannot be read"),
         ({"JSON": "yes"}, (), "JSON='yes': 1 or 0 is needed"),
         ({"ANNEAL_MACHINE_TYPE": "g2-standard-12"}, (), "without ANNEAL_ACCELERATOR_TYPE"),
-        ({"ANNEAL_SPOT": "1"}, ("kfp",), "ANNEAL_SPOT is for Vertex AI"),
+        ({"ANNEAL_SCHEDULING": "spot"}, ("kfp",), "ANNEAL_SCHEDULING is for Vertex AI"),
     ],
 )
 def test_wrong_input_is_one_line(
@@ -152,7 +152,7 @@ def test_a_repetition_counts_what_runs_again_on_the_machines_that_it_had(
         "CONTINUE_ACCELERATOR_TYPE": "NVIDIA_H100_80GB",
         "CONTINUE_ACCELERATOR_COUNT": "8",
         "CONTINUE_REPLICAS": "2",
-        "CONTINUE_SPOT": "1",
+        "CONTINUE_SCHEDULING": "spot",
     }
     original = finished_run(vertex, environment | h100)
     given = {"RUN": original, "STAGE": "continue", "PARAMS": "continue_train_steps=8000"}

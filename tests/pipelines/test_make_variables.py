@@ -17,16 +17,21 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("goals", "given", "message"),
     [
-        ("submit-pipeline", "PROJECT ANEAL_SPOT", "no command reads ANEAL_SPOT; did you mean ANN"),
+        (
+            "submit-pipeline",
+            "PROJECT ANEAL_REPLICAS",
+            "no command reads ANEAL_REPLICAS; did you me",
+        ),
         ("submit-pipeline", "PARAM", "no command reads PARAM; did you mean PARAMS?"),
         ("submit-kfp", "WANDB_MODE", "no command reads WANDB_MODE; docs/pipeline.md lists what"),
         ("run-local", "STAGE", "make run-local does not read STAGE; it is for rerun, so leave it"),
         ("compile", "WAIT", "it is for submit-pipeline, submit-kfp, rerun and search, so leave"),
-        ("clean", "REGION", "make clean does not read REGION; it is for run-local, compile, est"),
+        ("clean", "REGION", "make clean does not read REGION; it is for run-local, compile, bui"),
         ("", "JOBS", "make help does not read JOBS; it is for test, so leave it out"),
         ("rerun", "STAGE RUN PROJECT WAIT LOG_FORMAT", ""),
         # One list of settings for every command of the pipeline
-        ("run-local", "REGION ANNEAL_SPOT RUN PARAMS", ""),
+        ("run-local", "REGION ANNEAL_REPLICAS RUN PARAMS", ""),
+        ("rerun", "ANNEAL_SPOT", "ANNEAL_SPOT is of an earlier release; give ANNEAL_SCHEDULING=sp"),
         ("lint test", "JOBS PYTHON", ""),
     ],
 )
@@ -63,7 +68,7 @@ def test_make_stops_before_anything_is_set_up(
         capture_output=True,
         text=True,
         check=False,
-        env={"PATH": "/usr/bin:/bin", "ANEAL_SPOT": "1"},
+        env={"PATH": "/usr/bin:/bin", "ANEAL_REPLICAS": "1"},
     )
     assert done.returncode == status, done.stderr
     assert output in done.stdout + done.stderr

@@ -29,7 +29,7 @@ MACHINES = {
     "TRAINER_IMAGE": IMAGE,
     "ANNEAL_ACCELERATOR_TYPE": "NVIDIA_L4",
     "ANNEAL_MACHINE_TYPE": "g2-standard-12",
-    "ANNEAL_SPOT": "1",
+    "ANNEAL_SCHEDULING": "spot",
     "ANNEAL_RETRIES": "7",
 }
 FOR_KUBEFLOW = ("TRAINER_IMAGE", "ANNEAL_ACCELERATOR_TYPE", "ANNEAL_RETRIES")
@@ -78,7 +78,8 @@ def test_a_search_compiles_for_every_backend(backend: str, search: Search, tmp_p
             command_of = pool["container_spec"]["command"]
         if backend == "kfp":
             assert executor["resources"]["accelerator"]["resourceCount"] == "1"
-        assert re.search("^ *exec python3 -m kfp", command_of[2], re.MULTILINE)
+        script = command_of[command_of.index("sh") + 2]
+        assert re.search("^ *exec python3 -m kfp", script, re.MULTILINE)
         retries = executor["task"]["retryPolicy"]["maxRetryCount"]
         assert retries == (1 if backend == "local" else 7)
         inputs = executor["task"]["inputs"]["parameters"]

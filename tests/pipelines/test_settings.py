@@ -11,16 +11,16 @@ from trainer.runtime.errors import UsageError
 def test_environment_over_file_over_default(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(
-        "project: from-file\nregion: europe-west4\nanneal_spot: true\nlabels: {team: a}\n"
+        "project: from-file\nregion: europe-west4\nanneal_scheduling: spot\nlabels: {team: a}\n"
         "continue_replicas: 2\ncmek_key:\n"
     )
     settings = load_settings({"SETTINGS": str(path), "PROJECT": "from-environment"})
     assert settings.project == "from-environment"
     assert settings.region == "europe-west4"
     assert settings.labels == {"team": "a"}
-    assert settings.machines["anneal"].spot
+    assert settings.machines["anneal"].scheduling == "spot"
     assert settings.machines["continue"].replicas == 2
-    assert not settings.machines["continue"].spot
+    assert settings.machines["continue"].scheduling == "standard"
     assert load_settings({}).region == "us-central1"
 
 
@@ -51,7 +51,14 @@ def test_all_that_is_missing_is_named_at_once() -> None:
         ({"POLL_SECONDS": "9" * 400}, "must be at most 2147483647"),
         ({"ANNEAL_RETRIES": "9" * 5000}, "9…: a whole number is needed"),
         ({"ANNEAL_RETRIES": "many"}, "ANNEAL_RETRIES='many': a whole number is needed"),
-        ({"ANNEAL_SPOT": "perhaps"}, "ANNEAL_SPOT='perhaps': 1 or 0 is needed"),
+        ({"ANNEAL_SCHEDULING": "perhaps"}, "choose one of standard, spot, flex_start"),
+        ({"ANNEAL_SPOT": "1"}, "ANNEAL_SPOT is of an earlier release; give ANNEAL_SCHEDULING=spot"),
+        ({"ANNEAL_MAX_WAIT_HOURS": "9999"}, "ANNEAL_MAX_WAIT_HOURS=9999 must be at most 8760"),
+        ({"ANNEAL_MACHINES": "a2-highgpu-1g"}, "ANNEAL_MACHINES: 'a2-highgpu-1g' is not TYPE:ACC"),
+        (
+            {"ANNEAL_MACHINES": "g2-standard-4:NVIDIA_L4:1", "ANNEAL_ACCELERATOR_COUNT": "1"},
+            "ANNEAL_MACHINES and ANNEAL_ACCELERATOR_COUNT are both given; leave one out",
+        ),
         ({"PREPARE_ACCELERATOR_COUNT": "1"}, "without PREPARE_ACCELERATOR_TYPE"),
         ({"EVALUATE_REPLICAS": "2"}, "only training takes several"),
         ({"TARGETS_ACCELERATOR_COUNT": "8"}, "each worker uses one GPU; give PARAMS=target_wor"),
@@ -80,7 +87,7 @@ def test_settings_that_make_no_sense(environ: dict[str, str], message: str) -> N
     ("environ", "message"),
     [
         ({"PIPELINE_ROOT": "s3://x"}, "PIPELINE_ROOT='s3://x' must start with gs://"),
-        ({"PREPARE_SPOT": "1"}, "PREPARE_SPOT is for a custom job"),
+        ({"PREPARE_SCHEDULING": "spot"}, "PREPARE_SCHEDULING is for a custom job"),
         ({"ANNEAL_ACCELERATOR_COUNT": "0", "ANNEAL_REPLICAS": "2"}, "ANNEAL_REPLICAS is for a"),
         (
             {"PICK_ACCELERATOR_COUNT": "1", "PICK_ACCELERATOR_TYPE": "NVIDIA_L4"},
@@ -100,6 +107,25 @@ def test_settings_that_make_no_sense(environ: dict[str, str], message: str) -> N
             "ANNEAL_ACCELERATOR_TYPE=NVIDIA_L4 without ANNEAL_MACHINE_TYPE, whose default is"
             " a2-highgpu-1g; give both",
         ),
+        (
+            {"ANNEAL_MACHINES": "g2-standard-4:NVIDIA_L4:1, a2-highgpu-1g:NVIDIA_A10:1"},
+            "ANNEAL_ACCELERATOR_TYPE='NVIDIA_A10' is none of Vertex AI's",
+        ),
+        (
+            {"ANNEAL_MACHINES": "g2-standard-4:NVIDIA_L4:1, a2-highgpu-1g:NVIDIA_L4:1"},
+            "ANNEAL_MACHINE_TYPE=a2-highgpu-1g carries 1 x NVIDIA_TESLA_A100, not",
+        ),
+        (
+            {
+                "ANNEAL_SCHEDULING": "flex_start",
+                "ANNEAL_MACHINES": "n1-standard-8:NVIDIA_TESLA_T4:1",
+            },
+            "ANNEAL_SCHEDULING=flex_start is not for NVIDIA_TESLA_T4",
+        ),
+        (
+            {"ANNEAL_SCHEDULING": "flex_start", "ANNEAL_TIMEOUT_HOURS": "200"},
+            "ANNEAL_TIMEOUT_HOURS=200: with ANNEAL_SCHEDULING=flex_start a job may take 168",
+        ),
         ({"PREPARE_TIMEOUT_HOURS": "1"}, "PREPARE_TIMEOUT_HOURS: Vertex AI would not use it"),
         ({"ANNEAL_CPU": "4"}, "ANNEAL_CPU: Vertex AI would not use it, since its machine type"),
         ({"MODEL_NAME": "Small"}, "MODEL_NAME='Small' is no id of a model; it takes lowercase"),
@@ -115,7 +141,7 @@ def test_machines_that_vertex_would_refuse(environ: dict[str, str], message: str
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["ANNEAL_MACHINE_TYPE", "PICK_DISK_GIB", "ANNEAL_TIMEOUT_HOURS"])
+@pytest.mark.parametrize("name", ["ANNEAL_MACHINE_TYPE", "PICK_DISK_GIB", "ANNEAL_MAX_WAIT_HOURS"])
 def test_what_kubeflow_would_not_use(name: str) -> None:
     settings = load_settings({name: "99"})
     with pytest.raises(UsageError, match=f"{name}: open-source Kubeflow Pipelines would not use"):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import itertools
 import json
 import logging
 import os
 import signal
 import subprocess
 import sys
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +22,7 @@ import pytest
 from google.cloud.aiplatform.initializer import global_config
 
 from pipelines import submit
+from pipelines.spec import jobs_of
 from tests.faults.server import ObjectServer
 from tests.interrupts import with_interrupts
 from tests.pipelines.loopback import Loopback
@@ -30,7 +31,6 @@ from trainer.runtime.commands import run_command
 from trainer.runtime.log import FORMAT, log
 
 IMAGE = "europe-docker.pkg.dev/p/r/trainer@sha256:" + "0" * 64
-_numbers = itertools.count(1)
 SERVICE_ACCOUNT = "robot@p.iam.gserviceaccount.com"
 NETWORK = "projects/1/global/networks/private"
 KEY = "projects/p/locations/l/keyRings/r/cryptoKeys/k"
@@ -46,7 +46,7 @@ def vertex(tmp_path: Path) -> Iterator[Loopback]:
 
 @pytest.fixture
 def environment(vertex: Loopback, tmp_path: Path, object_server: ObjectServer) -> dict[str, str]:
-    bucket = f"pipeline-root-{next(_numbers)}"
+    bucket = f"pipeline-root-{uuid.uuid4().hex}"
     object_server.make_bucket(bucket)
     return {
         "PROJECT": "p",
@@ -63,6 +63,7 @@ def environment(vertex: Loopback, tmp_path: Path, object_server: ObjectServer) -
         "REQUESTS_CA_BUNDLE": str(vertex.bundle),
         "STORAGE_EMULATOR_HOST": object_server.url,
         "POLL_SECONDS": "1",
+        "PREFLIGHT": "0",  # tests/pipelines/test_preflight.py looks first
     }
 
 
@@ -116,6 +117,19 @@ def last_message(done: Done) -> str:
     return str(json.loads(lines[-1])["message"])
 
 
+def pools_of(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """By title of a task that is a custom job: its worker pools."""
+    found = {}
+    for task in every_task(spec).values():
+        component = spec["components"][task["componentRef"]["name"]]
+        inputs = component.get("inputDefinitions", {}).get("parameters", {})
+        own = task.get("inputs", {}).get("parameters", {}).get("worker_pool_specs")
+        if own or "worker_pool_specs" in inputs:
+            default = inputs["worker_pool_specs"].get("defaultValue")
+            found[task["taskInfo"]["name"]] = own["runtimeValue"]["constant"] if own else default
+    return found
+
+
 def test_the_request_to_vertex(vertex: Loopback, environment: dict[str, str]) -> None:
     params = "continue_train_steps=8000 seed=7 anneal_lr_peak=3e-4"
     machines = {
@@ -144,21 +158,12 @@ def test_the_request_to_vertex(vertex: Loopback, environment: dict[str, str]) ->
         "anneal_lr_peak": 3e-4,
     }
     spec = body["pipelineSpec"]
-    tasks = spec["root"]["dag"]["tasks"]
     every = every_task(spec).values()
     assert {task["cachingOptions"].get("enableCache", False) for task in every} == {False}
     executors = spec["deploymentSpec"]["executors"]
     assert executors["exec-prepare-tokens"]["container"]["image"] == IMAGE
     assert executors["exec-prepare-tokens"]["container"]["resources"]["cpuLimit"] == 16.0
-    pools = {
-        task["taskInfo"]["name"]: task["inputs"]["parameters"]["worker_pool_specs"]
-        if "worker_pool_specs" in task["inputs"]["parameters"]
-        else spec["components"][task["componentRef"]["name"]]["inputDefinitions"]["parameters"][
-            "worker_pool_specs"
-        ]["defaultValue"]
-        for task in tasks.values()
-        if task["taskInfo"]["name"] in ("anneal", "continue", "evaluate")
-    }
+    pools = pools_of(spec)
     assert pools["anneal"][0]["machine_spec"] == {
         "machine_type": "a3-highgpu-8g",
         "accelerator_type": "NVIDIA_H100_80GB",
@@ -274,6 +279,38 @@ def test_a_run_that_fails_ends_with_status_1(vertex: Loopback, environment: dict
     done = run("submit", environment | {"WAIT": "1", "LABELS": "ends=failed"}, "vertex")
     assert done.returncode == 1
     assert last_message(done) == "the run ended as failed; failed: anneal"
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "why"),
+    [
+        (
+            8,
+            "Resources are insufficient in region: europe-west4. Try a different region.",
+            "it has no such machine free",
+        ),
+        (
+            9,
+            "code=RESOURCE_EXHAUSTED, message=The following quota metrics exceed quota limits: x",
+            "its quota is used up",
+        ),
+        (13, "the replica ended with status 1", ""),
+    ],
+)
+def test_a_run_that_got_no_machine_says_how_to_run_it_elsewhere(
+    vertex: Loopback, environment: dict[str, str], code: int, said: str, why: str
+) -> None:
+    vertex.task_error = {"code": code, "message": said}
+    done = run("submit", environment | {"WAIT": "1", "LABELS": "ends=failed"}, "vertex")
+    assert done.returncode == 1
+    message = last_message(done)
+    (name,) = vertex.jobs
+    expected = (
+        f"; anneal did not get its machine in europe-west4, since {why} ({said})" if why else ""
+    )
+    assert message.startswith(f"the run ended as failed; failed: anneal{expected}")
+    advice = f"make rerun RUN={name.rpartition('/')[2]} STAGE=anneal ANNEAL_MACHINES="
+    assert (advice in message) == bool(why)
 
 
 def test_a_dry_run_sends_nothing_and_needs_no_credentials(
@@ -422,8 +459,10 @@ def finished_run(
     """
     params = f"seed=7 teacher={teacher}" if teacher != "online" else "seed=7"
     assert run("submit", environment | {"PARAMS": params}, "vertex").returncode == 0
-    (name,) = vertex.jobs
-    job = vertex.jobs[name]
+    (submitted,) = vertex.jobs
+    # A repetition within the same second would have its id
+    name = f"{PARENT}/liquid-annealing-20250304050607"
+    job = vertex.jobs[name] = vertex.jobs.pop(submitted) | {"name": name}
     spec = job["pipelineSpec"]
     for key, title in (titles or {}).items():
         spec["root"]["dag"]["tasks"][key]["taskInfo"]["name"] = title
@@ -579,6 +618,39 @@ def test_rerun_keeps_the_account_and_network_of_the_original(
     kept = f"SERVICE_ACCOUNT=other@p.iam is not used: a repetition keeps {SERVICE_ACCOUNT}"
     assert kept in done.stdout
     assert "NETWORK" not in done.stdout
+
+
+def test_rerun_on_other_machines(vertex: Loopback, environment: dict[str, str]) -> None:
+    original = finished_run(vertex, environment)
+    before = pools_of(vertex.requests[-1][2]["pipelineSpec"])
+    listed = "a2-ultragpu-2g:NVIDIA_A100_80GB:2, g2-standard-8:NVIDIA_L4:1"
+    moved = {"CONTINUE_MACHINES": listed, "CONTINUE_SCHEDULING": "flex_start"}
+    # Those of what is skipped do not count
+    moved |= {"ANNEAL_SCHEDULING": "spot", "CONTINUE_MAX_WAIT_HOURS": "3"}
+    given = environment | {"RUN": original, "STAGE": "continue"}
+    done = run("rerun", given | moved)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "continue runs on a2-ultragpu-2g (2 x NVIDIA_A100_80GB, flex_start), before on"
+        " a2-highgpu-1g (1 x NVIDIA_TESLA_A100, standard)\n"
+    ) in done.stdout
+    assert "\ncontinue             a2-ultragpu-2g, 2 A100, flex_start " in done.stdout
+    assert "note: continue is on machines of flex_start, counted at the price on" in done.stdout
+    spec = vertex.requests[-1][2]["pipelineSpec"]
+    pools = pools_of(spec)
+    assert {title for title in pools if pools[title] != before[title]} == {"continue"}
+    (pool,) = pools["continue"]
+    assert pool["machine_spec"] == {
+        "machine_type": "a2-ultragpu-2g",
+        "accelerator_type": "NVIDIA_A100_80GB",
+        "accelerator_count": 2,
+    }
+    assert pool["container_spec"]["env"] == [{"name": "EXPECTED_GPUS", "value": "2"}]
+    job = jobs_of(spec)["continue"]
+    assert (job.value("strategy"), job.value("max_wait_duration")) == ("FLEX_START", "10800s")
+    done = run("rerun", given | {"CONTINUE_MACHINES": "a2-highgpu-1g:NVIDIA_L4:1"})
+    assert done.returncode == 2
+    assert "CONTINUE_MACHINE_TYPE=a2-highgpu-1g carries 1 x" in last_message(done)
 
 
 def test_rerun_without_the_cache(vertex: Loopback, environment: dict[str, str]) -> None:

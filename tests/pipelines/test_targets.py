@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from pipelines.local import run_pipeline
+from pipelines.parameters import parameter_defaults
 from pipelines.stages import STAGES
 from trainer.runtime.errors import LiquidError
 
@@ -129,9 +130,11 @@ def test_what_follows_takes_all_of_it_from_the_cache(
     assert len(rows) == 4
     # Another seed, and the same temperatures at other updates
     make_targets(work, cached | {"seed": 8, "anneal_temp_schedule": "0:1.2,2:1.0"})
-    shown = re.findall(r"── (\S+): ", capsys.readouterr().out)
+    shown = re.findall(r"── (\S+): started", capsys.readouterr().out)
     assert shown == ["plan-targets", "anneal"]
     assert len(shares(work)) == 4
     again = run_pipeline(work, cached)
     assert again.ran == []
-    assert again.cached == [s.title for s in STAGES.values() if s.title != "teacher-online"]
+    values = parameter_defaults() | cached
+    on = [stage for stage in STAGES.values() if stage.runs_with(values) and not stage.setting]
+    assert again.cached == [stage.title for stage in on]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,10 @@ def test_what_a_stage_costs_for_an_hour() -> None:
         machine_type="n1-standard-8",
         accelerator_type="NVIDIA_TESLA_T4",
         accelerator_count=2,
-        spot=True,
+        scheduling="spot",
     )
     assert prices.hourly(spot) == pytest.approx((0.12 + 2 * 0.14) * 1.15)
+    assert prices.hourly(replace(spot, scheduling="flex_start")) == prices.hourly(t4)
 
 
 def test_a_plain_task_gets_the_cheapest_machine_that_is_large_enough() -> None:

@@ -73,7 +73,7 @@ def test_alpha_0_throughout_runs_no_teacher() -> None:
 
 
 def test_a_cached_teacher_is_run_by_its_workers_at_the_same_time() -> None:
-    environ = on("TARGETS", H100) | {"TARGETS_SPOT": "1"}
+    environ = on("TARGETS", H100) | {"TARGETS_SCHEDULING": "spot"}
     found = estimated({"teacher": "cached", "target_workers": 8}, environ)
     titles = [stage.title for stage in found.stages]
     assert titles[1:4] == ["plan-targets", "teacher-targets", "join-targets"]
