@@ -194,13 +194,13 @@ def test_a_run_whose_sidecars_are_all_gone_loses_nothing(
     job: Settings, tmp_path: Path, gcs_bucket: str, ended: bool
 ) -> None:
     uri = f"{gcs_bucket}/run"
-    job |= {"train_steps": 24, "log_interval": 8}
+    job |= {"train_steps": 40}
     lost = job | {"output_gcs_uri": uri, "local_workdir": str(tmp_path / "work")}
     process = start(lost)
     if ended:
         process.communicate(timeout=240)
     else:
-        assert wait_for(process, "step 16/24")
+        assert wait_for(process, "step 20/40")
         process.kill()
         process.communicate()
     location = open_location(uri)

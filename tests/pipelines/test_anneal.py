@@ -51,7 +51,8 @@ def sidecars(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def test_every_task_ran_once(first_run: LocalRun) -> None:
-    assert first_run.ran == TITLES
+    # The evaluation and the export do not wait for one another
+    assert sorted(first_run.ran) == sorted(TITLES)
 
 
 def test_a_run_has_a_directory_of_its_own(
@@ -138,10 +139,11 @@ def test_what_a_rerun_does_again(
     assert unchanged.ran == []
     assert unchanged.outputs["report"].path == first_run.outputs["report"].path
     last = run_pipeline(work, parameters | {"continue_train_steps": 3})
-    assert last.ran == ["continue", "pick-best-continued", "evaluate", "export"]
+    assert last.ran[:2] == ["continue", "pick-best-continued"]
+    assert sorted(last.ran[2:]) == ["evaluate", "export"]
     assert last.cached == [title for title in TITLES if title not in last.ran]
     first = run_pipeline(work, parameters | {"anneal_train_steps": 4})
-    assert first.ran == [title for title in TITLES if title not in ("prepare", "teacher-online")]
+    assert {*TITLES} - {*first.ran} == {"prepare", "teacher-online"}
 
 
 def exports(work: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.trainer.metrics.test_reading import HEADER
+from tests.trainer.metrics.test_reading_of_records import HEADER
 from trainer.metrics.lines import CHECKPOINT, END, EVALUATION, METRICS, UPDATE, NewerMetricsError
 from trainer.metrics.reading import RunRecord, read_run
 from trainer.metrics.recording import Recorder

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,7 @@ def test_scalars_after_the_step_that_a_run_goes_on_from_are_hidden(tmp_path: Pat
     for step in range(1, 6):
         first.add({"train/loss": 10.0 + step}, step)
     first.close()
+    time.sleep(1.1)  # TensorBoard orders files by the second in their names
     again = ScalarLog(str(tmp_path), step=3)
     for step in range(4, 7):
         again.add({"train/loss": 20.0 + step}, step)

@@ -49,7 +49,7 @@ def test_accelerators(wrong: str, meant: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "meant"),
     [
-        ("ANEAL_SPOT", "ANNEAL_SPOT"),
+        ("ANEAL_REPLICAS", "ANNEAL_REPLICAS"),
         ("ANNEAL_ACCELERATOR_CNT", "ANNEAL_ACCELERATOR_COUNT"),
         ("REGOIN", "REGION"),
         ("IMAGE", "TRAINER_IMAGE"),

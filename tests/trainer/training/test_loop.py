@@ -648,7 +648,7 @@ def test_a_failure_of_the_storage_says_that_nothing_is_saved(
     real = TrainStep.update
 
     def update(self: TrainStep, learning_rate: float) -> Any:
-        if self.optimizer.state and output.exists():
+        if self.optimizer.state and output.is_dir():
             shutil.rmtree(output)
             output.write_text("not a directory any more")
         return real(self, learning_rate)

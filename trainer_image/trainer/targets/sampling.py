@@ -24,7 +24,7 @@ from torch import Tensor
 
 from trainer.targets.records import LOWEST, Drawn, Layout, constant
 
-BLOCK = 128
+BLOCK = 64
 """Ids of a block."""
 
 _FAR_BELOW = -1e4
