@@ -523,6 +523,7 @@ def test_text_that_gives_no_tokens_is_refused(tokenizer_dir: Path, tmp_path: Pat
     assert not any((tmp_path / "cache" / "tokens").glob("*"))
 
 
+@pytest.mark.soak
 def test_an_unreachable_hub_data_set_is_one_line(tokenizer_dir: Path, tmp_path: Path) -> None:
     config = config_for(Path("no-such-owner/no-such-data"), tokenizer_dir, tmp_path / "cache")
     with pytest.raises(DataError, match="'no-such-owner/no-such-data' cannot be loaded"):
