@@ -72,8 +72,6 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
     if backend == "kfp":
         settings.check_kubeflow()
     stage = task_maker(settings, backend, STAGES)
-    # Tasks that run at the same time spoil each other's output in the local runner
-    at_a_time = 1 if backend == "local" else 0
 
     @dsl.pipeline(name=NAME, description="Distil a language model at a short, then a long context")
     def anneal_and_continue(
@@ -134,19 +132,11 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
             start = f"{key}_"
             return {n.removeprefix(start): v for n, v in given.items() if n.startswith(start)}
 
-        streams = stage("prepare", prepare_tokens)(
-            teacher_name=teacher_name,
-            teacher_revision=teacher_revision,
-            dataset_name=dataset_name,
-            dataset_config=dataset_config,
-            dataset_revision=dataset_revision,
-            text_column=text_column,
-            hf_secret_name=hf_secret_name,
-        ).outputs["tokens"]
+        streams = prepared(stage, given)
         training = {
             "teacher_name": teacher_name,
             "teacher_revision": teacher_revision,
-            "teacher_targets": _targets(stage, at_a_time, streams, given),
+            "teacher_targets": _targets(stage, backend, streams, given),
             "eval_ctx_lens": eval_ctx_lens,
             "save_best_on": best_metric,
             "seed": seed,
@@ -196,9 +186,54 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
     return anneal_and_continue
 
 
+def prepared(stage: Callable[[str, Any], Callable[..., Any]], given: Mapping[str, Any]) -> Any:
+    """The token streams, made by the first task.
+
+    Args:
+        stage: makes tasks.
+        given: the pipeline's parameters.
+    """
+    of_data_set = ("dataset_name", "dataset_config", "dataset_revision", "text_column")
+    names = ("teacher_name", "teacher_revision", *of_data_set, "hf_secret_name")
+    making = stage("prepare", prepare_tokens)(**{name: given[name] for name in names})
+    return making.outputs["tokens"]
+
+
+def at_a_time(backend: str, most: int = 0) -> int:
+    """How many tasks of a loop run together, ``most`` where a backend can; 0 is all of them.
+
+    In the local runner, tasks that run at the same time spoil each other's output.
+    """
+    return 1 if backend == "local" else most
+
+
+def made_targets(
+    stage: Callable[[str, Any], Callable[..., Any]],
+    backend: str,
+    streams: Any,
+    shares: Any,
+    given: Mapping[str, Any],
+) -> Mapping[str, Any]:
+    """The outputs of the task that joins the teacher's targets, after the workers that make them.
+
+    Args:
+        stage: makes tasks.
+        backend: says how many workers run together.
+        streams: the token streams.
+        shares: of the workers.
+        given: the pipeline's parameters.
+    """
+    names = ("teacher_name", "teacher_revision", "eval_ctx_lens", "hf_secret_name")
+    own = {name: given[name] for name in names}
+    with dsl.ParallelFor(shares, name="shares", parallelism=at_a_time(backend)) as share:
+        shards = stage("targets", teacher_targets)(tokens=streams, share=share, **own)
+    joined = stage("join", join_targets)(places=dsl.Collected(shards.outputs["place"]))
+    return dict(joined.outputs)
+
+
 def _targets(
     stage: Callable[[str, Any], Callable[..., Any]],
-    at_a_time: int,
+    backend: str,
     streams: Any,
     given: Mapping[str, Any],
 ) -> Any:
@@ -209,7 +244,7 @@ def _targets(
 
     Args:
         stage: makes tasks.
-        at_a_time: the most workers that run together; 0 is all of them.
+        backend: says how many workers run together.
         streams: the token streams.
         given: the pipeline's parameters.
     """
@@ -224,19 +259,10 @@ def _targets(
                 for name in ("block_size", "temperature", "temp_schedule")
             },
         ).output
-        with dsl.ParallelFor(shares, name="shares", parallelism=at_a_time) as share:
-            shards = stage("targets", teacher_targets)(
-                tokens=streams,
-                teacher_name=given["teacher_name"],
-                teacher_revision=given["teacher_revision"],
-                share=share,
-                eval_ctx_lens=given["eval_ctx_lens"],
-                hf_secret_name=given["hf_secret_name"],
-            ).outputs["place"]
-        joined = stage("join", join_targets)(places=dsl.Collected(shards))
+        joined = made_targets(stage, backend, streams, shares, given)
     with dsl.Else(name=ONLINE):
         none = stage("online", no_targets)()
-    return dsl.OneOf(joined.outputs["place"], none.outputs["place"])
+    return dsl.OneOf(joined["place"], none.outputs["place"])
 
 
 def _export(

@@ -319,6 +319,24 @@ def _check_more(more: Mapping[str, Any], stage: str) -> None:
             raise UsageError(f"{name} is not for {stage}_more_settings: {advice[name]}")
 
 
+def parameters_to_send(settings: Settings, backend: str) -> dict[str, Any]:
+    """What ``PARAMS`` gives, if a submission may have it.
+
+    Raises:
+        UsageError: a parameter that is unknown, that a stage would refuse, or that no stage can
+            use where it runs.
+    """
+    parameters = parse_parameters(os.environ.get("PARAMS", ""))
+    check_parameters(parameters, settings.processes(backend))
+    check_cloud_parameters(parameters)
+    if settings.model_name and not parameters.get("export", True):
+        raise UsageError(
+            f"PARAMS: export=false leaves nothing to register as MODEL_NAME={settings.model_name};"
+            " leave one of them out"
+        )
+    return parameters
+
+
 def check_cloud_parameters(values: Mapping[str, Any]) -> None:
     """Refuse what exists on this machine, but not where the stages run.
 

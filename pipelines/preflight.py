@@ -15,7 +15,6 @@ from trainer.runtime.signals import watch_signals
 if __name__ == "__main__":
     watch_signals()  # before anything is imported that takes a while
 
-import os
 import sys
 import time
 from collections import Counter
@@ -33,12 +32,7 @@ from pipelines.checks.google_cloud import Account, caller
 from pipelines.checks.hub import hub_checks
 from pipelines.checks.places import Places
 from pipelines.checks.rights import StageAccount
-from pipelines.parameters import (
-    check_cloud_parameters,
-    check_parameters,
-    parameter_defaults,
-    parse_parameters,
-)
+from pipelines.parameters import parameter_defaults, parameters_to_send
 from pipelines.settings import Settings, load_settings
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import LiquidError
@@ -156,9 +150,7 @@ def main(argv: list[str]) -> None:
     set_up_logging()
     OneLineParser("python -m pipelines.preflight", description=__doc__).parse_args(argv)
     settings = load_settings()
-    parameters = parse_parameters(os.environ.get("PARAMS", ""))
-    check_parameters(parameters, settings.processes("vertex"))
-    check_cloud_parameters(parameters)
+    parameters = parameters_to_send(settings, "vertex")
     settings.require(*NEEDED).check_vertex()
     _, findings = preflight(settings, parameters)
     print(report(findings, all_of_them=True), flush=True)

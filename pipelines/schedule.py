@@ -23,12 +23,7 @@ from pipelines.anneal import NAME
 from pipelines.estimates.plan import plan_of_run
 from pipelines.estimates.stages import estimate
 from pipelines.estimates.text import text
-from pipelines.parameters import (
-    check_cloud_parameters,
-    check_parameters,
-    parameter_defaults,
-    parse_parameters,
-)
+from pipelines.parameters import parameter_defaults, parameters_to_send
 from pipelines.pins import with_revisions
 from pipelines.settings import Settings, load_settings
 from pipelines.submit import Switches, new_run_id, ready_for_vertex, vertex_job
@@ -97,9 +92,7 @@ def main(argv: list[str]) -> None:
     set_up_logging()
     OneLineParser("python -m pipelines.schedule", description=__doc__).parse_args(argv)
     settings = load_settings()
-    parameters = parse_parameters(os.environ.get("PARAMS", ""))
-    check_parameters(parameters, settings.processes("vertex"))
-    check_cloud_parameters(parameters)
+    parameters = parameters_to_send(settings, "vertex")
     parameters = with_revisions(parameters, parameter_defaults())
     schedule(settings, parameters, os.environ.get("CRON", ""))
 

@@ -27,13 +27,10 @@ from typing import Any, NamedTuple
 
 from kfp import dsl
 
-from components.join_targets import join_targets
 from components.keep_trials import keep_trials
-from components.prepare_tokens import prepare_tokens
 from components.rank_trials import rank_trials
-from components.teacher_targets import teacher_targets
 from components.train_trial import train_trial
-from pipelines.anneal import BACKENDS, task_maker
+from pipelines.anneal import BACKENDS, at_a_time, made_targets, prepared, task_maker
 from pipelines.embedded import build_corpus, build_teacher
 from pipelines.estimates.plan import plan_of_run
 from pipelines.estimates.stages import estimate
@@ -110,9 +107,6 @@ def build_search(search: Search, settings: Settings, backend: str) -> Any:
             " machine; leave it out, and give the grid a higher parallelism"
         )
     stage = task_maker(settings, backend, search_stages(search))
-    # Tasks that run at the same time spoil each other's output in the local runner
-    local = backend == "local"
-    parallelism = 1 if local else search.grid.parallelism
 
     @dsl.pipeline(name=NAME, description="Try settings in short trainings and rank them")
     def try_and_rank(
@@ -131,31 +125,16 @@ def build_search(search: Search, settings: Settings, backend: str) -> Any:
         trials_uri: str,
         parameters: dict,
     ) -> Outputs:
-        streams = stage("prepare", prepare_tokens)(
-            teacher_name=teacher_name,
-            teacher_revision=teacher_revision,
-            dataset_name=dataset_name,
-            dataset_config=dataset_config,
-            dataset_revision=dataset_revision,
-            text_column=text_column,
-            hf_secret_name=hf_secret_name,
-        ).outputs["tokens"]
+        given = dict(locals())
+        streams = prepared(stage, given)
         every: dict[str, Any] = {"tokens": streams, "common": common, "trials_uri": trials_uri}
         every["hf_secret_name"] = hf_secret_name
         if search.needs_targets:
-            with dsl.ParallelFor(shares, name="shares", parallelism=1 if local else 0) as share:
-                shards = stage("targets", teacher_targets)(
-                    tokens=streams,
-                    teacher_name=teacher_name,
-                    teacher_revision=teacher_revision,
-                    share=share,
-                    eval_ctx_lens=eval_ctx_lens,
-                    hf_secret_name=hf_secret_name,
-                ).outputs["place"]
-            joined = stage("join", join_targets)(places=dsl.Collected(shards))
+            joined = made_targets(stage, backend, streams, shares, given)
             # In the local runner a loop takes an artifact, but no parameter, of another task
-            every["targets"] = joined.outputs["targets"]
-        ranking = _climb(stage, search, trials, every, parallelism)
+            every["targets"] = joined["targets"]
+        together = at_a_time(backend, search.grid.parallelism)
+        ranking = _climb(stage, search, trials, every, together)
         ranked = stage("rank", rank_trials)(metric=metric, parameters=parameters, **ranking)
         return Outputs(**{name: ranked.outputs[name] for name in Outputs._fields})
 
@@ -312,7 +291,7 @@ def submit(backend: str, path: str) -> None:
         UsageError: something is missing or makes no sense.
         LiquidError: it could not be sent, or, with ``WAIT=1``, the run failed.
     """
-    settings = load_settings()
+    settings, switches = load_settings(), Switches()
     own = parse_parameters(os.environ.get("PARAMS", ""))
     check_cloud_parameters(own)
     base = with_revisions(own, parameter_defaults())
@@ -321,7 +300,7 @@ def submit(backend: str, path: str) -> None:
     if backend == "vertex":
         looked_at = [STAGE, "targets"] if search.needs_targets else [STAGE]
         asked = {**search.base, "teacher": CACHED}
-        settings = ready_for_vertex(settings, asked, Switches(), looked_at)
+        settings = ready_for_vertex(settings, asked, switches, looked_at)
     else:
         beside = {} if host else {"HOST": "address of Kubeflow Pipelines, http://…"}
         settings.require("pipeline_root", "trainer_image", beside=beside)
@@ -337,9 +316,9 @@ def submit(backend: str, path: str) -> None:
         return f"{summary(search)}\n{forecast(search, settings, backend)}"
 
     if backend == "vertex":
-        submit_vertex(settings, given, build, NAME, expected)
+        submit_vertex(settings, given, switches, build, NAME, expected)
     else:
-        submit_kfp(settings, given, host, build, NAME, expected)
+        submit_kfp(settings, given, host, switches, build, NAME, expected)
 
 
 def main(argv: list[str]) -> None:

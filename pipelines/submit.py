@@ -34,12 +34,7 @@ from pipelines.estimates.plan import plan_of_run
 from pipelines.estimates.prices import read_prices
 from pipelines.estimates.stages import estimate
 from pipelines.estimates.text import text
-from pipelines.parameters import (
-    check_cloud_parameters,
-    check_parameters,
-    parameter_defaults,
-    parse_parameters,
-)
+from pipelines.parameters import check_parameters, parameter_defaults, parameters_to_send
 from pipelines.pins import with_revisions
 from pipelines.settings import Settings, load_settings
 from trainer.runtime.commands import run_command
@@ -113,6 +108,7 @@ def _estimate_of(
 def submit_vertex(
     settings: Settings,
     parameters: dict[str, Any],
+    switches: Switches,
     build: Build = build_pipeline,
     name: str = NAME,
     expected: Callable[[], str] | None = None,
@@ -122,6 +118,7 @@ def submit_vertex(
     Args:
         settings: from `ready_for_vertex`.
         parameters: of the pipeline.
+        switches: say how.
         build: makes the pipeline.
         name: of the pipeline, which the run's begins with.
         expected: says what the run takes; the annealing's estimate by default.
@@ -130,7 +127,6 @@ def submit_vertex(
         UsageError: something is missing or makes no sense.
         LiquidError: it could not be sent, or, with ``WAIT=1``, the run failed.
     """
-    switches = Switches()
     expected = expected or _estimate_of(settings, parameters, "vertex", switches)
     from google.cloud.aiplatform_v1 import PipelineJob
 
@@ -246,6 +242,7 @@ def submit_kfp(
     settings: Settings,
     parameters: dict[str, Any],
     host: str,
+    switches: Switches,
     build: Build = build_pipeline,
     name: str = NAME,
     expected: Callable[[], str] | None = None,
@@ -258,7 +255,6 @@ def submit_kfp(
         UsageError: something is missing.
         LiquidError: it could not be sent, or, with ``WAIT=1``, the run failed.
     """
-    switches = Switches()
     beside = {} if host else {"HOST": "address of Kubeflow Pipelines, http://…"}
     settings.require("trainer_image", beside=beside)
     expected = expected or _estimate_of(settings, parameters, "kfp", switches)
@@ -351,20 +347,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("backend", choices=("vertex", "kfp"), nargs="?", default="vertex")
     backend = parser.parse_args(argv).backend
     settings = load_settings()
-    parameters = parse_parameters(os.environ.get("PARAMS", ""))
-    check_parameters(parameters, settings.processes(backend))
-    check_cloud_parameters(parameters)
-    if settings.model_name and not parameters.get("export", True):
-        raise UsageError(
-            f"PARAMS: export=false leaves nothing to register as MODEL_NAME={settings.model_name};"
-            " leave one of them out"
-        )
+    parameters = parameters_to_send(settings, backend)
     parameters = with_revisions(parameters, parameter_defaults())
+    switches = Switches()
     if backend == "vertex":
-        settings = ready_for_vertex(settings, parameters, Switches())
-        submit_vertex(settings, parameters)
+        settings = ready_for_vertex(settings, parameters, switches)
+        submit_vertex(settings, parameters, switches)
     else:
-        submit_kfp(settings, parameters, os.environ.get("HOST", ""))
+        submit_kfp(settings, parameters, os.environ.get("HOST", ""), switches)
 
 
 if __name__ == "__main__":
