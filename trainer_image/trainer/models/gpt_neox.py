@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from trainer.models.renaming import with_blocks
 from trainer.models.student import ROPE_BASE, StudentConfig
 
 _NAMES = {
@@ -31,22 +32,20 @@ def gpt_neox_weights(
     GPT-NeoX keeps query, key and value of one head together; the student all queries, then all
     keys, then all values. The output head's name, ``head``, is another one in some releases.
     """
-    renamed = {
+
+    def by_head(part: str, tensor: Tensor) -> Tensor:
+        if part != "attn.in_proj_":
+            return tensor
+        apart = tensor.reshape(3, n_heads, -1, *tensor.shape[1:]).transpose(0, 1)
+        return apart.reshape(tensor.shape)
+
+    others = {
         "gpt_neox.embed_in.weight": weights["embed.weight"],
         "gpt_neox.final_layer_norm.weight": weights["ln_f.weight"],
         "gpt_neox.final_layer_norm.bias": weights["ln_f.bias"],
         f"{head}.weight": weights["lm_head.weight"],
     }
-    for name, tensor in weights.items():
-        if not name.startswith("blocks."):
-            continue
-        _, layer, rest = name.split(".", 2)
-        ours = next(prefix for prefix in _NAMES if rest.startswith(prefix))
-        if ours == "attn.in_proj_":
-            by_head = tensor.reshape(3, n_heads, -1, *tensor.shape[1:]).transpose(0, 1)
-            tensor = by_head.reshape(tensor.shape)
-        renamed[f"gpt_neox.layers.{layer}.{rest.replace(ours, _NAMES[ours], 1)}"] = tensor
-    return {name: tensor.contiguous().clone() for name, tensor in renamed.items()}
+    return with_blocks(others, weights, "gpt_neox.layers", _NAMES, by_head)
 
 
 def gpt_neox_model(weights: Mapping[str, Tensor], config: StudentConfig, positions: int) -> Any:

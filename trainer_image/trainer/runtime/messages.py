@@ -20,6 +20,11 @@ def brief(value: Any) -> str:
     return shortened(repr(value))
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def duration(seconds: float) -> str:
     """Seconds as people say them, in two units at most: ``2 h 5 min``."""
     if seconds < 59.5:

@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 
 from trainer.runtime.errors import LiquidError, StorageError, UsageError
 from trainer.runtime.log import log
+from trainer.runtime.messages import one_line
 from trainer.storage.base import (
     CLAIM,
     KIB,
@@ -786,7 +787,7 @@ def _one_line(error: BaseException) -> str:
             reason = reason.args[-1]
         host = urlsplit(getattr(error.request, "url", "") or "").netloc
         return f"no answer from {host or 'the server'}: {str(reason).rsplit(': ', 1)[-1]}"
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error)
 
 
 def _server_message(error: exceptions.GoogleAPICallError) -> str:

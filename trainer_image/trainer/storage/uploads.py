@@ -28,6 +28,7 @@ from dataclasses import dataclass
 
 from trainer.runtime.errors import LiquidError, StorageError
 from trainer.runtime.log import log
+from trainer.runtime.messages import one_line
 from trainer.storage.base import Entry, Location, check_name
 
 Write = Callable[[str], Entry]
@@ -235,8 +236,8 @@ class Uploader:
         try:
             self._carry_out(group)
         except Exception as error:  # noqa: BLE001 - nothing depends on it
-            why = " ".join(str(error).split()) or type(error).__name__
-            log.warning("%s is not kept: %s", self._location.child(group.names[0]), why)
+            place = self._location.child(group.names[0])
+            log.warning("%s is not kept: %s", place, one_line(error))
 
     def _carry_out(self, group: _Group) -> None:
         if group.make is None:

@@ -20,6 +20,7 @@ from trainer.runtime.ahead import Ahead
 from trainer.runtime.compiled_code import LIMIT, UnusableError, collect, use, watch_triton
 from trainer.runtime.errors import LiquidError
 from trainer.runtime.log import log
+from trainer.runtime.messages import one_line
 from trainer.settings.config import NO_COMPILE_CACHE, TrainConfig
 from trainer.storage.base import StorageMissingError
 from trainer.storage.files import in_home
@@ -89,7 +90,7 @@ class CompileCache:
         try:
             make = collect(self._device, self._known) if wanted else None
         except Exception as error:  # noqa: BLE001 - compilers raise many kinds, and none matters
-            log.warning("the compiled code is not kept: %s", " ".join(str(error).split()))
+            log.warning("the compiled code is not kept: %s", one_line(error))
             return
         if make is not None:
             self._snapshots.keep_compiled(make)

@@ -34,7 +34,7 @@ from trainer.metrics.recording import Recorder
 from trainer.models.teacher import Teacher
 from trainer.runtime.errors import CheckpointError, Preempted, TrainingError
 from trainer.runtime.log import ProgressBar, log, log_values, seconds_since_start
-from trainer.runtime.messages import duration, shortened
+from trainer.runtime.messages import duration, one_line, shortened
 from trainer.runtime.processes import Processes
 from trainer.runtime.signals import saving_on_signals
 from trainer.settings.config import TrainConfig
@@ -103,22 +103,8 @@ class TrainingLoop:
         self.progress = Progress.load(start.trainer_state)
         if not self.continued:
             self.progress.first_step = start.step
-        try:
-            self.device_step = TrainStep(
-                config,
-                start.student,
-                teacher,
-                precision,
-                self.processes,
-                start.optimizer_state,
-                None if targets is None else targets.made.layout,
-            )
-        except CheckpointError as error:
-            raise CheckpointError(f"{start.source}: {error}") from None
+        self.device_step = self._step_of(start, teacher)
         self.student = self.device_step.student
-        # Empty where the run was on a machine that needed no loss scaling
-        if precision.loss_scaling and start.trainer_state.get("loss_scale"):
-            self.device_step.scaler.load_state_dict(start.trainer_state["loss_scale"])
         self.evaluator = Evaluator(
             config,
             streams,
@@ -154,6 +140,25 @@ class TrainingLoop:
         self._began = start.step
         self._whole = True
         """Whether the weights are those of a complete update."""
+
+    def _step_of(self, start: Start, teacher: Teacher | None) -> TrainStep:
+        """The update on the device, with what a run that goes on has of it."""
+        try:
+            step = TrainStep(
+                self.config,
+                start.student,
+                teacher,
+                self.precision,
+                self.processes,
+                start.optimizer_state,
+                None if self.targets is None else self.targets.made.layout,
+            )
+        except CheckpointError as error:
+            raise CheckpointError(f"{start.source}: {error}") from None
+        # Empty where the run was on a machine that needed no loss scaling
+        if self.precision.loss_scaling and start.trainer_state.get("loss_scale"):
+            step.scaler.load_state_dict(start.trainer_state["loss_scale"])
+        return step
 
     def run(self) -> RunResult:
         """Train to ``train_steps`` or ``stop_at`` with evaluations, snapshots and log lines.
@@ -609,8 +614,7 @@ class TrainingLoop:
                 self._save_alone()
                 log.warning("a failure ends the run; saving step %d first", self.step)
             except Exception as error:  # noqa: BLE001 - the first failure is the one to report
-                why = " ".join(str(error).split()) or type(error).__name__
-                log.warning("step %d is not saved: %s", self.step, why)
+                log.warning("step %d is not saved: %s", self.step, one_line(error))
         self.snapshots.rescue(reason)
 
     def _save_alone(self) -> None:

@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.models.renaming import with_blocks
 from trainer.models.student import StudentConfig
+
+_NAMES = {
+    "ln1.": "ln_1.",
+    "ln2.": "ln_2.",
+    "attn.in_proj_": "attn.c_attn.",
+    "attn.out_proj.": "attn.c_proj.",
+    "mlp.0.": "mlp.c_fc.",
+    "mlp.2.": "mlp.c_proj.",
+}
 
 
 def gpt2_weights(weights: Mapping[str, Tensor], positions: int) -> dict[str, Tensor]:
@@ -16,29 +26,18 @@ def gpt2_weights(weights: Mapping[str, Tensor], positions: int) -> dict[str, Ten
 
     GPT-2 keeps its projections as ``Conv1D``, that is transposed.
     """
-    renamed = {
+    others = {
         "transformer.wte.weight": weights["embed.weight"],
         "transformer.wpe.weight": weights["pos.weight"][:positions],
         "transformer.ln_f.weight": weights["ln_f.weight"],
         "transformer.ln_f.bias": weights["ln_f.bias"],
         "lm_head.weight": weights["lm_head.weight"],
     }
-    pairs = {
-        "ln1.": "ln_1.",
-        "ln2.": "ln_2.",
-        "attn.in_proj_": "attn.c_attn.",
-        "attn.out_proj.": "attn.c_proj.",
-        "mlp.0.": "mlp.c_fc.",
-        "mlp.2.": "mlp.c_proj.",
-    }
-    for name, tensor in weights.items():
-        if not name.startswith("blocks."):
-            continue
-        _, layer, rest = name.split(".", 2)
-        ours = next(prefix for prefix in pairs if rest.startswith(prefix))
-        target = f"transformer.h.{layer}.{rest.replace(ours, pairs[ours], 1)}"
-        renamed[target] = tensor.T if tensor.ndim == 2 else tensor
-    return {name: tensor.contiguous().clone() for name, tensor in renamed.items()}
+
+    def transposed(_: str, tensor: Tensor) -> Tensor:
+        return tensor.T if tensor.ndim == 2 else tensor
+
+    return with_blocks(others, weights, "transformer.h", _NAMES, transposed)
 
 
 def gpt2_model(weights: Mapping[str, Tensor], config: StudentConfig, positions: int) -> Any:
