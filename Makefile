@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-JOBS ?= 2
+# Tests at once: one more than there are cores, for some wait; of memory each takes about 1 GB
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); test $$n -le 8 || n=8; echo $$((n + 1)))
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
@@ -89,7 +90,7 @@ lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/mypy
 
 .PHONY: test
-test: lint ## lint, then the tests that need no GPU, but for soak (JOBS=2 at a time)
+test: lint ## lint, then the tests that need no GPU, but for soak (JOBS=3 at a time)
 	@$(BIN)/python -m pytest -q -m 'not soak' -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: soak

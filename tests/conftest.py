@@ -40,14 +40,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @contextlib.contextmanager
 def log_as_it_was() -> Iterator[None]:
-    """A command called in process sets up log and signals; the next test has another stderr."""
-    handlers, propagate, level, hook = log.handlers[:], log.propagate, log.level, sys.excepthook
-    on_sigterm = signal.getsignal(signal.SIGTERM)
+    """A command called in process sets up log and signals; the next test has another stderr.
+
+    So does one that a fixture of a whole module calls: its handler is not this test's.
+    """
+    level, hook, on_sigterm = log.level, sys.excepthook, signal.getsignal(signal.SIGTERM)
+    log.handlers[:], log.propagate = [], True
     try:
         yield
     finally:
         release_signals()
-        log.handlers[:], log.propagate, sys.excepthook = handlers, propagate, hook
+        log.handlers[:], log.propagate, sys.excepthook = [], True, hook
         log.setLevel(level)
         signal.signal(signal.SIGTERM, on_sigterm)
 

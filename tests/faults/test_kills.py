@@ -150,7 +150,7 @@ def test_kills(
     place: str, job: Settings, tmp_path: Path, gcs_bucket: str, gcs_proxy: FaultProxy
 ) -> None:
     uri = gcs_bucket if place == "gs" else str(tmp_path / "out")
-    kills = 2 if place == "gs" else 3
+    kills = 1 if place == "gs" else 3
     counts = kill_often(job, uri, kills, tmp_path, seed=1)
     assert counts["kills"] == kills
 

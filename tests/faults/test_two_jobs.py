@@ -166,6 +166,7 @@ def test_of_two_jobs_that_start_at_once_one_goes_on(
     place: str, job: dict[str, Any], tmp_path: Path
 ) -> None:
     delay = 0.0 if place.startswith("gs://") else 1.0
+    job |= {"train_steps": 20}
     start_two(job, f"{place}/run", tmp_path / "jobs", delay)
 
 

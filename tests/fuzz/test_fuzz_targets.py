@@ -254,7 +254,7 @@ def test_whole_targets_are_accepted(property_of: Callable[[Any], bool]) -> None:
 
 def test_damaged_targets(property_of: Callable[[Any], bool]) -> None:
     with bounded_memory():
-        run_property(property_of, CHANGES, examples=200)
+        run_property(property_of, CHANGES, examples=60)
 
 
 @pytest.mark.soak

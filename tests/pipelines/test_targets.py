@@ -39,7 +39,7 @@ def _small_shards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def cached(parameters: dict[str, Any]) -> dict[str, Any]:
-    return parameters | {"teacher": "cached", "target_workers": 4}
+    return parameters | {"teacher": "cached", "target_workers": 2}
 
 
 def make_targets(work: Path, parameters: dict[str, Any]) -> None:
@@ -86,7 +86,7 @@ class Killer(threading.Thread):
 
 @pytest.fixture(scope="module")
 def killed(cached: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Killer]:
-    """Targets that four workers have made, one of which was killed on the way."""
+    """Targets that two workers have made, one of which was killed on the way."""
     work = tmp_path_factory.mktemp("killed")
     killer = Killer(work, worker=1)
     killer.start()
@@ -100,18 +100,19 @@ def test_a_killed_worker_goes_on_behind_its_last_whole_shard(
     work, killer = killed
     told = min(work.glob("runs/*/pipeline.log")).read_text()
     ends = re.findall(r"'teacher-targets'\S* finished with status \S*?(SUCCESS|FAILURE)", told)
-    assert ends == ["SUCCESS", "FAILURE", "SUCCESS", "SUCCESS", "SUCCESS"]
+    assert sorted(ends) == ["FAILURE", "SUCCESS", "SUCCESS"]
     share = shares(work)[1]
     assert len(list(share.glob("train-*.bin"))) > len(killer.kept) > 0, "it was killed on the way"
     assert {name: (share / name).stat().st_mtime_ns for name in killer.kept} == killer.kept
 
 
+@pytest.mark.soak
 def test_one_worker_makes_the_same_bit_for_bit(
     killed: tuple[Path, Killer], cached: dict[str, Any], tmp_path: Path
 ) -> None:
     work, _ = killed
     make_targets(tmp_path, cached | {"target_workers": 1})
-    assert len(shares(work)) == 4
+    assert len(shares(work)) == 2
     assert len(shares(tmp_path)) == 1
     assert content(work) == content(tmp_path)
     assert len([name for name in content(work) if name.startswith("train-")]) >= 16
@@ -132,7 +133,7 @@ def test_what_follows_takes_all_of_it_from_the_cache(
     make_targets(work, cached | {"seed": 8, "anneal_temp_schedule": "0:1.2,2:1.0"})
     shown = re.findall(r"── (\S+): started", capsys.readouterr().out)
     assert shown == ["plan-targets", "anneal"]
-    assert len(shares(work)) == 4
+    assert len(shares(work)) == 2
     again = run_pipeline(work, cached)
     assert again.ran == []
     values = parameter_defaults() | cached
