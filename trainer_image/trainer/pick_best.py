@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.checkpoints.metadata import metric_of
-from trainer.checkpoints.sidecar import read_sidecars, without_sidecar
+from trainer.checkpoints.sidecar import Sidecar, digest_of_all, read_sidecars, without_sidecar
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import CheckpointError
 from trainer.runtime.log import log, set_up_logging
@@ -33,6 +33,10 @@ class Picked:
     value: float
     """Its metric; lower is better."""
     meta: dict[str, Any]
+    digest: str
+    """Of its file."""
+    among: str
+    """The digest of all checkpoints with sidecars, of which it is one."""
 
 
 def run(sources: Sequence[str], metric: str) -> Picked:
@@ -50,13 +54,14 @@ def run(sources: Sequence[str], metric: str) -> Picked:
         StorageError: a source cannot be listed.
     """
     found: list[str] = []
-    best: tuple[tuple[float, int, bool], Picked] | None = None
+    best: tuple[tuple[float, int, bool], str, Sidecar] | None = None
+    every: list[Sidecar] = []
     for source in sources:
         location = open_location(source)
         sizes = {entry.name: entry.size for entry in location.list()}
         for name in without_sidecar(set(sizes)):
             log.warning("%s has no sidecar and is passed over", location.child(name))
-        for sidecar in read_sidecars(location):
+        for sidecar in (there := read_sidecars(location)):
             value = metric_of(sidecar.meta, metric)
             problem = ""
             if sidecar.meta.get("metrics_step", sidecar.step) != sidecar.step:
@@ -72,15 +77,16 @@ def run(sources: Sequence[str], metric: str) -> Picked:
             # Of several names for one snapshot, the one that retention will not take away
             rank = (value, sidecar.step, not sidecar.name.startswith("best"))
             if best is None or rank < best[0]:
-                uri = location.child(sidecar.name)
-                best = (rank, Picked(uri, sidecar.step, value, sidecar.meta))
+                best = (rank, location.child(sidecar.name), sidecar)
+        every += there
     if best is None:
         listed = "; ".join(found) or "no checkpoint with a sidecar"
         raise CheckpointError(
             f"no checkpoint in {', '.join(sources)} has a finite {metric!r}; found: {listed}"
         )
-    log.info("best by %s: %s, %.4f at step %d", metric, best[1].uri, best[1].value, best[1].step)
-    return best[1]
+    (value, step, _), uri, sidecar = best
+    log.info("best by %s: %s, %.4f at step %d", metric, uri, value, step)
+    return Picked(uri, step, value, sidecar.meta, sidecar.digest, digest_of_all(every))
 
 
 def main(argv: list[str]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from trainer.checkpoints.checkpoint import Snapshot
-from trainer.checkpoints.metadata import reset_meta
+from trainer.checkpoints.metadata import origin_of, reset_meta
 from trainer.checkpoints.names import sidecar_name
 from trainer.checkpoints.snapshots import read_from
 from trainer.runtime.commands import run_command
@@ -77,13 +77,7 @@ def run(
         _check_memory(source.weights["pos.weight"], block_size)
     weights, config = stretched_student(source.weights, config, trained, block_size, method)
     old_context = source.context or trained
-    origin = {
-        "checkpoint": checkpoint,
-        "step": source.step,
-        "block_size": old_context,
-        "metrics": source.meta.get("metrics") or {},
-        "pos_resize": method,
-    }
+    origin = origin_of(source, old_context, pos_resize=method)
     meta = reset_meta(
         source.meta,
         config,

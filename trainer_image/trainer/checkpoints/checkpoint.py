@@ -75,6 +75,8 @@ class Checkpoint:
     step: int = 0
     trainer_state: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+    digest: str | None = None
+    """Of its file; None for one that was only looked into."""
 
     @cached_property
     def _shapes(self) -> StudentConfig:

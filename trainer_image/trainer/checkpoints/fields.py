@@ -99,12 +99,14 @@ _NESTED = {
     "model": {"vocab_size": whole(1), "d_model": whole(1), "n_layers": whole(1)},
     "origin": {
         "checkpoint": TEXT,
+        "digest": TEXT,
         "step": whole(0),
         "block_size": whole(1),
         "metrics": METRICS,
         "pos_resize": TEXT,
     },
     "settings": {},
+    "code": dict.fromkeys(("version", "commit", "image"), TEXT),
     "pending_schedules": {"alpha": TEXT, "T": TEXT},
 }
 

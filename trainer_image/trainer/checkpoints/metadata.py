@@ -10,11 +10,13 @@ from trainer.checkpoints.fields import is_number
 from trainer.models.pretrained import Pretrained
 from trainer.runtime.errors import CheckpointError, UsageError
 from trainer.runtime.messages import shortened
+from trainer.runtime.provenance import running_code
 from trainer.settings.config import SETTINGS, TrainConfig, check_values
 from trainer.settings.schedules import learning_rate
 from trainer.settings.values import parse_value
 
 if TYPE_CHECKING:
+    from trainer.checkpoints.checkpoint import Checkpoint
     from trainer.models.student import StudentConfig
 
 FORMAT_VERSION = 1
@@ -110,6 +112,25 @@ def build_meta(
         "seed": config.seed,
         "settings": config.run_settings(),
         "origin": dict(origin or {}),
+        "code": running_code(),
+    }
+
+
+def origin_of(source: Checkpoint, context: int | None, **more: Any) -> dict[str, Any]:
+    """What a new phase's metadata says of the checkpoint that it came from.
+
+    Args:
+        source: the checkpoint.
+        context: that it was trained at, in tokens; None where nothing tells.
+        more: what was done to it.
+    """
+    return {
+        "checkpoint": source.source,
+        "digest": source.digest,
+        "step": source.step,
+        "block_size": context,
+        "metrics": source.meta.get("metrics") or {},
+        **more,
     }
 
 
@@ -147,6 +168,7 @@ def reset_meta(
         "metrics": {},
         "metrics_step": -1,
         "origin": dict(origin),
+        "code": running_code(),
     }
 
 
@@ -190,6 +212,13 @@ def targets_of(meta: Mapping[str, Any]) -> str | None:
     """The fingerprint of the targets that a run was trained from; None without any."""
     fingerprint = meta.get("teacher_targets")
     return fingerprint if isinstance(fingerprint, str) else None
+
+
+def origin_digest(meta: Mapping[str, Any]) -> str:
+    """The digest of the checkpoint that a run or a resized checkpoint came from; else empty."""
+    origin = meta.get("origin")
+    digest = origin.get("digest") if isinstance(origin, dict) else None
+    return digest if isinstance(digest, str) else ""
 
 
 def teacher_of(meta: Mapping[str, Any], cache_dir: str) -> Pretrained | None:

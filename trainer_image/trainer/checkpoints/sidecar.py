@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -18,7 +19,9 @@ from trainer.runtime.errors import CheckpointError
 from trainer.runtime.log import log
 from trainer.runtime.strict_json import dumps
 from trainer.storage.base import Location, StorageMissingError, StorageTooLargeError
+from trainer.storage.digests import as_crc32c, digest_of_sums
 from trainer.storage.files import crc32c_of
+from trainer.storage.places import open_location, split_uri
 
 SIDECAR_LIMIT = 8 << 20
 """Bytes; a larger sidecar is not one of ours."""
@@ -43,6 +46,11 @@ class Sidecar:
     def step(self) -> int:
         """Updates done when the checkpoint was taken."""
         return int(self.meta["step"])
+
+    @property
+    def digest(self) -> str:
+        """Of the file, as `trainer.storage.digests` writes it."""
+        return as_crc32c(self.crc32c)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -124,6 +132,26 @@ def verify_file(file: BinaryIO, sidecar: Sidecar, crc32c: str | None = None) -> 
         raise CheckpointError(
             f"{sidecar.name} has checksum {crc32c}, but its sidecar says {sidecar.crc32c}"
         )
+
+
+def digest_of_all(sidecars: Iterable[Sidecar]) -> str:
+    """The digest of the checkpoints of a location, by their sidecars."""
+    return digest_of_sums({sidecar.name: sidecar.crc32c for sidecar in sidecars})
+
+
+def read_sidecar(uri: str) -> Sidecar:
+    """The sidecar of a checkpoint.
+
+    Args:
+        uri: of the checkpoint, a path or ``gs://``.
+
+    Raises:
+        CheckpointError: it is damaged or of another checkpoint.
+        StorageError: there is none, or it cannot be read.
+    """
+    directory, name = split_uri(uri)
+    data = open_location(directory).read_bytes(sidecar_name(name), limit=SIDECAR_LIMIT)
+    return _of_its_own(Sidecar.parse(data, name))
 
 
 def read_sidecars(location: Location) -> list[Sidecar]:

@@ -35,6 +35,7 @@ from trainer.checkpoints.sidecar import (
 from trainer.runtime.errors import CheckpointError, LiquidError, UsageError
 from trainer.runtime.log import log
 from trainer.storage.base import Entry, Location, StorageMissingError
+from trainer.storage.digests import as_crc32c
 from trainer.storage.files import crc32c_of, os_errors
 from trainer.storage.places import fetch, open_location, split_uri, working_directory
 from trainer.storage.scratch import remove_abandoned_scratch, scratch_directory
@@ -130,7 +131,7 @@ def read_verified(location: Location, sidecar: Sidecar, workdir: Path) -> Checkp
         raise CheckpointError(
             f"{uri} is at step {checkpoint.step}, but its sidecar says {sidecar.step}"
         )
-    return checkpoint
+    return replace(checkpoint, digest=sidecar.digest)
 
 
 def read_from(uri: str, workdir: Path) -> Checkpoint:
@@ -149,7 +150,9 @@ def read_from(uri: str, workdir: Path) -> Checkpoint:
     if data is not None:
         return read_verified(location, Sidecar.parse(data, name), workdir)
     with scratch_directory("fetch", workdir) as scratch:
-        return read_checkpoint(fetch(uri, Path(scratch), limit=_MEMORY)[0], uri)
+        path, crc32c = fetch(uri, Path(scratch), limit=_MEMORY)
+        checkpoint = read_checkpoint(path, uri)
+        return replace(checkpoint, digest=as_crc32c(crc32c or crc32c_of(path)))
 
 
 class _Staged:

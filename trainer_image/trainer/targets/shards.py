@@ -34,6 +34,7 @@ from trainer.runtime.messages import brief
 from trainer.runtime.strict_json import dumps
 from trainer.settings.config import MAX_TARGET_BYTES, MOST_TEMPERATURES
 from trainer.storage.base import StorageMissingError
+from trainer.storage.digests import digest_of_sums
 from trainer.storage.places import is_remote, open_location, split_uri
 from trainer.targets.records import Layout
 
@@ -194,6 +195,14 @@ class Index:
         text = json.dumps([self.made.digest.hex(), sums], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
+    @property
+    def shares(self) -> list[str]:
+        """The digests of the places that the files were joined from, see `read_share`."""
+        sums: dict[str, dict[str, str]] = {}
+        for name, (uri, crc32c) in self.files.items():
+            sums.setdefault(uri.removesuffix(name), {})[name] = crc32c
+        return [digest_of_sums(of_place) for of_place in sums.values()]
+
     def dump(self, uri: str) -> bytes:
         """The JSON of an index at ``uri``; files beside it are named without their directory."""
         described = {
@@ -202,6 +211,35 @@ class Index:
         }
         content = {"format": _FORMAT, "made_with": asdict(self.made), "files": described}
         return dumps(content | {"fingerprint": self.fingerprint}, indent=1).encode()
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which files of targets are at a place."""
+
+    made: MadeWith | None
+    """What they were made with; None where there are none."""
+    digest: str
+    """Of all of them."""
+
+
+def read_share(uri: str) -> Share:
+    """What is described at a directory or ``gs://`` prefix; the files themselves are not read.
+
+    Raises:
+        DataError: a description is none, or one of another file.
+        StorageError: it cannot be listed or read.
+    """
+    location, made = open_location(uri), None
+    sums: dict[str, str] = {}
+    for entry in location.list():
+        if entry.name.endswith(".bin"):
+            crc32c = entry.crc32c
+            if made is None or crc32c is None:
+                data = location.read_bytes(description_name(entry.name), limit=DESCRIPTION_LIMIT)
+                made, crc32c = parse_description(data, entry.name, uri)
+            sums[entry.name] = crc32c
+    return Share(made, digest_of_sums(sums))
 
 
 def shard_name(shard: int) -> str:

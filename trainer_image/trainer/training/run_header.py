@@ -7,29 +7,25 @@ import json
 import os
 import platform
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
-import trainer
 from trainer.checkpoints.snapshots import Snapshots
 from trainer.data.streams import TokenStreams
 from trainer.metrics.recording import Recorder, now
 from trainer.models.teacher import Teacher
 from trainer.runtime.log import without_secrets
 from trainer.runtime.processes import Processes
+from trainer.runtime.provenance import running_code
 from trainer.runtime.strict_json import dumps
 from trainer.settings.config import SETTINGS, TrainConfig, as_json, changed_settings
 from trainer.settings.layers import CONFIG_FILE, DERIVED, Resolved
 from trainer.targets.reading import Targets
 from trainer.training.start import Start
-
-_GIT_SECONDS = 10.0
 
 
 def begin_record(
@@ -70,7 +66,7 @@ def begin_record(
         "run": config.uri,
         "started": now(),
         "settings": _settings(resolved, config),
-        "code": {"version": trainer.__version__, "commit": _commit()},
+        "code": running_code(),
         "libraries": {
             "torch": str(torch.__version__),
             "transformers": importlib.metadata.version("transformers"),
@@ -105,25 +101,6 @@ def _settings(resolved: Resolved, config: TrainConfig) -> dict[str, dict[str, An
         source = "config file" if source == CONFIG_FILE else source
         described[name] = {"value": value, "source": source}
     return described
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this code lies in; None where it is in none."""
-    directory = Path(trainer.__file__).parent
-    outputs = []
-    for command in (("ls-files", "--error-unmatch", "__init__.py"), ("rev-parse", "HEAD")):
-        try:
-            ran = subprocess.run(
-                ["git", "-C", str(directory), *command],
-                capture_output=True,
-                text=True,
-                timeout=_GIT_SECONDS,
-                check=True,
-            )
-        except (OSError, subprocess.SubprocessError):
-            return None
-        outputs.append(ran.stdout.strip())
-    return outputs[-1]
 
 
 def _machine(processes: Processes) -> dict[str, Any]:

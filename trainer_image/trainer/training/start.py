@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from trainer.checkpoints.checkpoint import Checkpoint
-from trainer.checkpoints.metadata import compiled_of, tokens_of
+from trainer.checkpoints.metadata import compiled_of, origin_of, tokens_of
 from trainer.models.positions import resize_positions
 from trainer.models.student import Student, StudentConfig
 from trainer.runtime.errors import CheckpointError, DataError, ModelError, UsageError
@@ -137,12 +137,7 @@ def new_phase(resolved: Resolved, checkpoint: Checkpoint) -> Start:
         step=step,
         trained_positions=max(trained or 0, config.context),
         optimizer_state=optimizer_state,
-        origin={
-            "checkpoint": checkpoint.source,
-            "step": checkpoint.step,
-            "block_size": old_context,
-            "metrics": checkpoint.meta.get("metrics") or {},
-        },
+        origin=origin_of(checkpoint, old_context),
         stretched=trained is not None and config.context > trained,
         source=checkpoint.source,
     )
