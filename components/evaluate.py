@@ -35,6 +35,7 @@ def evaluate(
     import tempfile
     from pathlib import Path
 
+    from components.lineage import Lineage
     from trainer import evaluate
     from trainer import report as reports
     from trainer.metrics.evaluated import METRICS_JSON
@@ -59,6 +60,10 @@ def evaluate(
         Path(metrics.path).write_bytes(Path(scratch, METRICS_JSON).read_bytes())
         records = [place(one.uri, one.path) for one in (record_before, record_after) if one]
         reports.write_stage_report(records, report.path, text=table.path, evaluation=scratch)
+    sources = {"before": before, "after": after, "tokens": tokens}
+    lineage = Lineage(**sources, record_before=record_before, record_after=record_after)
+    for output in (metrics, report, table):
+        lineage.give(output)
     for row in rows:
         phase = "before" if row.checkpoint == places[0] else "after"
         metrics.log_metric(f"{phase} val_loss_student@{row.context}", row.student_loss)

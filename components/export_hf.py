@@ -17,16 +17,19 @@ def export_hf(
 
     start_stage()
 
+    from components.lineage import Lineage
     from trainer import export_hf
     from trainer.checkpoints.metadata import summary
     from trainer.settings.layers import resolve
     from trainer.settings.values import given
+    from trainer.storage.digests import digest_at
     from trainer.storage.places import place
 
     settings = resolve(given(hf_secret_name=hf_secret_name), {}).config
+    output = place(exported.uri, exported.path)
     student = export_hf.run(
         place(checkpoint.uri, checkpoint.path),
-        place(exported.uri, exported.path),
+        output,
         license=license or None,
         hub=settings,
         again=True,
@@ -34,4 +37,5 @@ def export_hf(
     exported.metadata.update(summary(student.source.meta))
     exported.metadata["architecture"] = type(student.model).__name__
     exported.metadata["positions"] = student.positions
+    Lineage(checkpoint=student.source.digest).give(exported, digest_at(output))
     return student.positions

@@ -21,10 +21,15 @@ def join_targets(
 
     start_stage()
 
+    from components.lineage import Lineage
     from trainer import teacher_targets
+    from trainer.storage.digests import as_sha256
     from trainer.storage.places import shared_place
 
     output = shared_place(targets.uri, targets.path)
     index = teacher_targets.join_places(output, places)
-    targets.metadata["fingerprint"] = index.fingerprint
+    made = index.made
+    shares = {f"share {number}": digest for number, digest in enumerate(index.shares, start=1)}
+    lineage = Lineage(tokens=as_sha256(made.tokens), teacher=made.teacher_digest, **shares)
+    lineage.give(targets, as_sha256(index.fingerprint))
     return (output,)

@@ -24,12 +24,14 @@ def keep_trials(
 
     from pathlib import Path
 
+    from components.lineage import Lineage
     from trainer.runtime.log import log
     from trainer.runtime.strict_json import dumps
     from trainer.search.ranking import going_on, labels, ranked
     from trainer.search.trials import Outcome, outcomes_at
 
     Path(standings.path).write_text(dumps([*outcomes_at(before and before.path), *outcomes]))
+    Lineage(before=before).give(standings)
     groups = ranked([Outcome.parse(text) for text in outcomes])
     kept = going_on(groups, keep)
     names = labels(groups)

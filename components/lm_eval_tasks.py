@@ -23,6 +23,7 @@ def lm_eval_tasks(
     import tempfile
     from pathlib import Path
 
+    from components.lineage import Lineage
     from trainer import lm_eval_tasks
     from trainer.settings.config import LmEvalSettings
     from trainer.settings.layers import resolve
@@ -37,4 +38,6 @@ def lm_eval_tasks(
         Path(report.path).write_bytes(Path(scratch, lm_eval_tasks.TABLE).read_bytes())
     for name, value in numbers.items():
         metrics.log_metric(name, value)
+    for output in (metrics, report):
+        Lineage(model=model).give(output)
     return len(numbers)

@@ -18,6 +18,7 @@ def pick_best(
 
     start_stage()
 
+    from components.lineage import Lineage
     from trainer import pick_best
     from trainer.checkpoints.metadata import summary
     from trainer.storage.places import place
@@ -27,4 +28,5 @@ def pick_best(
     name = picked.uri.rpartition("/")[2]
     best.uri = f"{checkpoints.uri}/{name}"
     best.metadata.update(summary(picked.meta) | {"metric": metric, "value": picked.value})
+    Lineage(checkpoints=picked.among).give(best, picked.digest)
     return (picked.value, picked.step)

@@ -22,9 +22,12 @@ def prepare_tokens(
 
     start_stage()
 
+    from components.lineage import Lineage
     from trainer import prepare_tokens
+    from trainer.data.streams import SOURCE
     from trainer.settings.layers import resolve
     from trainer.settings.values import given
+    from trainer.storage.digests import as_sha256
     from trainer.storage.places import place
 
     output = place(tokens.uri, tokens.path)
@@ -32,5 +35,7 @@ def prepare_tokens(
     tokens.metadata["train_tokens"] = info.train_tokens
     tokens.metadata["validation_tokens"] = info.validation_tokens
     tokens.metadata["vocab_size"] = info.vocab_size
-    tokens.metadata["fingerprint"] = info.fingerprint
+    source, tokenizer = str(info.dataset.get(SOURCE, "")), info.tokenizer_fingerprint
+    lineage = Lineage(data_set=as_sha256(source), tokenizer=as_sha256(tokenizer))
+    lineage.give(tokens, as_sha256(info.fingerprint))
     return info.train_tokens

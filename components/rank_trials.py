@@ -29,6 +29,7 @@ def rank_trials(
     import tempfile
     from pathlib import Path
 
+    from components.lineage import Lineage
     from trainer import compare
     from trainer.runtime.strict_json import dumps
     from trainer.search.ranking import ranked
@@ -49,4 +50,6 @@ def rank_trials(
     Path(winner.path).write_text(findings.winning_parameters)
     content = {"metric": metric, "groups": findings.rows(), "said": findings.sentences()}
     Path(ranking.path).write_text(dumps(content, indent=2))
+    for output in (report, table, ranking, winner):
+        Lineage(before=before).give(output)
     return (findings.winning_parameters,)

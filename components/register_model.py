@@ -32,6 +32,7 @@ def register_model(
     from google.auth.exceptions import GoogleAuthError
     from google.cloud import aiplatform
 
+    from components.lineage import Lineage
     from trainer.runtime.errors import LiquidError
 
     told = {name: value for name, value in model.metadata.items() if value not in (None, "")}
@@ -68,5 +69,6 @@ def register_model(
         hint = role if isinstance(error, api.Forbidden) else ""
         raise LiquidError(f"{place} cannot be registered: {reason}{hint}") from None
     registered.uri = f"https://{region}-aiplatform.googleapis.com/v1/{version.resource_name}"
+    Lineage(model=model).give(registered, told.get("digest", ""))
     registered.metadata.update(numbers | {"resourceName": version.resource_name})
     return (version.resource_name, version.version_id)

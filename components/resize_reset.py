@@ -17,18 +17,22 @@ def resize_reset(
 
     start_stage()
 
+    from components.lineage import Lineage
     from trainer import resize_reset
-    from trainer.checkpoints.metadata import summary
+    from trainer.checkpoints.metadata import origin_digest, summary
+    from trainer.checkpoints.sidecar import read_sidecar
     from trainer.settings.layers import resolve
     from trainer.settings.values import given
     from trainer.storage.places import place
 
     settings = resolve(given(block_size=block_size, pos_resize=pos_resize), {}).config
+    output = place(resized.uri, resized.path)
     meta = resize_reset.run(
         place(checkpoint.uri, checkpoint.path),
-        place(resized.uri, resized.path),
+        output,
         settings.context,
         method=settings.pos_resize,
     )
     resized.metadata.update(summary(meta) | {"from_step": meta["origin"]["step"]})
+    Lineage(checkpoint=origin_digest(meta)).give(resized, read_sidecar(output).digest)
     return int(meta["origin"]["step"])

@@ -27,11 +27,13 @@ def teacher_targets(
 
     import json
 
+    from components.lineage import Lineage
     from trainer import teacher_targets
     from trainer.settings.config import TargetSettings
     from trainer.settings.layers import resolve
     from trainer.settings.values import given, parse_value
     from trainer.storage.places import place, shared_place
+    from trainer.targets.shards import read_share
 
     output = shared_place(targets.uri, targets.path)
     settings = {
@@ -45,4 +47,7 @@ def teacher_targets(
         **{name: parse_value(name, value) for name, value in json.loads(share).items()}
     )
     teacher_targets.run(resolve(given(**settings), {}).config, own, output)
+    there = read_share(output)
+    teacher = there.made.teacher_digest if there.made else None
+    Lineage(tokens=tokens, teacher=teacher).give(targets, there.digest)
     return (output,)

@@ -52,14 +52,16 @@ def train(
     import math
     from pathlib import Path
 
+    from components.lineage import Lineage
     from trainer import entrypoint, pick_best
     from trainer import report as reports
-    from trainer.checkpoints.metadata import summary
+    from trainer.checkpoints.metadata import origin_digest, summary, targets_of
     from trainer.checkpoints.names import COMPILE_CACHE
     from trainer.metrics.lines import METRICS
     from trainer.runtime.strict_json import dumps
     from trainer.settings.config import SETTINGS
     from trainer.settings.values import given
+    from trainer.storage.digests import as_sha256, digest_of_file
     from trainer.storage.places import place
 
     output = place(checkpoints.uri, checkpoints.path)
@@ -87,4 +89,11 @@ def train(
     Path(metrics.path).write_text(dumps(result.metrics, indent=2))
     record.uri = f"{checkpoints.uri}/{METRICS}"
     reports.write_stage_report([place(record.uri, record.path)], report.path)
+    taught = as_sha256(targets_of(best.meta) or "")
+    sources = {"tokens": tokens, "teacher_targets": taught, "compiled": compiled}
+    lineage = Lineage(**sources, initial=origin_digest(best.meta))
+    lineage.give(checkpoints, best.among)
+    lineage.give(record, digest_of_file(place(record.uri, record.path)))
+    for output in (metrics, report):
+        lineage.give(output)
     return (best.value, best.step, result.step)

@@ -30,6 +30,7 @@ def train_trial(
 
     from pathlib import Path
 
+    from components.lineage import Lineage
     from trainer.search.training import train_trial
     from trainer.search.trials import Trial
     from trainer.storage.places import place
@@ -48,4 +49,5 @@ def train_trial(
         metrics.log_metric("loss", outcome.loss)
     metrics.uri = f"{metrics.uri}.json"
     Path(metrics.path).write_text(outcome.dump(), encoding="utf-8")
+    Lineage(tokens=tokens, targets=targets).give(metrics)
     return (outcome.dump(),)

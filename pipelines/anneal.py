@@ -33,6 +33,7 @@ from components.train import train
 from pipelines.settings import LOCAL_IMAGE, Settings
 from pipelines.stages import CACHED, ONLINE, SCHEDULING, STAGES, Machine, Stage
 from trainer.runtime.devices import EXPECTED_GPUS
+from trainer.runtime.provenance import STAGE_IMAGE
 
 NAME = "liquid-annealing"
 
@@ -345,6 +346,7 @@ def _with_image(component: Any, image: str, backend: str) -> Any:
     assert container.command != before, "this release of kfp writes its command in another way"
     if backend != "local":
         container.command = [*BLOCKING, *container.command]
+        container.env = {STAGE_IMAGE: image}
     return copied
 
 
@@ -387,7 +389,10 @@ def _custom_job(component: Any, stage: Stage, settings: Settings) -> Any:
         labels=dict(settings.labels),
         strategy=SCHEDULING[machine.scheduling],
         max_wait_duration=f"{machine.max_wait_hours * 3600}s",
-        env=[{"name": EXPECTED_GPUS, "value": str(machine.accelerator_count)}],
+        env=[
+            {"name": EXPECTED_GPUS, "value": str(machine.accelerator_count)},
+            {"name": STAGE_IMAGE, "value": settings.trainer_image},
+        ],
     )
     if not machine.disk_type:
         # The library names one type for all machines; the service knows what each one boots from

@@ -23,6 +23,7 @@ from pipelines.submit import switch
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import LiquidError, UsageError
 from trainer.runtime.log import set_up_logging
+from trainer.runtime.provenance import CODE_COMMIT, commit_of
 from trainer.settings.flags import OneLineParser
 
 ROOT = Path(__file__).parent.parent
@@ -43,14 +44,16 @@ def commands(settings: Settings, builder: str) -> list[list[str]]:
         )
     if builder not in BUILDERS:
         raise UsageError(f"BUILDER={builder!r}: choose one of {', '.join(BUILDERS)}")
+    commit = commit_of(ROOT / "trainer_image" / "trainer") or ""
     if builder == "docker":
         build = ["docker", "build", "--platform", "linux/amd64"]
+        build += ["--build-arg", f"{CODE_COMMIT}={commit}"]
         build += ["-f", "trainer_image/Dockerfile", "-t", image, "."]
         shown = ["docker", "inspect", "--format", "{{index .RepoDigests 0}}", image]
         return [build, ["docker", "push", image], shown]
     project = ["--project", settings.project] if settings.project else []
     build = ["gcloud", "builds", "submit", "--config", "trainer_image/cloudbuild.yaml"]
-    build += ["--substitutions", f"_IMAGE={image}", *project, "."]
+    build += ["--substitutions", f"_IMAGE={image},_COMMIT={commit}", *project, "."]
     shown = ["gcloud", "artifacts", "docker", "images", "describe", image, *project]
     return [build, [*shown, "--format", "value(image_summary.fully_qualified_digest)"]]
 

@@ -36,6 +36,7 @@ def register(vertex: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     def run(uri: str) -> tuple[Any, dsl.Artifact]:
         metadata = {"step": 6000, "positions": 1024, "metric val_loss_student@1024": 3.41234}
+        metadata["digest"] = "sha256:0123"
         artifact = dsl.Artifact(name="registered", uri=str(tmp_path / "registered"))
         vars(global_config).update(vars(type(global_config)()))  # it keeps credentials
         with warnings.catch_warnings():
@@ -64,6 +65,7 @@ def test_the_first_version_the_next_and_a_stage_started_again(
     assert (name, version) == (NAME, "1")
     assert artifact.metadata["resourceName"] == NAME
     assert artifact.metadata["val_loss_student@1024"] == 3.41234
+    assert artifact.metadata["digest"] == artifact.metadata["input model"] == "sha256:0123"
     (upload,) = [body for method, _, body in vertex.requests if method == "POST"]
     assert upload["modelId"] == "small-student"
     sent = upload["model"]

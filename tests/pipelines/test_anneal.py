@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,9 +24,13 @@ from pipelines.local import LocalRun, _Readable, code_digest, run_pipeline
 from pipelines.stages import ONLINE, STAGES
 from tests.interrupts import with_interrupts
 from trainer.checkpoints.reading import read_checkpoint
+from trainer.data.streams import open_streams
 from trainer.models.positions import resize_positions
 from trainer.models.student import Student
 from trainer.runtime.errors import LiquidError
+from trainer.runtime.provenance import commit_of
+from trainer.storage.digests import digest_at
+from trainer.storage.files import crc32c_of
 
 TITLES = [
     stage.title
@@ -48,6 +53,61 @@ def sidecars(directory: Path) -> dict[str, dict[str, Any]]:
         path.name.removesuffix(".meta.json"): json.loads(path.read_text())
         for path in directory.glob("*.meta.json")
     }
+
+
+def artifacts_of(run: LocalRun) -> dict[tuple[str, str], dict[str, Any]]:
+    """By task and name: the metadata of the artifacts of the first run, as the stages gave it."""
+    paths = task_directory(run, "train").parent.glob("*/executor_output.json")
+    return {
+        (path.parent.name, name): artifact["metadata"]
+        for path in paths
+        for name, entry in json.loads(path.read_text()).get("artifacts", {}).items()
+        for artifact in entry["artifacts"]
+    }
+
+
+def crc32c_text(path: Path) -> str:
+    return f"crc32c:{crc32c_of(path)}"
+
+
+def test_a_chain_of_digests_leads_from_the_export_to_the_tokens(first_run: LocalRun) -> None:
+    """As the artifacts' metadata names them, and as the files are."""
+    made = artifacts_of(first_run)
+    exported = made["export-hf", "exported"]
+    assert exported["digest"] == digest_at(str(task_directory(first_run, "export-hf") / "exported"))
+    after = exported["input checkpoint"]
+    assert after == crc32c_text(Path(first_run.outputs["after"].path))
+    assert after == first_run.outputs["after"].metadata["digest"]
+    checkpoints = made["train-2", "checkpoints"]
+    assert made["pick-best-2", "best"]["input checkpoints"] == checkpoints["digest"]
+    resized = made["resize-reset", "resized"]
+    written = task_directory(first_run, "resize-reset") / "resized"
+    assert checkpoints["input initial"] == resized["digest"] == crc32c_text(written)
+    before = first_run.outputs["before"]
+    assert resized["input checkpoint"] == crc32c_text(Path(before.path))
+    assert before.metadata["input checkpoints"] == made["train", "checkpoints"]["digest"]
+    tokens = made["prepare-tokens", "tokens"]
+    streams = open_streams(task_directory(first_run, "prepare-tokens") / "tokens")
+    assert tokens["digest"] == f"sha256:{streams.info.fingerprint}"
+    for task in ("train", "train-2"):
+        assert made[task, "checkpoints"]["input tokens"] == tokens["digest"]
+    origin = sidecars(task_directory(first_run, "train-2") / "checkpoints")["final.pt"]["origin"]
+    assert origin["digest"] == resized["digest"]
+
+
+def test_every_artifact_says_where_it_comes_from(first_run: LocalRun) -> None:
+    made = artifacts_of(first_run)
+    assert len(made) >= 16
+    commit = commit_of(Path(str(trainer.__file__)).parent)
+    for name, metadata in made.items():
+        assert re.fullmatch(r"crc32c:.{8}|sha256:[0-9a-f]{24}", metadata["digest"]), name
+        assert [key for key in metadata if key.startswith("input ")], name
+        assert metadata["code"] == trainer.__version__
+        assert metadata.get("commit") == commit
+        assert "image" not in metadata, "there is none here"
+    for task, name in (("train", "metrics.json"), ("evaluate", "report.html")):
+        path = task_directory(first_run, task) / name
+        assert made[task, path.stem]["digest"] == crc32c_text(path)
 
 
 def test_every_task_ran_once(first_run: LocalRun) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
@@ -33,7 +34,8 @@ def test_a_dry_run_takes_the_image_from_the_settings_file(
     main([])
     build, described = map(shlex.split, capsys.readouterr().out.splitlines())
     assert build[:3] == ["gcloud", "builds", "submit"]
-    assert f"_IMAGE={IMAGE}" in build
+    (commit,) = [part.partition(f"_IMAGE={IMAGE},_COMMIT=")[2] for part in build if IMAGE in part]
+    assert re.fullmatch(r"([0-9a-f]{40}(-dirty)?)?", commit)
     assert described[-1] == "value(image_summary.fully_qualified_digest)"
 
 

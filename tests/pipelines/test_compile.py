@@ -127,6 +127,18 @@ def test_a_gpu_stage_is_told_how_many_gpus_to_expect(
     assert told == ({} if backend == "local" else here)
 
 
+def test_every_stage_is_told_its_image(compiled: tuple[str, dict[str, Any], str]) -> None:
+    backend, spec, _ = compiled
+    for name, executor in executors(spec).items():
+        variables = list(executor.get("env", ()))
+        image = executor.get("image")
+        if backend == "vertex" and name in GPU_STAGES:
+            container = custom_job(spec, executor)["worker_pool_specs"][0]["container_spec"]
+            variables, image = container["env"], container["image_uri"]
+        told = [variable["value"] for variable in variables if variable["name"] == "STAGE_IMAGE"]
+        assert told == ([] if backend == "local" else [image]), name
+
+
 def test_gpu_stages_are_custom_jobs_on_vertex(tmp_path: Path) -> None:
     path = compile_to(tmp_path / "pipeline.yaml", load_settings(MACHINES), "vertex")
     spec = next(iter(yaml.safe_load_all(path.read_text())))
