@@ -67,7 +67,7 @@ submit-pipeline: $(STAMP) ## submit to Vertex AI: PROJECT= PIPELINE_ROOT= TRAINE
 	@$(BIN)/python -m pipelines.submit vertex
 
 .PHONY: schedule
-schedule: $(STAMP) ## let Vertex AI submit it again and again: what submit-pipeline takes, CRON="0 3 * * 1" [DRY_RUN=1]
+schedule: $(STAMP) ## let the platform submit it again and again: what submit-pipeline takes, or with HOST= submit-kfp; CRON="0 3 * * 1" [DRY_RUN=1]
 	@$(BIN)/python -m pipelines.schedule
 
 .PHONY: submit-kfp

@@ -36,7 +36,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "estimate": ("PARAMS", "BACKEND", "JSON", "CACHE"),
     "submit-pipeline": (*_SENDING, "WAIT", "PREFLIGHT"),
     "submit-kfp": (*_SENDING, "WAIT", "HOST", "KFP_TOKEN"),
-    "schedule": (*_SENDING, "PREFLIGHT", "CRON"),
+    "schedule": (*_SENDING, "PREFLIGHT", "CRON", "HOST", "KFP_TOKEN"),
     "rerun": (*_SENDING, "WAIT", "PREFLIGHT", "RUN", "STAGE"),
     "search": (*_SENDING, "WAIT", "PREFLIGHT", "GRID", "BACKEND", "HOST", "KFP_TOKEN"),
 }

@@ -42,7 +42,14 @@ from pipelines.parameters import check_cloud_parameters, parameter_defaults, par
 from pipelines.pins import with_revisions
 from pipelines.settings import Settings, load_settings
 from pipelines.stages import CACHED, STAGES, Stage
-from pipelines.submit import Switches, ready_for_vertex, submit_kfp, submit_vertex, switch
+from pipelines.submit import (
+    Switches,
+    ready_for_vertex,
+    require_kfp,
+    submit_kfp,
+    submit_vertex,
+    switch,
+)
 from trainer.runtime.commands import run_command
 from trainer.runtime.errors import UsageError
 from trainer.runtime.log import log, quiet_libraries, set_up_logging
@@ -302,8 +309,7 @@ def submit(backend: str, path: str) -> None:
         asked = {**search.base, "teacher": CACHED}
         settings = ready_for_vertex(settings, asked, switches, looked_at)
     else:
-        beside = {} if host else {"HOST": "address of Kubeflow Pipelines, http://…"}
-        settings.require("pipeline_root", "trainer_image", beside=beside)
+        require_kfp(settings, host, "pipeline_root")
     if not settings.pipeline_root.startswith("gs://"):
         raise UsageError(
             f"PIPELINE_ROOT={settings.pipeline_root!r}: trials go on from the snapshots at their"

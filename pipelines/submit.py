@@ -97,7 +97,7 @@ def new_run_id(name: str = NAME) -> str:
     return f"{name}-{time.strftime('%Y%m%d%H%M%S', time.gmtime())}"
 
 
-def _estimate_of(
+def estimate_of(
     settings: Settings, parameters: dict[str, Any], backend: str, switches: Switches
 ) -> Callable[[], str]:
     """Gives the estimate of the annealing's run; a wrong file of prices is told at once."""
@@ -127,7 +127,7 @@ def submit_vertex(
         UsageError: something is missing or makes no sense.
         LiquidError: it could not be sent, or, with ``WAIT=1``, the run failed.
     """
-    expected = expected or _estimate_of(settings, parameters, "vertex", switches)
+    expected = expected or estimate_of(settings, parameters, "vertex", switches)
     from google.cloud.aiplatform_v1 import PipelineJob
 
     from pipelines import vertex
@@ -255,39 +255,88 @@ def submit_kfp(
         UsageError: something is missing.
         LiquidError: it could not be sent, or, with ``WAIT=1``, the run failed.
     """
+    require_kfp(settings, host)
+    expected = expected or estimate_of(settings, parameters, "kfp", switches)
+    request: dict[str, Any] = {
+        "arguments": parameters,
+        "run_name": new_run_id(name),
+        "experiment_name": settings.experiment or name,
+        "enable_caching": switches.cache,
+        "pipeline_root": settings.pipeline_root or None,
+        "service_account": settings.service_account or None,
+        "namespace": settings.namespace or None,
+    }
+
+    def create(client: Any, path: str, namespace: str | None) -> Any:
+        of_users = {"namespace": namespace}
+        return client.create_run_from_pipeline_package(path, **request | of_users)
+
+    sent = send_to_kfp(settings, host, switches, request, create, build, expected)
+    if sent is None:
+        return
+    client, run = sent
+    if not run.run_id:
+        raise LiquidError(f"{host} answered without naming a run; check HOST and KFP_TOKEN")
+    page = f"{host.rstrip('/')}/#/runs/details/{run.run_id}"
+    print(f"submitted {page}", flush=True)
+    if switches.wait:
+        from pipelines import kubeflow
+
+        follow(partial(kubeflow.look, client, host, run.run_id), page, settings.poll_seconds)
+
+
+def require_kfp(settings: Settings, host: str, *names: str) -> None:
+    """Refuse to go on without the address, the image and the settings named.
+
+    Raises:
+        UsageError: naming all that is missing.
+    """
     beside = {} if host else {"HOST": "address of Kubeflow Pipelines, http://…"}
-    settings.require("trainer_image", beside=beside)
-    expected = expected or _estimate_of(settings, parameters, "kfp", switches)
+    settings.require(*names, "trainer_image", beside=beside)
+
+
+def send_to_kfp(
+    settings: Settings,
+    host: str,
+    switches: Switches,
+    request: Mapping[str, Any],
+    create: Callable[[Any, str, str | None], Any],
+    build: Build,
+    expected: Callable[[], str],
+) -> tuple[Any, Any] | None:
+    """Compile the pipeline for Kubeflow Pipelines, show what it takes, and send it.
+
+    Args:
+        settings: image, machines and namespace.
+        host: address of Kubeflow Pipelines.
+        switches: say how.
+        request: what ``JSON=1`` prints before the pipeline.
+        create: sends it, with the client, the path of the compiled pipeline and the namespace.
+        build: makes the pipeline.
+        expected: says what a run takes.
+
+    Returns:
+        The client and what ``create`` returns; None where nothing is sent, by ``DRY_RUN=1``.
+
+    Raises:
+        UsageError: machines that Kubernetes could not give, or a namespace is missing.
+        LiquidError: it could not be sent.
+    """
     from pipelines import kubeflow
 
     with tempfile.TemporaryDirectory() as scratch:
         path = compile_to(Path(scratch) / "pipeline.yaml", settings, "kfp", build)
-        request: dict[str, Any] = {
-            "arguments": parameters,
-            "run_name": new_run_id(name),
-            "experiment_name": settings.experiment or name,
-            "enable_caching": switches.cache,
-            "pipeline_root": settings.pipeline_root or None,
-            "service_account": settings.service_account or None,
-            "namespace": settings.namespace or None,
-        }
         switches.show(expected())
         if switches.request_alone:
             print(json.dumps({"host": host, **request}, indent=2))
             print("---")
             print(path.read_text())
         if switches.dry_run:
-            return
+            return None
         token = kubeflow.token_from_environment()
-        client, request["namespace"] = kubeflow.connect(host, token, settings.namespace)
+        client, namespace = kubeflow.connect(host, token, settings.namespace)
         with kubeflow.readable_errors(host):
-            run = client.create_run_from_pipeline_package(str(path), **request)
-    if not run.run_id:
-        raise LiquidError(f"{host} answered without naming a run; check HOST and KFP_TOKEN")
-    page = f"{host.rstrip('/')}/#/runs/details/{run.run_id}"
-    print(f"submitted {page}", flush=True)
-    if switches.wait:
-        follow(partial(kubeflow.look, client, host, run.run_id), page, settings.poll_seconds)
+            return client, create(client, str(path), namespace)
 
 
 def follow(

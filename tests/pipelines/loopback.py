@@ -191,6 +191,8 @@ class Loopback:
                 return 400, {"error": "a namespace is for several users, and needed there"}
             experiment = {"experiment_id": "e1", "display_name": "liquid-annealing"}
             return 200, experiment if method == "POST" else {"experiments": [experiment]}
+        if path.startswith("/apis/v2beta1/recurringruns"):
+            return 200, {"recurring_run_id": "s1", "display_name": body["display_name"]}
         if path.startswith("/apis/v2beta1/runs"):
             if method == "GET" and self._is_out():
                 return 503, {"error": "restarting"}

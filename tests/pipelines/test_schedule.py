@@ -1,4 +1,4 @@
-"""A schedule by the real client, against the loopback services."""
+"""Schedules by the real clients, against the loopback services."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
+from pipelines.schedule import with_seconds
 from tests.pipelines.google_services import GoogleServices
+from tests.pipelines.loopback import Loopback
 from tests.pipelines.test_submit import IMAGE, last_message, pools_of, run
 
 ACCOUNT = "stages@p.iam.gserviceaccount.com"
@@ -84,3 +87,79 @@ def test_a_dry_run(services: GoogleServices, environment: dict[str, str]) -> Non
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["displayName"] == "liquid-annealing"
     assert services.requests == []
+
+
+# ── open-source Kubeflow Pipelines
+
+
+@pytest.fixture
+def kubeflow(tmp_path: Path) -> Iterator[Loopback]:
+    server = Loopback(tmp_path, tls=False)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def given(kubeflow: Loopback) -> dict[str, str]:
+    return {
+        "HOST": kubeflow.url,
+        "TRAINER_IMAGE": IMAGE,
+        "CRON": "0 3 * * 1",
+        "PARAMS": "seed=7",
+        "PIPELINE_ROOT": "gs://bucket/root",
+        "HF_ENDPOINT": "http://localhost:9",
+    }
+
+
+def test_a_recurring_run_of_kubeflow(kubeflow: Loopback, given: dict[str, str]) -> None:
+    done = run("schedule", given | {"CACHE": "0"})
+    assert done.returncode == 0, done.stderr
+    before, _, after = done.stdout.partition("scheduled at 0 0 3 * * 1 (seconds, minute,")
+    assert "\ntotal: " in before
+    assert after.endswith(f"{kubeflow.url}/#/recurringrun/details/s1\n")
+    (body,) = [body for _, path, body in kubeflow.requests if "/recurringruns" in path]
+    assert body["trigger"]["cron_schedule"]["cron"] == "0 0 3 * * 1"
+    assert (int(body["max_concurrency"]), body["no_catchup"], body["mode"]) == (1, True, "ENABLE")
+    assert body["experiment_id"] == "e1"
+    assert body["runtime_config"] == {
+        "parameters": {"seed": 7},
+        "pipeline_root": "gs://bucket/root",
+    }
+    spec = body["pipeline_spec"]
+    spec = spec.get("pipeline_spec", spec)
+    assert spec["deploymentSpec"]["executors"]["exec-train"]["container"]["image"] == IMAGE
+    tasks = spec["root"]["dag"]["tasks"].values()
+    assert not any(task["cachingOptions"].get("enableCache") for task in tasks)
+
+
+def test_times_as_kubeflow_writes_them() -> None:
+    assert with_seconds("*/5 3 * * *") == "0 */5 3 * * *"
+    assert with_seconds("0 3 1 1 5,7") == "0 0 3 1 1 5,0"
+
+
+def test_what_kubeflow_cannot_schedule(kubeflow: Loopback, given: dict[str, str]) -> None:
+    for changes, message in (
+        ({"CRON": "TZ=Europe/Berlin 0 3 * * 1"}, "goes by the time zone of its server"),
+        ({"CRON": "0 0 3 * * 1"}, "five fields are needed"),
+        ({"TRAINER_IMAGE": ""}, "missing: TRAINER_IMAGE"),
+        ({"HOST": "localhost"}, "must start with http://"),
+    ):
+        done = run("schedule", given | changes)
+        assert done.returncode == 2
+        assert message in last_message(done)
+    assert kubeflow.requests == []
+    kubeflow.refusal = (400, "INVALID_ARGUMENT", "Schedule cron is not a supported format")
+    done = run("schedule", given)
+    assert done.returncode == 1
+    assert "Schedule cron is not a supported format" in last_message(done)
+
+
+def test_a_dry_run_for_kubeflow(kubeflow: Loopback, given: dict[str, str]) -> None:
+    done = run("schedule", given | {"DRY_RUN": "1"})
+    assert done.stdout.startswith("estimate of liquid-annealing on open-source Kubeflow")
+    done = run("schedule", given | {"DRY_RUN": "1", "JSON": "1", "EXPERIMENT": "weekly"})
+    request, _, spec = done.stdout.partition("---")
+    shown = json.loads(request)
+    assert (shown["cron_expression"], shown["experiment_name"]) == ("0 0 3 * * 1", "weekly")
+    assert next(yaml.safe_load_all(spec))["pipelineInfo"]["name"] == "liquid-annealing"
+    assert kubeflow.requests == []
