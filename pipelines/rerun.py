@@ -273,9 +273,8 @@ def _repetition(
     if not number.isdecimal():
         raise LiquidError(f"{original.name} cannot be repeated: it has no label {_NUMBER_LABEL}")
     spec = _spec(original)
-    parameters = with_revisions(
-        parameters, spec["root"].get("inputDefinitions", {}).get("parameters", {})
-    )
+    known = spec["root"].get("inputDefinitions", {}).get("parameters", {})
+    parameters = with_revisions(parameters, known, hub=True)  # of what is given, nothing else
     tasks = tasks_of(spec)
     states = beta.PipelineTaskDetail.State
     again = {tasks[key].root for key in with_downstream(spec, find_stage(spec, stage))}

@@ -24,7 +24,7 @@ from typing import Any
 
 from pipelines.anneal import NAME, build_pipeline
 from pipelines.parameters import parameter_defaults, parameters_to_send
-from pipelines.pins import with_revisions
+from pipelines.pins import check_places
 from pipelines.settings import Settings, load_settings
 from pipelines.submit import (
     Switches,
@@ -161,7 +161,7 @@ def main(argv: list[str]) -> None:
     settings = load_settings()
     host, cron = os.environ.get("HOST", ""), os.environ.get("CRON", "")
     parameters = parameters_to_send(settings, "kfp" if host else "vertex")
-    parameters = with_revisions(parameters, parameter_defaults())
+    check_places(parameters, parameter_defaults())
     if host:
         schedule_kfp(settings, parameters, cron, host)
     else:

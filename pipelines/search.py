@@ -301,7 +301,8 @@ def submit(backend: str, path: str) -> None:
     settings, switches = load_settings(), Switches()
     own = parse_parameters(os.environ.get("PARAMS", ""))
     check_cloud_parameters(own)
-    base = with_revisions(own, parameter_defaults())
+    known = parameter_defaults()
+    base = with_revisions(own, known, hub=True, defaults=known)
     search = read_search(path, base, own, settings.processes(backend)[STAGE])
     host = os.environ.get("HOST", "")
     if backend == "vertex":
@@ -334,10 +335,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("work", type=Path, nargs="?", default=Path("work"))
     args = parser.parse_args(argv)
     path = os.environ.get("GRID", "")
+    set_up_logging()
     if args.backend != "local":
         submit(args.backend, path)
         return
-    set_up_logging()
     quiet_libraries()
     with ending_tasks():
         run_here(args.work.resolve(), path)

@@ -397,7 +397,8 @@ def main(argv: list[str]) -> None:
     backend = parser.parse_args(argv).backend
     settings = load_settings()
     parameters = parameters_to_send(settings, backend)
-    parameters = with_revisions(parameters, parameter_defaults())
+    known = parameter_defaults()
+    parameters = with_revisions(parameters, known, hub=True, defaults=known)
     switches = Switches()
     if backend == "vertex":
         settings = ready_for_vertex(settings, parameters, switches)

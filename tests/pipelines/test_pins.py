@@ -1,4 +1,4 @@
-"""A run is about the files that a bucket held when it was submitted."""
+"""A run is about what buckets and the hub held when it was submitted."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,44 @@ from pipelines.pins import with_revisions
 from pipelines.settings import Settings
 from pipelines.spec import compiled
 from tests.conftest import log_as_it_was
+from tests.pipelines.google_services import GoogleServices
+from tests.pipelines.test_submit import Done, run, run_process
 from trainer.data.remote_data import pinned
 from trainer.models.hugging_face import locate
 from trainer.models.pretrained import Pretrained
 from trainer.runtime.errors import LiquidError
 from trainer.settings.config import TrainConfig
+
+TEACHER, DATA = "1" * 40, "2" * 40
+"""Commits on the hub."""
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[GoogleServices]:
+    server = GoogleServices(tmp_path, tls=False)
+    answer = {"gated": False, "private": False}
+    server.rules = {
+        "GET /api/models/gpt2-xl": (200, {"id": "gpt2-xl", "sha": TEACHER} | answer),
+        "GET /api/datasets/wikitext": (200, {"id": "wikitext", "sha": DATA} | answer),
+    }
+    yield server
+    server.close()
+
+
+def of_the_hub(hub: GoogleServices) -> dict[str, str]:
+    given = {"HF_ENDPOINT": hub.url, "TRAINER_IMAGE": "image", "HOST": "http://localhost:9"}
+    return given | {"DRY_RUN": "1", "JSON": "1"}
+
+
+def sent(done: Done) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr
+    request = json.loads(done.stdout.partition("---")[0])
+    return dict(request.get("arguments") or request.get("params") or {})
+
+
+def told(done: Done) -> list[str]:
+    lines = [json.loads(line)["message"] for line in done.stderr.splitlines() if line[:1] == "{"]
+    return [line for line in lines if "pinned" in line]
 
 
 def put(uri: str, data: bytes) -> None:
@@ -117,3 +151,60 @@ def test_every_stage_with_a_teacher_gets_its_revision() -> None:
     with_teacher = [names for names in inputs if "teacher_name" in names]
     assert len(with_teacher) >= 4
     assert all("teacher_revision" in names for names in with_teacher)
+
+
+def test_what_is_on_the_hub_is_sent_with_its_commit(hub: GoogleServices) -> None:
+    done = run("submit", of_the_hub(hub), "kfp")
+    assert sent(done) == {"teacher_revision": TEACHER, "dataset_revision": DATA}
+    assert told(done) == [
+        f"teacher gpt2-xl is pinned to commit {TEACHER[:12]} of the hub",
+        f"data set wikitext is pinned to commit {DATA[:12]} of the hub",
+    ]
+    kept = run("submit", of_the_hub(hub) | {"PARAMS": "teacher_revision=v1 seed=7"}, "kfp")
+    given = {"teacher_revision": "v1", "seed": 7, "dataset_revision": DATA}
+    assert sent(kept) == given
+    assert len(hub.requests) == 3
+
+
+def test_a_hub_that_does_not_say_keeps_nothing_from_being_sent(hub: GoogleServices) -> None:
+    words = "is not pinned, and the cache takes it for unchanged"
+    hub.rules = {"GET /api/models/": (404, {})}
+    hub.headers = {"X-Error-Code": "RepoNotFound"}
+    done = run("submit", of_the_hub(hub), "kfp")
+    assert sent(done) == {}
+    absent, unnamed = told(done)
+    assert absent.startswith(f"teacher gpt2-xl {words}: it is not there, or not open to your token")
+    assert absent.endswith("; teacher_revision in PARAMS pins it")
+    assert unnamed.startswith(f"data set wikitext {words}: the hub names no commit; ")
+    hub.rules, hub.headers = {"GET /api/": (502, "<html>")}, {}
+    down = told(run("submit", of_the_hub(hub), "kfp"))
+    assert len(down) == 2
+    assert all(f"{words}: the hub did not say (Server error '502" in line for line in down)
+    away = run("submit", of_the_hub(hub) | {"HF_ENDPOINT": "http://localhost:9"}, "kfp")
+    assert sent(away) == {}
+    assert all(f"{words}: the hub did not say (" in line for line in told(away))
+    hub.requests.clear()
+    offline = run_process("submit", of_the_hub(hub) | {"HF_HUB_OFFLINE": "1"}, "kfp")
+    assert sent(offline) == {}
+    assert all(f"{words}: HF_HUB_OFFLINE is set" in line for line in told(offline))
+    assert hub.requests == []
+
+
+def test_the_runs_of_a_schedule_take_what_is_there_then(hub: GoogleServices) -> None:
+    given = of_the_hub(hub) | {"CRON": "0 3 * * 1", "PARAMS": "seed=7"}
+    done = run("schedule", given)
+    assert sent(done) == {"seed": 7}
+    (line,) = told(done)
+    assert line.startswith("not pinned: each run takes teacher and data set as they are then")
+    assert hub.requests == []
+
+
+def test_a_repetition_asks_only_for_what_is_given(
+    hub: GoogleServices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    known = parameter_defaults()
+    assert with_revisions({"seed": 7}, known, hub=True) == {"seed": 7}
+    found = with_revisions({"teacher_name": "gpt2-xl"}, known, hub=True)
+    assert found == {"teacher_name": "gpt2-xl", "teacher_revision": TEACHER}
+    assert len(hub.requests) == 1

@@ -35,7 +35,6 @@ def environment(services: GoogleServices, tmp_path: Path) -> dict[str, str]:
         "TRAINER_IMAGE": IMAGE,
         "SERVICE_ACCOUNT": ACCOUNT,
         "GOOGLE_APPLICATION_CREDENTIALS": str(services.service_account(tmp_path / "key.json")),
-        "HF_ENDPOINT": "http://localhost:9",
         "CRON": "TZ=Europe/Berlin 0 3 * * 1",
         "PARAMS": "seed=7",
     }
@@ -107,7 +106,6 @@ def given(kubeflow: Loopback) -> dict[str, str]:
         "CRON": "0 3 * * 1",
         "PARAMS": "seed=7",
         "PIPELINE_ROOT": "gs://bucket/root",
-        "HF_ENDPOINT": "http://localhost:9",
     }
 
 

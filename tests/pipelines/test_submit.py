@@ -75,7 +75,8 @@ ROOT = Path(__file__).parents[2]
 def around(environment: dict[str, str]) -> dict[str, str]:
     """The environment with what any process needs."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME", FORMAT) if name in os.environ}
-    return kept | {"PYTHONPATH": f"{ROOT}:{ROOT / 'trainer_image'}"} | environment
+    kept |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'trainer_image'}", "HF_ENDPOINT": "http://localhost:9"}
+    return kept | environment
 
 
 def run_process(
