@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,87 @@ def test_runs_that_are_hard_to_compare(
     page = Page((tmp_path / compare.HTML).read_text(encoding="utf-8"))
     assert told in page.text
     check_self_contained(page)
+
+
+def groups(runs: list[Path]) -> dict[str, list[str]]:
+    """Rows of the groups at context 64 by group, as they are printed."""
+    printed = compare.run([str(run) for run in runs])
+    table = printed.partition("seed alone, context 64\n")[2].partition("\nLosses in nats")[0]
+    rows = [re.split(r"\s{2,}", line) for line in table.splitlines()[2:]]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_repeated_runs_tell_nothing_of_the_spread_over_seeds(tmp_path: Path) -> None:
+    """The same run twice, or one more with its seed, is no second seed."""
+    run, again = (write_run(tmp_path / name, settings={"seed": 1}) for name in "ab")
+    other = write_run(tmp_path / "c", settings={"seed": 1, "lr_peak": 1.0}, floor=3.001)
+    for runs in ([run, run, other], [run, again, other]):
+        found = groups(runs)
+        assert found["lr_peak=–"][0] == "1"
+        assert "the spread over seeds is not known" in found["lr_peak=1.0"][-1]
+
+
+def test_a_seed_that_diverged_does_not_make_its_group_the_best(tmp_path: Path) -> None:
+    lost = {step: {"val_loss_student@64": math.nan} for step in range(120, 241)}
+    runs = [
+        write_run(
+            tmp_path / f"{lr}-{seed}",
+            settings={"seed": seed, "lr_peak": lr},
+            floor=floor,
+            changed=lost if (lr, seed) == (2.0, 2) else None,
+        )
+        for lr, floor in ((1.0, 3.1), (2.0, 3.0))
+        for seed in (1, 2)
+    ]
+    found = groups(runs)
+    assert found["lr_peak=1.0"][-1] == "the best"
+    assert found["lr_peak=2.0"][0] == "1 of 2"
+    told = "At context 64 2.0-2 has no finite loss at 246 k tokens"
+    assert told in compare.run([str(run) for run in runs])
+
+
+def test_schedules_that_differ_far_behind_are_no_seeds(tmp_path: Path) -> None:
+    """What is shown of them is their beginning."""
+    begin = ",".join(f"{step}:0.5" for step in range(100))
+    runs = [
+        write_run(
+            tmp_path / str(seed),
+            settings={"seed": seed, "alpha_schedule": f"{begin},100:0.{seed}"},
+            floor=3.0 + seed,
+        )
+        for seed in (1, 2)
+    ]
+    assert {row[0] for row in groups(runs).values()} == {"1"}
+    assert "alpha_schedule" in compare.run([str(run) for run in runs])
+
+
+def test_losses_of_different_tokenizers_are_not_ranked(tmp_path: Path) -> None:
+    runs = [
+        write_run(
+            tmp_path / f"{name}{seed}",
+            settings={"seed": seed},
+            header={"tokens": {"fingerprint": name, "tokenizer_fingerprint": name}},
+        )
+        for name in "ab"
+        for seed in (1, 2)
+    ]
+    assert {row[-1] for row in groups(runs).values()} == {"–"}
+    assert "different tokenizers: their losses are per token of each, and cannot" in compare.run(
+        [str(run) for run in runs]
+    )
+
+
+def test_seeds_that_began_at_different_checkpoints_are_told(tmp_path: Path) -> None:
+    phase = {"step": 0, "context": 64, "stretched": False}
+    runs = [
+        write_run(
+            tmp_path / str(seed),
+            settings={"seed": seed},
+            header={"phase": phase | {"checkpoint": f"start-{seed}.pt"}},
+        )
+        for seed in (1, 2)
+    ]
+    assert "began at different checkpoints" in compare.run([str(run) for run in runs])
 
 
 def test_many_runs(tmp_path: Path) -> None:

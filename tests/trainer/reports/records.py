@@ -33,6 +33,7 @@ def write_run(
     skipped: int = 0,
     eval_tokens: int = 16_384,
     changed: Mapping[int, Mapping[str, Any]] | None = None,
+    header: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write ``metrics.jsonl`` into a directory.
 
@@ -50,9 +51,11 @@ def write_run(
         skipped: updates skipped, from the middle on.
         eval_tokens: of the split that were evaluated on.
         changed: by step, fields of the lines of that step to replace.
+        header: fields of the first line to replace.
     """
     teacher = {} if teacher is None else teacher
-    lines = [("header", _header(output, context, teacher, settings or {}))]
+    first = _header(output, context, teacher, settings or {}) | dict(header or {})
+    lines = [("header", first)]
     best, best_step = math.inf, -1
 
     def add(kind: str, step: int, fields: dict[str, Any]) -> None:

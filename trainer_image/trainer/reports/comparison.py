@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +13,7 @@ from trainer.reports.drawing import COLOURS, DASHES, MUTED, Line, plot
 from trainer.reports.run_plots import Plots
 from trainer.reports.runs import Run
 from trainer.reports.tables import Column, Table
+from trainer.runtime.strict_json import dumps
 from trainer.settings.config import SETTINGS
 
 SEED = "seed"
@@ -45,10 +45,22 @@ class Group:
     name: str
     runs: Sequence[Run]
 
+    @property
+    def seeds(self) -> int:
+        """How many there are; a run that was repeated with its seed is no other one."""
+        return len({_seed(run) for run in self.runs})
+
     def losses(self, context: int, tokens: float) -> list[float]:
-        """The student's losses at as many tokens, in nats, of the runs that came so far."""
-        found = [value_at(run.validation("student", context), tokens) for run in self.runs]
-        return [loss for loss in found if loss is not None]
+        """The student's losses at as many tokens, in nats, one a seed that came so far.
+
+        Of runs with the same seed it is their mean: they tell nothing of the spread over seeds.
+        """
+        by_seed: dict[str, list[float]] = {}
+        for run in self.runs:
+            loss = value_at(run.validation("student", context), tokens)
+            if loss is not None:
+                by_seed.setdefault(_seed(run), []).append(loss)
+        return [_mean(losses) for losses in by_seed.values()]
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,7 @@ class RunsCompared:
             for name in names
             if name not in _PLACES
             and not (name in SETTINGS and SETTINGS[name].metadata["secret"])
-            and len({_shown(run, name) for run in self.runs}) > 1
+            and len({dumps(run.setting(name)) for run in self.runs}) > 1
         ]
 
     @cached_property
@@ -162,20 +174,30 @@ class RunsCompared:
         known = [(group, found) for group, found in losses if found]
         if not known:
             return Table(title, columns, [])
-        best = min((found for _, found in known), key=_mean)
+        # One of which a seed has no loss here, for it diverged, is behind those that are whole
+        best = min(known, key=lambda one: (len(one[1]) < one[0].seeds, _mean(one[1])))[1]
         rows = [
             [
                 group.name,
-                str(len(found)),
+                f"{len(found)}" + f" of {group.seeds}" * (len(found) < group.seeds),
                 nats(_mean(found)),
                 nats(min(found)),
                 nats(max(found)),
                 nats(max(found) - min(found)) if len(found) > 1 else NOTHING,
-                "the best" if found is best else _verdict(found, best),
+                self._against(found, best),
             ]
             for group, found in known
         ]
         return Table(title, columns, rows, notes=[f"Losses in nats at {count(end)} tokens."])
+
+    def _against(self, losses: Sequence[float], best: Sequence[float]) -> str:
+        if not self._one_tokenizer:
+            return NOTHING
+        return "the best" if losses is best else _verdict(losses, best)
+
+    @cached_property
+    def _one_tokenizer(self) -> bool:
+        return len({run.tokenizer_identity for run in self.runs}) == 1
 
     def plots(self) -> list[Plots]:
         """Curves over one another, by tokens trained on."""
@@ -221,20 +243,50 @@ class RunsCompared:
     def warnings(self) -> list[str]:
         """Sentences on what a reader of the tables should know."""
         told = []
+        if not self._one_tokenizer:
+            told.append(
+                "The runs have different tokenizers: their losses are per token of each, and cannot"
+                " be compared."
+            )
         if not self.contexts:
             told.append("No two runs were evaluated at the same context: no loss can be compared.")
-        for context in self.contexts:
-            splits = {run.evaluated_on(context) for run in self.runs if context in run.contexts}
-            if len(splits) > 1:
-                shown = ", ".join(sorted({whole(tokens) for tokens, _ in splits}))
-                told.append(
-                    f"At context {context} the runs were evaluated on different numbers of tokens"
-                    f" ({shown}): their losses differ by that too."
-                )
+        told += [text for context in self.contexts for text in self._of_a_context(context)]
         told += [f"{run.name} has not ended." for run in self.runs if run.record.end is None]
         if len({run.tokens_identity for run in self.runs}) > 1:
-            told.append("The runs were trained on different tokens.")
+            told.append(
+                "The runs were trained on different tokens; where they were evaluated on different"
+                " ones too, their losses differ by that."
+            )
+        if any(len({run.start for run in group.runs}) > 1 for group in self.groups):
+            told.append(
+                "Runs that differ in the seed alone began at different checkpoints: the spread over"
+                " seeds holds that too."
+            )
         return told
+
+    def _of_a_context(self, context: int) -> Iterator[str]:
+        runs, end = (
+            [run for run in self.runs if context in run.contexts],
+            self.common_tokens(context),
+        )
+        numbers = {run.evaluated_on(context)[0] for run in runs}
+        if len(numbers) > 1:
+            shown = ", ".join(sorted({whole(tokens) for tokens in numbers}))
+            yield (
+                f"At context {context} the runs were evaluated on different numbers of tokens"
+                f" ({shown}): their losses differ by that too."
+            )
+        elif len({run.evaluated_on(context) for run in runs}) > 1:
+            yield (
+                f"At context {context} the runs were evaluated on validation splits of different"
+                " lengths: their losses differ by that too."
+            )
+        for run in runs if end is not None else ():
+            if value_at(run.validation("student", context), end) is None:
+                yield (
+                    f"At context {context} {run.name} has no finite loss at {count(end)} tokens: it"
+                    " is left out there."
+                )
 
 
 def short_names(locations: Sequence[str]) -> list[str]:
@@ -257,11 +309,15 @@ def _defines(name: str) -> bool:
 def _identity(run: Run) -> str:
     """What two runs share that differ in their seed alone."""
     settings = {
-        setting.name: setting.value
+        setting.name: run.setting(setting.name)
         for setting in run.settings
         if _defines(setting.name) and setting.name != SEED
     }
-    return json.dumps([settings, run.tokens_identity], sort_keys=True)
+    return dumps([dict(sorted(settings.items())), run.tokens_identity])
+
+
+def _seed(run: Run) -> str:
+    return dumps(run.setting(SEED))
 
 
 def _shown(run: Run, name: str) -> str:

@@ -111,6 +111,18 @@ class Run:
         tokens = self.record.header["tokens"]
         return dumps(tokens.get("fingerprint") or tokens)
 
+    @property
+    def tokenizer_identity(self) -> str:
+        """What tells the tokenizer from others, as far as the record has it."""
+        tokens = self.record.header["tokens"]
+        name = tokens.get("tokenizer_fingerprint") or tokens.get("tokenizer")
+        return dumps([name, tokens.get("vocab_size")])
+
+    @property
+    def start(self) -> str:
+        """The checkpoint that it began at; empty where it began from scratch."""
+        return str(self.record.header["phase"].get("checkpoint") or "")
+
     # ── its curves ────────────────────────────────────────────────────────────────────────────
 
     @cached_property
