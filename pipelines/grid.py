@@ -38,6 +38,7 @@ from trainer.search.ranking import shown
 from trainer.search.trials import Trial
 from trainer.settings.config import SETTINGS, TrainConfig, as_json
 from trainer.settings.layers import Resolved, resolve
+from trainer.settings.schedules import StepSchedule
 from trainer.settings.text_yaml import read_settings
 from trainer.settings.values import check_names, given, parse_value
 from trainer.targets.shares import shares_of
@@ -332,26 +333,28 @@ class Search:
         A trial of cross entropy alone is a control, whatever its temperature. There is one for each
         combination of the other settings.
         """
-        given = [*_combinations(self.grid), *_listed(self.grid)]
-        for number, one in enumerate(given):
-            if one in given[:number]:
-                raise UsageError(f"trial {described(one)} is given twice; keep one of them")
-        tried: list[dict[str, Any]] = []
-        controls: list[dict[str, Any]] = []
-        for one in given:
+        tried: dict[str, dict[str, Any]] = {}
+        controls: dict[str, dict[str, Any]] = {}
+        for one in [*_combinations(self.grid), *_listed(self.grid)]:
             ended = {name: None for by, name in _ENDS.items() if by in one and name not in one}
             whole = one | ended
-            if self._resolved(whole).config.needs_teacher:
-                tried.append(whole)
+            config = self._resolved(whole).config
             without = {n: v for n, v in whole.items() if n not in _OF_DISTILLATION}
             control = (
                 without
                 | {"alpha": 0.0}
                 | dict.fromkeys(name for name in _OF_DISTILLATION if name != "alpha")
             )
-            if control not in controls:
-                controls.append(control)
-        return [*tried, *controls]
+            controls.setdefault(_trained(self._resolved(control).config), control)
+            if not config.needs_teacher:
+                continue
+            earlier = tried.setdefault(_trained(config), whole)
+            if earlier is not whole:
+                raise UsageError(
+                    f"trial {described(one)} trains the same as {described(earlier)}; keep one of"
+                    " them"
+                )
+        return [*tried.values(), *controls.values()]
 
     @cached_property
     def trials(self) -> list[Trial]:
@@ -453,6 +456,22 @@ class Search:
             f"{name}={shlex.quote(json.dumps(value) if isinstance(value, dict) else str(value))}"
             for name, value in chosen.items()
         )
+
+
+def _trained(config: TrainConfig) -> str:
+    """What is trained, however it is written: two trials of which it is the same are one."""
+
+    def levels(schedule: StepSchedule) -> list[tuple[int, float]]:
+        steps = sorted({0, *(step for step, _ in schedule.entries if step < config.train_steps)})
+        values = [(step, schedule.at(step)) for step in steps]
+        return values[:1] + [now for last, now in itertools.pairwise(values) if now[1] != last[1]]
+
+    effects: dict[str, Any] = dict.fromkeys((*_OF_DISTILLATION, "lr", "lr_peak"))
+    effects["lr"] = config.peak_lr
+    if config.needs_teacher:
+        effects |= {"alpha": levels(config.schedule_alpha), "T": levels(config.schedule_T)}
+        effects["kd_scheme"] = config.kd_scheme
+    return json.dumps(config.run_settings() | effects, sort_keys=True)
 
 
 def described(settings: Mapping[str, Any]) -> str:

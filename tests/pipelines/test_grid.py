@@ -81,6 +81,12 @@ def test_trials_without_distillation_are_controls(tmp_path: Path) -> None:
     assert len(search.settings) == 2
 
 
+def test_a_control_is_trained_once_however_its_settings_are_written(tmp_path: Path) -> None:
+    """Two of the same location would be trained side by side, each in the other's way."""
+    search = of(tmp_path, "trials: [{alpha: 0.5}, {alpha: 0.6, lr_peak: 3e-3}]")
+    assert sum(one["alpha"] == 0.0 for one in search.settings) == 1
+
+
 def test_parameters_of_a_group_carry_further_settings(tmp_path: Path) -> None:
     search = of(tmp_path, "settings: {dropout: [0.1], global_batch: [16]}", {"seed": 3})
     first = search.parameters[search.trials[0].group]
@@ -137,7 +143,19 @@ RANGE = "settings: {lr_peak: {%s}}"
         ("settings: {dropout: [0.1]}\nrungs: [20, 10]", "rungs: [20, 10] must be updates that"),
         (
             "settings: {dropout: [0.1]}\ntrials: [{dropout: 0.1}]",
-            "trial dropout=0.1 is given twice",
+            "trial dropout=0.1 trains the same as dropout=0.1; keep one of them",
+        ),
+        (
+            "trials: [{dropout: 0.1}, {dropout: 0.1, lr_peak: 3e-3}]",
+            "trial dropout=0.1 lr_peak=0.003 trains the same as dropout=0.1; keep one of them",
+        ),
+        (
+            "trials: [{alpha: 0.5}, {alpha_schedule: '0:0.50,9:0.5,240:0.1'}]",
+            "trial alpha_schedule=0:0.50,9:0.5,240:0.1 trains the same as alpha=0.5",
+        ),
+        (
+            "settings: {alpha_schedule: ['0:1.0'], alpha: [0.5, 0.6]}",
+            "trains the same as alpha_schedule=0:1.0 alpha=0.5",
         ),
         ("trials: [0.1]", "trials: number 1 is '0.1', not settings with values"),
         (
