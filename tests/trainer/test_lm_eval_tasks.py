@@ -89,6 +89,28 @@ def test_a_task_gives_what_the_students_own_likelihoods_give(
 
 
 @needs_lm_eval
+@pytest.mark.parametrize(("given", "largest"), [("auto", "auto"), ("4", 4)])
+def test_batches_are_as_large_as_asked_for(
+    place: Path, given: str, largest: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not everything in one, which a real task's examples have no room for."""
+    from lm_eval.models.huggingface import HFLM
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(place / "cache"))
+    asked = []
+    made = HFLM.__init__
+
+    def observed(self: Any, *args: Any, **options: Any) -> None:
+        asked.append(options["batch_size"])
+        made(self, *args, **options)
+
+    monkeypatch.setattr(HFLM, "__init__", observed)
+    flags = [f"--tasks={place / 'mine.yaml'}", f"--local_workdir={place / 'w'}"]
+    lm_eval_tasks.main([str(place / "hf"), str(place / given), f"--micro_batch={given}", *flags])
+    assert asked == [largest]
+
+
+@needs_lm_eval
 @pytest.mark.parametrize(
     ("tasks", "status", "message"),
     [

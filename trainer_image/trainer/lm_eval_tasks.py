@@ -28,7 +28,7 @@ from trainer.runtime.commands import run_command
 from trainer.runtime.errors import DataError, LiquidError, ModelError, UsageError
 from trainer.runtime.log import log, quiet_libraries, set_up_logging
 from trainer.runtime.strict_json import dumps
-from trainer.settings.config import LM_EVAL_SETTINGS, LmEvalSettings, TrainConfig
+from trainer.settings.config import AUTO, LM_EVAL_SETTINGS, LmEvalSettings, TrainConfig
 from trainer.settings.flags import build_parser, settings_from_args
 from trainer.settings.hf_token import ENVIRONMENT_NAMES, find_hf_token
 from trainer.settings.layers import resolve
@@ -91,7 +91,8 @@ def run(
             },
             tasks=tasks,
             device=str(precision.device),
-            batch_size=config.micro_batch,
+            # AUTO is 0, of which lm-eval would make one batch of everything there is
+            batch_size="auto" if config.micro_batch == AUTO else config.micro_batch,
             limit=settings.limit or None,
             task_manager=manager,
             log_samples=False,
