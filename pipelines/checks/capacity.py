@@ -9,6 +9,8 @@ from functools import partial
 from typing import Any
 from urllib.parse import quote
 
+from google.api_core import exceptions as api
+
 from pipelines.checks.findings import Check, Finding, GarbageError, unchecked
 from pipelines.checks.google_cloud import Account
 from pipelines.settings import Settings
@@ -101,12 +103,17 @@ class Capacity:
     def _zones(self, kind: str, name: str) -> set[str]:
         path = f"projects/{self.settings.project}/aggregated/{kind}"
         path += f"?filter={quote(f'name={name}')}&returnPartialSuccess=true"
-        found = set()
+        found, silent = set(), []
         for page in self.caller.pages("compute", path):
-            items = page.get("items", {})
+            items = page.get("items")  # every zone, also those that have none
             if not isinstance(items, dict):
                 raise GarbageError(f"{kind} are no list by zone")
             found |= {zone.removeprefix("zones/") for zone, one in items.items() if one.get(kind)}
+            silent += [str(zone).rpartition("/")[2] for zone in page.get("unreachables") or ()]
+        region = self.settings.region
+        silent = [zone for zone in silent if zone.startswith(f"{region}-")]
+        if silent and not any(zone.startswith(f"{region}-") for zone in found):
+            raise api.ServiceUnavailable(f"{silent[0]} does not answer")
         return found
 
     def _quota(self, name: str, machine: Machine, gpus: int) -> Finding:

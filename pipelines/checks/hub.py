@@ -70,7 +70,8 @@ def hub_checks(parameters: Mapping[str, Any]) -> dict[str, Check]:
     """The checks of what the parameters name; no name, no check.
 
     Args:
-        parameters: all of the pipeline's, defaults among them.
+        parameters: all of the pipeline's, defaults among them; what they name in a bucket is
+            `pipelines.checks.places`' to look at.
     """
     token = bool(parameters.get("hf_secret_name"))
     named = {
@@ -80,7 +81,7 @@ def hub_checks(parameters: Mapping[str, Any]) -> dict[str, Check]:
     return {
         check: partial(_look, check, kind, name, revision or None, token)  # type: ignore[arg-type]
         for check, (kind, name, revision) in named.items()
-        if name
+        if name and not is_remote(name)
     }
 
 

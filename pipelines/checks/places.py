@@ -13,10 +13,11 @@ from google.api_core import exceptions as api
 from google.cloud import storage
 
 from pipelines import vertex
-from pipelines.checks.findings import Check, Finding, disabled, unchecked
+from pipelines.checks.findings import Check, Finding, GarbageError, disabled, unchecked
 from pipelines.checks.google_cloud import TIMEOUT, Account
 from pipelines.checks.rights import Bindings, Resource, StageAccount, bindings_of
 from pipelines.settings import Settings
+from trainer.storage.places import is_remote
 
 _CREATE = frozenset({"aiplatform.pipelineJobs.create", "aiplatform.pipelineJobs.get"})
 _START = frozenset({"aiplatform.customJobs.create", "aiplatform.customJobs.get"})
@@ -57,6 +58,10 @@ class Places:
             checks["image rights"] = self.image_rights
         if self.parameters.get("resume_gcs_uri"):
             checks["checkpoint"] = self.checkpoint
+        for check, parameter in (("teacher", "teacher_name"), ("data set", "dataset_name")):
+            uri = str(self.parameters[parameter])
+            if is_remote(uri):
+                checks[check] = partial(self.directory, check, parameter, uri)
         if self.parameters.get("hf_secret_name"):
             checks["secret"] = self.secret
         return checks
@@ -91,6 +96,8 @@ class Places:
         project = self.settings.project
         asked = "&".join(f"names=projects/{project}/services/{n}.googleapis.com" for n in names)
         answer = self.caller.ask("serviceusage", f"v1/projects/{project}/services:batchGet?{asked}")
+        if not answer.get("services"):
+            raise GarbageError("no service, of those that were asked for")
         enabled = {
             str(entry.get("name", "")).rpartition("/")[2]
             for entry in answer.get("services", ())
@@ -215,6 +222,27 @@ class Places:
                 raise
         size = f"{uri} is there ({blob.size / 2**20:,.0f} MiB); " if blob.size else ""
         return self.stages.finding("checkpoint", self._bucket(name, _READ), size)
+
+    def directory(self, check: str, parameter: str, uri: str) -> Finding:
+        """A teacher or data set is in its bucket, and the stages may read it."""
+        name, _, path = uri.removeprefix("gs://").rstrip("/").partition("/")
+        reader = self.stages.itself or self.caller
+        bucket = reader.bucket(name, self.settings.project)
+        asking: dict[str, Any] = {"timeout": TIMEOUT, "retry": None}
+        there = False
+        try:
+            below = bucket.list_blobs(prefix=path and f"{path}/", max_results=1, **asking)
+            there = any(True for _ in below) or (bool(path) and bucket.blob(path).exists(**asking))
+        except api.NotFound:
+            pass
+        except api.Forbidden:
+            if reader is self.caller:
+                raise
+            there = True  # perhaps; which right it lacks is said below
+        if not there:
+            mend = f"gcloud storage ls gs://{name}/  # then give {parameter}="
+            return Finding(check, "failed", f"nothing is at {uri}", mend)
+        return self.stages.finding(check, self._bucket(name, _READ))
 
     def image(self) -> Finding:
         """The image is in its repository."""

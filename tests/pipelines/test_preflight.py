@@ -145,6 +145,11 @@ SITUATIONS = [
         "? services: could not be checked: the service answered nonsense",
         {"batchGet": (200, "<html>a login page</html>")},
     ),
+    Situation(
+        "services: an empty answer",
+        "? services: could not be checked: the service answered nonsense (no service, of those",
+        {"batchGet": (200, {})},
+    ),
     # who asks
     Situation(
         "runs: not allowed",
@@ -362,6 +367,23 @@ SITUATIONS = [
         {"ANNEAL_MACHINES": "n1-standard-8:NVIDIA_TESLA_T4:1"},
     ),
     Situation(
+        "region: an empty answer",
+        "? anneal on a2-highgpu-1g (NVIDIA_TESLA_A100): could not be checked: quota 8, 1 asked for"
+        " (custom_model_training_nvidia_a100_gpus); the service answered nonsense (machineTypes",
+        {"compute/": (200, {})},
+    ),
+    Situation(
+        "region: a zone that does not answer",
+        "could not be checked: quota 8, 1 asked for (custom_model_training_nvidia_a100_gpus); the"
+        " service is down (europe-west4-b does not answer)",
+        {
+            "compute/": (
+                200,
+                {"items": {"zones/x-a": {}}, "unreachables": ["projects/p/zones/europe-west4-b"]},
+            )
+        },
+    ),
+    Situation(
         "region: Compute Engine disabled",
         "? anneal on a2-highgpu-1g (NVIDIA_TESLA_A100): could not be checked: quota 8, 1 asked for"
         " (custom_model_training_nvidia_a100_gpus); compute.googleapis.com is not enabled",
@@ -433,6 +455,25 @@ SITUATIONS = [
         {"PARAMS": "resume_gcs_uri=gs://base/ckpt.pt"},
     ),
     Situation(
+        "teacher: in a bucket",
+        f"ok teacher: {STAGES} may use gs://base",
+        {"b/base/o\\?.*prefix=teachers%2Fone%2F": (200, {"items": [{"name": "x"}]})},
+        {"PARAMS": "teacher_name=gs://base/teachers/one/"},
+    ),
+    Situation(
+        "teacher: not in its bucket",
+        "FAILED teacher: nothing is at gs://base/teachers/one; run: gcloud storage ls gs://base/",
+        {"b/base/o/teach": refusal(404, "", "No such object"), "b/base/o\\?": (200, {})},
+        {"PARAMS": "teacher_name=gs://base/teachers/one"},
+    ),
+    Situation(
+        "data set: closed to the stages",
+        f"FAILED data set: {STAGES} may not use gs://base (it lacks storage.objects.get, storage."
+        "objects.list); run: gcloud storage buckets add-iam-policy-binding gs://base",
+        {"b/base/o\\?": refusal(403, "", "denied"), "b/base/iam/testP": (200, {})},
+        {"PARAMS": "dataset_name=gs://base/texts"},
+    ),
+    Situation(
         "secret: absent",
         "FAILED secret: projects/p/secrets/hf has no version latest; run: gcloud secrets create hf",
         {"secretmanager/": refusal(404, "NOT_FOUND", "absent")},
@@ -482,7 +523,8 @@ def test_each_situation_has_its_line(
     failed = any(line.startswith("FAILED ") for line in lines)
     assert done.returncode == (1 if failed else 0)
     # Whatever is amiss with one, what has nothing to do with it is as ever
-    assert "credentials" in line or "ok data set: wikitext is there" in lines
+    here = ("credentials", " data set: ")
+    assert any(what in line for what in here) or "ok data set: wikitext is there" in lines
     with capsys.disabled():
         print(f"\n  {situation.name:<42} {line[:160]}", end="")
 
@@ -493,6 +535,12 @@ HUB: list[Situation] = [
         "hub: absent",
         "FAILED teacher: there is no model 'gpt2-xl' on the hub that everyone may read; run: give",
         {"api/models/": (404, {"error": "Repository not found"})},
+    ),
+    Situation(
+        "hub: without the revision",
+        "FAILED teacher: gpt2-xl has no revision 'v2'; run: give another teacher_revision in PARA",
+        {"api/models/gpt2-xl/revision/v2": (404, {"error": "Revision not found"})},
+        {"PARAMS": "teacher_revision=v2"},
     ),
     Situation(
         "hub: absent, or private to the token of the stages",
@@ -523,7 +571,9 @@ def test_teacher_and_data_set(
     hub: GoogleServices, environment: dict[str, str], situation: Situation
 ) -> None:
     hub.rules = situation.rules
-    hub.headers = {"X-Error-Code": "RepoNotFound"} if "absent" in situation.name else {}
+    codes = {"absent": "RepoNotFound", "revision": "RevisionNotFound"}
+    code = next((code for what, code in codes.items() if what in situation.name), "")
+    hub.headers = {"X-Error-Code": code} if code else {}
     done = run("preflight", environment | situation.changes)
     assert any(situation.line in line for line in done.stdout.splitlines()), done.stdout
 
