@@ -325,7 +325,7 @@ class _Maker:
                 " eval_max_tokens does not limit it"
             )
             return 0.0
-        return float(min(limit or math.inf, split or math.inf))
+        return float(min(limit or math.inf, math.inf if split is None else split))
 
     def _evaluation(self, title: str, machine: Machine) -> StageCost:
         config = stage_settings(self.values, "evaluate").config

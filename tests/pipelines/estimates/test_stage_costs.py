@@ -9,6 +9,7 @@ import pytest
 
 from pipelines.estimates.plan import plan_of_run
 from pipelines.estimates.stages import Estimate, StageCost, estimate
+from pipelines.estimates.text import text
 from pipelines.settings import load_settings
 
 H100 = {"MACHINE_TYPE": "a3-highgpu-1g", "ACCELERATOR_TYPE": "NVIDIA_H100_80GB"}
@@ -130,6 +131,14 @@ def test_a_local_data_set_counts_by_its_size(tmp_path: Path) -> None:
     found = estimated({"dataset_name": str(tmp_path)})
     assert line(found, "prepare").tokens == pytest.approx(10_000)
     assert line(found, "evaluate").tokens == pytest.approx(3 * 2 * 1_000)
+
+
+def test_an_empty_validation_split_takes_no_time(tmp_path: Path) -> None:
+    for name, size in (("train", 44_000), ("validation", 0)):
+        (tmp_path / f"{name}.jsonl").write_bytes(b"x" * size)
+    found = estimated({"dataset_name": str(tmp_path)})
+    assert seconds(line(found, "evaluate")) < 600
+    assert "inf" not in text(found)
 
 
 def test_what_cannot_be_estimated_is_left_out_and_said() -> None:
