@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 
-from pipelines.settings import known_names, renamed
+from pipelines.settings import former_names, known_names, renamed
 from trainer.runtime.near_names import near_name
 from trainer.settings.secret_names import shown_name
 
@@ -73,15 +73,20 @@ def wrong_variable(goals: Iterable[str], given: Iterable[str]) -> str:
             return f"make {' '.join(asked)} does not read {name}; it is for {only}, so leave it out"
         if instead := renamed(name):
             return instead
-        near = near_name(name, read) or near_name(name, readers)
-        hint = (
-            f"did you mean {near}?"
-            if near
-            else "docs/pipeline.md lists what they read; what is for another program stands before"
-            " the command, NAME=value make"
-        )
-        return f"no command reads {shown_name(name, readers)}; {hint}"
+        return f"no command reads {shown_name(name, readers)}; {_hint(name, read, readers)}"
     return ""
+
+
+def _hint(name: str, read: Iterable[str], readers: Iterable[str]) -> str:
+    """What a name that no command reads may stand for, those that are read before others."""
+    if near := near_name(name, read) or near_name(name, readers):
+        return f"did you mean {near}?"
+    if former := near_name(name, former_names()):
+        return renamed(former)
+    return (
+        "docs/pipeline.md lists what they read; what is for another program stands before the"
+        " command, NAME=value make"
+    )
 
 
 def _readers() -> dict[str, list[str]]:

@@ -440,6 +440,11 @@ def _known_in(environ: Mapping[str, str], known: Iterable[str]) -> list[str]:
     return [name for name in known if environ.get(name)]
 
 
+def former_names() -> list[str]:
+    """Names of earlier releases, see `renamed`."""
+    return [f"{stage.upper()}_SPOT" for stage, machine in DEFAULT_MACHINES.items() if machine.gpu]
+
+
 def renamed(name: str) -> str:
     """What to give instead of a name of an earlier release; empty for any other name."""
     stage, _, key = name.upper().partition("_")

@@ -32,6 +32,11 @@ ROOT = Path(__file__).parents[2]
         # One list of settings for every command of the pipeline
         ("run-local", "REGION ANNEAL_REPLICAS RUN PARAMS", ""),
         ("rerun", "ANNEAL_SPOT", "ANNEAL_SPOT is of an earlier release; give ANNEAL_SCHEDULING=sp"),
+        (
+            "submit-pipeline",
+            "ANEAL_SPOT",
+            "no command reads ANEAL_SPOT; ANNEAL_SPOT is of an earlier release; give ANNEAL_SCHED",
+        ),
         ("lint test", "JOBS PYTHON", ""),
     ],
 )
