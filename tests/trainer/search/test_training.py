@@ -101,3 +101,14 @@ def test_compiled_code_is_shared_by_the_first_that_has_it(tmp_path: Path) -> Non
         share_code(str(tmp_path / name), str(tmp_path))
     (shared,) = tmp_path.glob("compile_cache_torch-*.bin")
     assert shared.read_bytes() == b"first"
+
+
+def test_trials_of_other_batches_have_places_of_their_own(
+    common: Common, places: dict[str, str]
+) -> None:
+    """``grad_accum`` and ``micro_batch`` decide it too where no global batch is given."""
+    del common["global_batch"]
+    trial = Trial({"alpha": 0.0}, seed=1)
+    outcomes = [trained(trial, common | {"grad_accum": steps}, places) for steps in (1, 2)]
+    assert [one.tokens for one in outcomes] == [6 * 4 * 32, 6 * 8 * 32]
+    assert outcomes[0].place != outcomes[1].place

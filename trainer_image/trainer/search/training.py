@@ -13,9 +13,11 @@ from trainer.checkpoints.names import COMPILE_CACHE
 from trainer.data.streams import INFO_LIMIT, INFO_NAME, read_info
 from trainer.metrics.reading import read_run
 from trainer.runtime.compiled_code import LIMIT
+from trainer.runtime.devices import count_gpus
 from trainer.runtime.errors import MetricsError, StorageError, TrainingError
 from trainer.runtime.log import log
 from trainer.search.trials import Outcome, Trial, location_name
+from trainer.settings.accumulation import with_accumulation
 from trainer.settings.layers import resolve
 from trainer.settings.values import given
 from trainer.storage.base import StorageMissingError
@@ -54,7 +56,8 @@ def train_trial(
             well the next time.
     """
     settings = trial.over(common) | {"tokens_dir": tokens_dir}
-    config = resolve(given(**settings), {}).config
+    # How many windows an update has may follow from grad_accum and the GPUs
+    config = with_accumulation(resolve(given(**settings), {}), max(1, count_gpus())).config
     taught = targets if config.needs_teacher else ""
     tokens = read_info(read_bytes(f"{tokens_dir}/{INFO_NAME}", limit=INFO_LIMIT), tokens_dir)
     name = location_name(
