@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from trainer.metrics.evaluated import METRICS_JSON, EvaluationRow, read_rows
+from trainer.metrics.evaluated import METRICS_JSON, EvaluationRow, markdown_table, read_rows
 from trainer.runtime.errors import MetricsError
 from trainer.runtime.strict_json import dumps
 
@@ -26,6 +26,13 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
         assert first == ROWS[0]
         assert math.isnan(second.student_loss)
         assert (second.trained_at, second.teacher_loss) == (None, None)
+
+
+def test_the_table_says_on_how_many_tokens_each_loss_is_a_mean() -> None:
+    part, whole = (replace(ROWS[0], tokens=n, tokens_of_split=40_000) for n in (1_000, 40_000))
+    ends = [line.split(" | ")[-1] for line in markdown_table([part, whole, *ROWS]).splitlines()]
+    assert ends[0] == "tokens |"
+    assert ends[2:] == ["1,000 of 40,000 |", "40,000 |", "– |", "– |"]
 
 
 @pytest.mark.parametrize(

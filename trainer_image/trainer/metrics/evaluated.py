@@ -102,8 +102,9 @@ def _of_teacher(entry: Mapping[str, Any], name: str) -> float | None:
 def markdown_table(rows: list[EvaluationRow]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| checkpoint | step | trained at | context | student loss | ppl | teacher loss | ppl |",
-        "|---|---|---|---|---|---|---|---|",
+        "| checkpoint | step | trained at | context | student loss | ppl | teacher loss | ppl"
+        " | tokens |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         teacher = "– | –"
@@ -111,6 +112,14 @@ def markdown_table(rows: list[EvaluationRow]) -> str:
             teacher = f"{row.teacher_loss:.4f} | {row.teacher_ppl:.2f}"
         lines.append(
             f"| {row.checkpoint} | {row.step} | {row.trained_at or '–'} | {row.context}"
-            f" | {row.student_loss:.4f} | {row.student_ppl:.2f} | {teacher} |"
+            f" | {row.student_loss:.4f} | {row.student_ppl:.2f} | {teacher} | {_tokens(row)} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _tokens(row: EvaluationRow) -> str:
+    """On how many tokens the losses are means, and of how many where not of all."""
+    if row.tokens is None:
+        return "–"
+    all_of_them = row.tokens_of_split is None or row.tokens >= row.tokens_of_split
+    return f"{row.tokens:,}" if all_of_them else f"{row.tokens:,} of {row.tokens_of_split:,}"
