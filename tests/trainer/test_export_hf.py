@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.trainer.samples import save_student
 from trainer import entrypoint, export_hf
+from trainer.checkpoints.model_card import model_card
 from trainer.checkpoints.reading import read_checkpoint
 from trainer.models.student import Student, StudentConfig
 from trainer.runtime.commands import run_command
@@ -116,12 +118,38 @@ def test_the_model_card_tells_what_the_run_was(settings: dict[str, Any], tmp_pat
         "| teacher | teacher |",
         "| alpha | 0:0.7,2:0.5 |",
         "| temperature | 1.5 |",
+        "A small causal language model, distilled from teacher.",
+        "On at most 1,000 tokens of the validation split, after step 6;",
         f"| tokens seen in this phase | {6 * 4 * 32} |",
         "AutoModelForCausalLM.from_pretrained(DIRECTORY)",
     ):
         assert line in card.text
     assert str(tmp_path) not in card.content
     assert ModelCard.load(tmp_path / "unknown" / "README.md").data.license == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("alpha", "schedule", "taught"),
+    [
+        (0.5, "0:0.0", False),
+        (0.0, "", False),
+        (0.5, "3:0", True),
+        (0.0, "0:0,3:0.2", True),
+        (0.5, "", True),
+    ],
+)
+def test_a_student_of_cross_entropy_alone_is_not_called_distilled(
+    teacher_dir: Path, tmp_path: Path, alpha: float, schedule: str, taught: bool
+) -> None:
+    save_student(tmp_path / "s.pt", teacher=teacher_dir)
+    student = read_checkpoint(tmp_path / "s.pt")
+    given = {"alpha_schedule": schedule, "kd_alpha": alpha, "settings": {"alpha": alpha}}
+    source = replace(student, meta=student.meta | given)
+    card = model_card(
+        source, student.student_config(None), architecture="GPT2", positions=32, parameters=1
+    )
+    assert ("distilled from teacher" in card) == taught
+    assert ("knowledge-distillation" in card) == taught
 
 
 def test_exports_that_cannot_be_made(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 from trainer.checkpoints.checkpoint import Checkpoint
 from trainer.models.hugging_face import looks_local
 from trainer.models.student import StudentConfig
+from trainer.runtime.errors import UsageError
+from trainer.settings.schedules import ALPHA_RANGE, StepSchedule, schedule_entries
 from trainer.storage.places import is_remote
 
 _LOSS = re.compile(r"val_loss_(student|teacher)@(\d+)")
@@ -140,8 +142,12 @@ def _evaluation(meta: Mapping[str, Any]) -> str:
         for context, of in sorted(losses.items())
     ]
     head = ["| context | loss | perplexity | teacher's loss |", "| --- | --- | --- | --- |"]
+    most = _mapping(meta, "settings").get("eval_max_tokens")
+    part = "the whole validation split" if most == 0 else "the validation split"
+    if isinstance(most, int) and most > 0:
+        part = f"at most {most:,} tokens of the validation split"
     words = (
-        f"On the validation split, after step {meta.get('metrics_step')}; losses are in nats per"
+        f"On {part}, after step {meta.get('metrics_step')}; losses are in nats per"
         " token, by context in tokens."
     )
     return "\n".join([words, "", *head, *rows])
@@ -157,8 +163,16 @@ def _perplexity(value: float | None) -> str:
 
 def _taught(meta: Mapping[str, Any]) -> bool:
     """Whether a teacher had a weight at all."""
-    alpha = meta.get("kd_alpha")
-    return bool(meta.get("alpha_schedule")) or (isinstance(alpha, float | int) and alpha > 0)
+    alpha, schedule = meta.get("kd_alpha"), meta.get("alpha_schedule")
+    if not schedule:
+        return isinstance(alpha, float | int) and alpha > 0
+    first = _mapping(meta, "settings").get("alpha")
+    initial = float(first) if isinstance(first, float | int) else 0.0
+    try:
+        entries = schedule_entries(str(schedule), "alpha_schedule", ALPHA_RANGE)
+    except UsageError:  # of another program
+        return True
+    return any(value > 0.0 for value in StepSchedule(initial, entries).values())
 
 
 def _dataset(meta: Mapping[str, Any]) -> Mapping[str, Any]:
