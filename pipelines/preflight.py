@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from google.auth import exceptions as auth
@@ -45,7 +46,10 @@ NEEDED = ("project", "region", "pipeline_root", "trainer_image")
 
 
 def preflight(
-    settings: Settings, parameters: Mapping[str, Any], stages: Iterable[str] | None = None
+    settings: Settings,
+    parameters: Mapping[str, Any],
+    stages: Iterable[str] | None = None,
+    tasks: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[Settings, list[Finding]]:
     """Look at everything that a run of the pipeline needs.
 
@@ -53,6 +57,7 @@ def preflight(
         settings: where it would run.
         parameters: those given.
         stages: whose machines are looked at; None: of all that the parameters let run.
+        tasks: how many there are of a stage at a time, where these are several.
 
     Returns:
         The settings, with the machines that can be had, and what was found.
@@ -70,7 +75,7 @@ def preflight(
         return settings, [credentials]
     account = accounts[0]
     looked_at = gpu_stages(settings, values) if stages is None else list(stages)
-    machines = Capacity(settings, values, account).checks(looked_at)
+    machines = Capacity(settings, values, account, tasks).checks(looked_at)
     stage_account = StageAccount(account, settings.service_account, settings.project)
     checks = Places(settings, values, account, stage_account).checks() | hub_checks(values)
     found = run_checks(checks | machines, max(0.0, end - time.monotonic()), settings.project)
@@ -81,14 +86,17 @@ def preflight(
 
 
 def before_sending(
-    settings: Settings, parameters: Mapping[str, Any], stages: Iterable[str] | None = None
+    settings: Settings,
+    parameters: Mapping[str, Any],
+    stages: Iterable[str] | None = None,
+    tasks: Mapping[str, int] = MappingProxyType({}),
 ) -> Settings:
     """`preflight`, of which only what is not fine is printed, and which machines were chosen.
 
     Raises:
         LiquidError: a check failed.
     """
-    taken, findings = preflight(settings, parameters, stages)
+    taken, findings = preflight(settings, parameters, stages, tasks)
     listing = [stage for stage, machine in settings.machines.items() if machine.machines]
     chosen = {alternative_name(stage, taken.machines[stage]) for stage in listing}
     for finding in findings:

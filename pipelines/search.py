@@ -308,7 +308,8 @@ def submit(backend: str, path: str) -> None:
     if backend == "vertex":
         looked_at = [STAGE, "targets"] if search.needs_targets else [STAGE]
         asked = {**search.base, "teacher": CACHED}
-        settings = ready_for_vertex(settings, asked, switches, looked_at)
+        tasks = {STAGE: min(search.grid.parallelism, len(search.trials))}
+        settings = ready_for_vertex(settings, asked, switches, looked_at, tasks)
     else:
         require_kfp(settings, host, "pipeline_root")
     if not settings.pipeline_root.startswith("gs://"):

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pipelines.anneal import NAME, build_pipeline
@@ -153,6 +154,7 @@ def ready_for_vertex(
     parameters: Mapping[str, Any],
     switches: Switches,
     stages: Iterable[str] | None = None,
+    tasks: Mapping[str, int] = MappingProxyType({}),
 ) -> Settings:
     """The settings with the machines that can be had, everything else being there and allowed.
 
@@ -161,6 +163,7 @@ def ready_for_vertex(
         parameters: of the pipeline.
         switches: say whether to look.
         stages: whose machines are looked at; None: of all that the parameters let run.
+        tasks: how many there are of a stage at a time, where these are several.
 
     Raises:
         UsageError: something is missing or makes no sense.
@@ -171,7 +174,7 @@ def ready_for_vertex(
     settings.require(*NEEDED).check_vertex()
     read_prices(settings.prices)
     if switches.look_first:
-        settings = before_sending(settings, parameters, stages)
+        settings = before_sending(settings, parameters, stages, tasks)
         if stages is None:
             check_parameters(parameters, settings.processes("vertex"))
     return settings

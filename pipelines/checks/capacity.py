@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from urllib.parse import quote
@@ -56,6 +56,8 @@ class Capacity:
     settings: Settings
     parameters: Mapping[str, Any]
     caller: Account
+    tasks: Mapping[str, int] = field(default_factory=dict)
+    """How many tasks of a stage there are at a time, where a search has several."""
 
     def checks(self, stages: Iterable[str]) -> dict[str, Check]:
         """By name: for each alternative of each stage, whether it can be had."""
@@ -67,9 +69,16 @@ class Capacity:
 
     def _alternatives(self, stage: str) -> list[tuple[str, Machine, int]]:
         return [
-            (alternative_name(stage, one), one, gpus_asked(stage, one, self.parameters))
+            (
+                alternative_name(stage, one),
+                one,
+                self.tasks.get(stage, 1) * self._of_a_task(stage, one),
+            )
             for one in self.settings.machines[stage].alternatives
         ]
+
+    def _of_a_task(self, stage: str, machine: Machine) -> int:
+        return gpus_asked(stage, machine, self.parameters)
 
     def _look(self, name: str, machine: Machine, gpus: int) -> Finding:
         offered = self._region_offers(name, machine)

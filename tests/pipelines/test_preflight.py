@@ -670,6 +670,21 @@ def test_a_run_is_sent_on_the_machine_that_the_quota_has_room_for(
     assert machines["continue"] == "a2-highgpu-1g"
 
 
+def test_a_search_needs_the_quota_of_all_trials_that_run_at_a_time(
+    services: GoogleServices, environment: dict[str, str], tmp_path: Path
+) -> None:
+    services.rules = {"training_nvidia_a100_gpus": quota({"europe-west4": 3})}
+    grid = tmp_path / "grid.yaml"
+    for parallelism, status in ((4, 1), (3, 0)):
+        grid.write_text(f"{{settings: {{alpha: [0.3, 0.5, 0.7]}}, parallelism: {parallelism}}}")
+        given = {"GRID": str(grid), "PARAMS": "target_workers=1"}
+        done = run("search", environment | given, "vertex")
+        assert done.returncode == status, done.stdout + done.stderr
+        asked = "quota 3 in europe-west4, 4 asked for (custom_model_training_nvidia_a100_gpus)"
+        assert (asked in done.stdout) == (status == 1)
+    assert len(services.jobs) == 1
+
+
 def test_a_repetition_is_looked_at_as_the_run_that_it_is(
     services: GoogleServices, environment: dict[str, str]
 ) -> None:
