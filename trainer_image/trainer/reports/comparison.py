@@ -281,7 +281,9 @@ class RunsCompared:
                 f"At context {context} the runs were evaluated on validation splits of different"
                 " lengths: their losses differ by that too."
             )
-        for run in runs if end is not None else ():
+        if end is None:
+            return
+        for run in runs:
             if value_at(run.validation("student", context), end) is None:
                 yield (
                     f"At context {context} {run.name} has no finite loss at {count(end)} tokens: it"
