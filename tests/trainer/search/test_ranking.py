@@ -128,3 +128,19 @@ def test_the_findings_say_on_how_many_tokens_and_what_beats_the_control() -> Non
     )
     with pytest.raises(TrainingError, match="no trial could go on; one says: it diverged"):
         Findings(ranked(group({"lr_peak": 0.1}, None)), "val_loss_student", {})
+
+
+def test_a_seed_that_fails_everywhere_does_not_take_the_ranking_away() -> None:
+    """What the other seeds have cost is not lost with it."""
+    outcomes = [*group({"lr_peak": 0.1}, 3.0, None), *group({**CE, "lr_peak": 0.1}, None, 3.2)]
+    groups = ranked(outcomes)
+    assert going_on(groups, 0.5) == groups
+    found = Findings(groups, "val_loss_student", {})
+    assert found.places == ["/trials/{'lr_peak': 0.1}-1", outcomes[3].place]
+    assert found.sentences()[0].startswith("val_loss_student in nats after training on 1,000")
+    assert "a seed has failed" in found.sentences()[1]
+    assert found.sentences()[2].startswith("distilled is 0.2000 nats below CE only (not told apart")
+    # Where one setting is whole, the others end
+    whole = ranked([*outcomes, *group({"lr_peak": 0.2}, 5.0, 5.0)])
+    assert [one.settings for one in going_on(whole, 0.5)] == [{"lr_peak": 0.2}]
+    assert len(Findings(whole, "val_loss_student", {}).places) == 2

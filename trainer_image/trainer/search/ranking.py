@@ -109,6 +109,8 @@ def _check_equal(outcomes: list[Outcome], what: str, words: str) -> None:
 def going_on(groups: Sequence[Group], keep: float) -> list[Group]:
     """The better part of the groups, and of the controls, of which at least one each goes on.
 
+    Those of which a seed has failed go on only where there are no others.
+
     Args:
         groups: ranked.
         keep: the part, above 0 and at most 1; rounded up.
@@ -117,6 +119,7 @@ def going_on(groups: Sequence[Group], keep: float) -> list[Group]:
         TrainingError: no training could go on.
     """
     whole = [group for group in groups if not group.failed]
+    whole = whole or [group for group in groups if group.losses]
     if not whole:
         raise TrainingError(f"no trial could go on; one says: {groups[0].failed[0].failed}")
     kept: list[Group] = []

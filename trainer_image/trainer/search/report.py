@@ -25,7 +25,7 @@ class Findings:
     """By name of a group: the pipeline's parameters that stand for its settings."""
 
     def __post_init__(self) -> None:
-        if self.winner.failed:
+        if not self.winner.losses:
             raise TrainingError(f"no trial could go on; one says: {self.winner.failed[0].failed}")
 
     @property
@@ -39,23 +39,35 @@ class Findings:
         return self.parameters.get(self.winner.name, "")
 
     def _finalists(self) -> list[Group]:
-        """Those that came as far as the winner, without failing."""
-        return [g for g in self.groups if not g.failed and g.tokens == self.winner.tokens]
+        """Those that came as far as the winner, and failed with a seed only if it did."""
+        failed = bool(self.winner.failed)
+        return [
+            group
+            for group in self.groups
+            if group.tokens == self.winner.tokens and bool(group.failed) == failed
+        ]
 
     @property
     def places(self) -> list[str]:
         """Where the trials lie that came to the end, best first."""
-        return [one.place for group in self._finalists() for one in group.outcomes]
+        return [
+            one.place for group in self._finalists() for one in group.outcomes if not one.failed
+        ]
 
     def sentences(self) -> list[str]:
         """What the numbers do and do not tell."""
         names, finalists = labels(self.groups), self._finalists()
-        first = finalists[0].outcomes[0]
+        first = next(one for one in self.winner.outcomes if not one.failed)
         on = "an unknown number of" if first.eval_tokens is None else f"{first.eval_tokens:,}"
         said = [
             f"{self.metric} in nats after training on {first.tokens:,} tokens, evaluated on"
             f" {on} tokens; the same numbers for every trial that came to the end."
         ]
+        if self.winner.failed:
+            said.append(
+                "Of every setting that came to the end a seed has failed; the means are those of"
+                " the others, so give more seeds."
+            )
         others = [group for group in finalists[1:] if not group.control]
         controls = [group for group in finalists if group.control]
         if self.winner.control:
