@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from trainer.runtime import processes
 from trainer.runtime.errors import MetricsError
 from trainer.search.training import loss_at, share_code, train_trial
 from trainer.search.trials import Outcome, Trial, location_name
@@ -75,6 +76,18 @@ def test_a_training_that_cannot_go_on_is_an_outcome(common: Common, places: dict
     assert outcome.loss is None
     assert outcome.failed
     assert outcome.tokens == 0
+
+
+def test_a_training_of_several_processes_that_cannot_go_on_is_one_too(
+    common: Common, places: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine of several GPUs; the processes that torchrun starts are on the CPU here."""
+    monkeypatch.setattr(processes, "count_gpus", lambda _: 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    wild = {"alpha": 0.0, "lr_peak": 1e18, "max_nonfinite": 1, "warmup_steps": 0, "micro_batch": 2}
+    outcome = trained(Trial(wild, seed=1), common, places)
+    assert outcome.loss is None
+    assert "finite" in outcome.failed
 
 
 def test_what_decides_a_result_decides_the_place() -> None:

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ErrorHandler
 
 from trainer.runtime.devices import choose_device, count_gpus
-from trainer.runtime.errors import LiquidError, Preempted, UsageError
+from trainer.runtime.errors import LiquidError, Preempted, TrainingError, UsageError
 from trainer.runtime.log import log
 from trainer.runtime.signals import GRACE_SECONDS, ending_first
 
@@ -125,6 +125,9 @@ def joined_processes(environ: Mapping[str, str] = os.environ) -> Iterator[Proces
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
     try:
         yield Processes(rank, world_size, local, device)
+    except TrainingError as error:
+        ErrorHandler().record_exception(error)  # for the process that has started torchrun
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -184,6 +187,7 @@ def launch_if_needed(
 
     Raises:
         DeviceError: the machine has fewer GPUs than it was ordered with.
+        TrainingError: the training cannot go on.
         LaunchError: the processes failed; they have logged why.
         Preempted: a signal stopped them.
     """
@@ -193,7 +197,26 @@ def launch_if_needed(
     gpus = count_gpus(environ)
     if nodes.count * max(1, gpus) == 1:
         return False
-    from torch.distributed.run import get_args_parser, parse_args, run
+    from torch.distributed.run import parse_args, run
+
+    log.info("starting torchrun: %d machines with %d processes each", nodes.count, max(1, gpus))
+    command = [*_torchrun_flags(nodes, max(1, gpus)), "-m", module, *argv]
+    os.environ.update(secrets or {})
+    try:
+        # A second signal makes torchrun repeat it to its processes, which then end at once
+        with ending_first(_nothing, _tell_children, seconds=SHUTDOWN_SECONDS + 2, after_second=3.0):
+            run(parse_args(command))
+    except ChildFailedError as error:
+        raise _failure(error) from None
+    except SignalException as error:
+        name = signal.Signals(error.sigval).name
+        raise Preempted(f"stopped by {name}; start it again to go on", name) from None
+    return True
+
+
+def _torchrun_flags(nodes: Nodes, processes: int) -> list[str]:
+    """How torchrun starts so many processes on each machine."""
+    from torch.distributed.run import get_args_parser
 
     shutdown = f"--shutdown-timeout={SHUTDOWN_SECONDS}"
     known = "--shutdown-timeout" in get_args_parser().format_help()  # not in older releases
@@ -203,29 +226,24 @@ def launch_if_needed(
         *("--master-addr", nodes.master),
         f"--master-port={nodes.port}",
     ]
-    command = [
+    return [
         # --standalone takes a free port: another job may run on the same machine
         *(rendezvous if nodes.count > 1 else ["--standalone"]),
-        f"--nproc-per-node={max(1, gpus)}",
+        f"--nproc-per-node={processes}",
         *([shutdown] if known else []),
-        *("-m", module, *argv),
     ]
-    log.info("starting torchrun: %d machines with %d processes each", nodes.count, max(1, gpus))
-    os.environ.update(secrets or {})
-    try:
-        # A second signal makes torchrun repeat it to its processes, which then end at once
-        with ending_first(_nothing, _tell_children, seconds=SHUTDOWN_SECONDS + 2, after_second=3.0):
-            run(parse_args(command))
-    except ChildFailedError as error:
-        rank, first = error.get_first_failure()
-        raise LaunchError(
-            f"process {rank} ended with status {first.exitcode}; its message is above",
-            first.exitcode,
-        ) from None
-    except SignalException as error:
-        name = signal.Signals(error.sigval).name
-        raise Preempted(f"stopped by {name}; start it again to go on", name) from None
-    return True
+
+
+def _failure(error: ChildFailedError) -> LiquidError:
+    """What to raise where processes failed: what one has told, or its exit status."""
+    for failure in error.failures.values():
+        told = failure.message["message"] if isinstance(failure.message, dict) else ""
+        kind, _, reason = str(told).partition(": ")
+        if kind == TrainingError.__name__:
+            return TrainingError(reason)
+    rank, first = error.get_first_failure()
+    words = f"process {rank} ended with status {first.exitcode}; its message is above"
+    return LaunchError(words, first.exitcode)
 
 
 def _nothing() -> None:
