@@ -20,6 +20,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import sys
@@ -97,6 +98,7 @@ _END_SECONDS = GRACE_SECONDS + 2.0
 """How long a training has to save and to end before it is killed."""
 _EXECUTING = re.compile(r"Executing task '(?P<task>[\w-]+)'")
 _FINISHED = re.compile(r"Task '(?P<task>[\w-]+)' finished with status (?P<status>\w+)")
+_CACHED = re.compile(r"Task '?(?P<task>[\w-]+)'? cache hit")
 _COLOR = re.compile(r"\x1b\[\d+m")
 _QUIET = re.compile(r" = .*\((default|command line|checkpoint|--config)\)$")
 
@@ -181,6 +183,8 @@ class _Readable(io.TextIOBase):
         elif match := _EXECUTING.search(line):
             self._began[match["task"]] = time.monotonic()
             self._show(f"── {self._title(match['task'])}: started")
+        elif match := _CACHED.search(line):
+            self._show(f"── {self._title(match['task'])}: taken from the cache")
         elif line.startswith('{"severity"'):
             with contextlib.suppress(ValueError):
                 record = json.loads(line)
@@ -236,6 +240,7 @@ def run_pipeline(
         stack.enter_context(_lines_as_json())
         warnings.simplefilter("ignore")
         stream = _Readable(sys.stdout, raw, run)
+        stack.enter_context(_cache_hits_to(stream))
         try:
             # The image's name is part of the cache's key, so changed code is not taken from it
             settings = Settings(trainer_image=f"{LOCAL_IMAGE}:{code}")
@@ -255,6 +260,24 @@ def run_pipeline(
             )
             raise
     return run
+
+
+@contextlib.contextmanager
+def _cache_hits_to(stream: _Readable) -> Iterator[None]:
+    """Let the runner's word of what it takes from the cache arrive, which it logs but shows nobody.
+
+    It logs everything else where it prints too.
+    """
+    root, handler = logging.getLogger(), logging.StreamHandler(stream)
+    handler.addFilter(lambda record: bool(_CACHED.search(record.getMessage())))
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -192,11 +192,16 @@ def test_the_table_has_every_context_for_both_checkpoints(first_run: LocalRun) -
 
 
 def test_what_a_rerun_does_again(
-    first_run: LocalRun, work: Path, parameters: dict[str, Any]
+    first_run: LocalRun,
+    work: Path,
+    parameters: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Unchanged: nothing. A changed last train stage: it and what follows. The first: all of it."""
     unchanged = run_pipeline(work, parameters)
     assert unchanged.ran == []
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("──")]
+    assert sorted(told) == sorted(f"── {title}: taken from the cache" for title in TITLES)
     assert unchanged.outputs["report"].path == first_run.outputs["report"].path
     last = run_pipeline(work, parameters | {"continue_train_steps": 3})
     assert last.ran[:2] == ["continue", "pick-best-continued"]
