@@ -30,6 +30,7 @@ def keep_trials(
     from trainer.search.ranking import going_on, labels, ranked
     from trainer.search.trials import Outcome, outcomes_at
 
+    standings.uri = f"{standings.uri}.json"
     Path(standings.path).write_text(dumps([*outcomes_at(before and before.path), *outcomes]))
     Lineage(before=before).give(standings)
     groups = ranked([Outcome.parse(text) for text in outcomes])

@@ -32,6 +32,7 @@ def lm_eval_tasks(
 
     own = LmEvalSettings(tasks=parse_value("tasks", tasks), limit=limit)
     config = resolve(given(seed=seed, hf_secret_name=hf_secret_name), {}).config
+    metrics.uri, report.uri = f"{metrics.uri}.json", f"{report.uri}.md"
     with tempfile.TemporaryDirectory() as scratch:
         numbers = lm_eval_tasks.run(place(model.uri, model.path), scratch, own, config)
         Path(metrics.path).write_bytes(Path(scratch, lm_eval_tasks.RESULTS).read_bytes())

@@ -26,6 +26,7 @@ def resize_reset(
     from trainer.storage.places import place
 
     settings = resolve(given(block_size=block_size, pos_resize=pos_resize), {}).config
+    resized.uri = f"{resized.uri}.pt"
     output = place(resized.uri, resized.path)
     meta = resize_reset.run(
         place(checkpoint.uri, checkpoint.path),

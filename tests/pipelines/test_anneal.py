@@ -81,7 +81,7 @@ def test_a_chain_of_digests_leads_from_the_export_to_the_tokens(first_run: Local
     checkpoints = made["train-2", "checkpoints"]
     assert made["pick-best-2", "best"]["input checkpoints"] == checkpoints["digest"]
     resized = made["resize-reset", "resized"]
-    written = task_directory(first_run, "resize-reset") / "resized"
+    written = task_directory(first_run, "resize-reset") / "resized.pt"
     assert checkpoints["input initial"] == resized["digest"] == crc32c_text(written)
     before = first_run.outputs["before"]
     assert resized["input checkpoint"] == crc32c_text(Path(before.path))
@@ -153,7 +153,7 @@ def test_the_checkpoint_picked_is_the_argmin_of_the_recorded_losses(
 
 
 def test_the_resized_checkpoint_has_the_new_table_and_step_zero(first_run: LocalRun) -> None:
-    resized = read_checkpoint(task_directory(first_run, "resize-reset") / "resized")
+    resized = read_checkpoint(task_directory(first_run, "resize-reset") / "resized.pt")
     source = read_checkpoint(Path(first_run.outputs["before"].path))
     expected = resize_positions(source.weights["pos.weight"], 32, 64)
     assert torch.equal(resized.weights["pos.weight"], expected)
@@ -167,7 +167,7 @@ def test_the_continuation_starts_from_the_resized_weights(first_run: LocalRun) -
     meta = sidecars(task_directory(first_run, "train-2") / "checkpoints")["final.pt"]
     assert (meta["step"], meta["block_size"], meta["kd_alpha"]) == (4, 64, 0.4)
     assert meta["global_batch"] == 4
-    assert meta["origin"]["checkpoint"].endswith("resize-reset/resized")
+    assert meta["origin"]["checkpoint"].endswith("resize-reset/resized.pt")
 
 
 def test_the_table_has_every_context_for_both_checkpoints(first_run: LocalRun) -> None:
