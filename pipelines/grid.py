@@ -43,6 +43,9 @@ from trainer.settings.text_yaml import read_settings
 from trainer.settings.values import check_names, given, parse_value
 from trainer.targets.shares import shares_of
 
+NAME = "liquid-search"
+"""Of the pipeline of a search."""
+
 STAGE = "anneal"
 """The training whose settings are searched."""
 

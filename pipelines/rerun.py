@@ -23,7 +23,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from google.protobuf import json_format
@@ -33,6 +33,7 @@ from pipelines.estimates.plan import Plan
 from pipelines.estimates.prices import Prices, read_prices
 from pipelines.estimates.stages import estimate
 from pipelines.estimates.text import text
+from pipelines.grid import NAME as SEARCH
 from pipelines.parameters import (
     check_cloud_parameters,
     check_parameters,
@@ -69,7 +70,7 @@ def run_name(settings: Settings, run: str) -> str:
     Raises:
         UsageError: it is none of these, or lies in another project or region than the settings'.
     """
-    run_id = _part(r"/(?:pipelineJobs|pipelines/runs)/([^/?#]+)", run) or run
+    run_id = _id_of(run)
     if not _RUN_ID.fullmatch(run_id):
         raise UsageError(
             f"RUN={run!r} is no run's id, such as liquid-annealing-20250304050607, nor its full"
@@ -89,9 +90,32 @@ def run_name(settings: Settings, run: str) -> str:
     return f"{settings.place}/pipelineJobs/{run_id}"
 
 
+def _id_of(run: str) -> str:
+    """A run's id, as far as its name or address tells one."""
+    return _part(r"/(?:pipelineJobs|pipelines/runs)/([^/?#]+)", run) or run
+
+
 def _part(pattern: str, run: str) -> str:
     found = re.search(pattern, run)
     return found[1] if found else ""
+
+
+def check_no_search(name: str, run: str) -> None:
+    """Refuse a run of a search, of which every trial goes on by itself.
+
+    Args:
+        name: of the run or its pipeline.
+        run: the run's id.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if name.startswith(SEARCH):
+        raise UsageError(
+            f"RUN={run} is a search, which is not repeated by stages; make search with its GRID"
+            " again takes what has ended from the cache, and the other trials go on from their"
+            " snapshots"
+        )
 
 
 def check_reach(
@@ -143,6 +167,7 @@ def rerun(settings: Settings, run: str, stage: str, parameters: dict[str, Any]) 
         "STAGE": (stage, "the stage to repeat, e.g. continue"),
     }
     missing = {name: what for name, (value, what) in named.items() if not value}
+    check_no_search(_id_of(run), _id_of(run))
     if stage:
         check_stage(stage, compiled(build_pipeline(Settings(), "local")))
     name = run_name(settings.require("project", "region", beside=missing), run)
@@ -252,38 +277,37 @@ def _plan(job: Any, region: str, titles: list[str], prices: Prices, *, cache: bo
     )
 
 
-def _repetition(
-    original: Any, stage: str, parameters: Mapping[str, Any], cache: bool
-) -> tuple[Any, list[str], list[str]]:
-    """The new run, what to say of it, and the titles of the tasks that run again.
+@dataclass(frozen=True)
+class _Reach:
+    """Which tasks of a run are repeated."""
 
-    It is the original, but for parameters and tasks to skip.
+    skipped: set[str]
+    """What is skipped, by `Task.root`."""
+    repeated: list[str]
+    """Keys of the tasks that are not skipped."""
+    running: list[str]
+    """Titles of those that run, and not the other branch of a condition."""
 
-    The library's own ``rerun`` is not used: it takes no CMEK key (a type of the wrong version).
+
+def _reach(
+    spec: Mapping[str, Any], original: Any, stage: str, parameters: Mapping[str, Any]
+) -> _Reach:
+    """What a repetition from a stage on repeats: that, what follows, and what did not succeed.
 
     Raises:
-        UsageError: see `rerun`.
-        LiquidError: the original does not carry the number that a repetition refers to it by.
+        UsageError: the run has no such stage.
     """
     from google.cloud import aiplatform_v1beta1 as beta
 
     from pipelines.vertex import details_of, roots_of
 
-    number = original.labels.get(_NUMBER_LABEL, "")
-    if not number.isdecimal():
-        raise LiquidError(f"{original.name} cannot be repeated: it has no label {_NUMBER_LABEL}")
-    spec = _spec(original)
-    known = spec["root"].get("inputDefinitions", {}).get("parameters", {})
-    parameters = with_revisions(parameters, known, hub=True)  # of what is given, nothing else
-    tasks = tasks_of(spec)
-    states = beta.PipelineTaskDetail.State
+    tasks, states = tasks_of(spec), beta.PipelineTaskDetail.State
     again = {tasks[key].root for key in with_downstream(spec, find_stage(spec, stage))}
     details = details_of(original)
-    roots = roots_of(details)
     # Skipped is what came from the cache
     skipped = {
         root.task_name
-        for root in roots.values()
+        for root in roots_of(details).values()
         if root.state in (states.SUCCEEDED, states.SKIPPED) and root.task_name not in again
     }
     repeated = [key for key, task in tasks.items() if task.root not in skipped]
@@ -291,11 +315,52 @@ def _repetition(
     idle = {task.task_name for task in details if task.state == states.NOT_TRIGGERED}
     idle -= {task.title for task in tasks.values() if task.deciding.intersection(parameters)}
     running = [tasks[key].title for key in repeated if tasks[key].title not in idle]
-    remarks = [f"runs again: {', '.join(running)}"]
-    remarks += check_reach(spec, repeated, parameters)
-    for key in repeated if not cache else ():
+    return _Reach(skipped, repeated, running)
+
+
+def _repetition(
+    original: Any, stage: str, parameters: Mapping[str, Any], cache: bool
+) -> tuple[Any, list[str], list[str]]:
+    """The new run, what to say of it, and the titles of the tasks that run again.
+
+    It is the original, but for parameters and tasks to skip.
+
+    Raises:
+        UsageError: see `rerun`.
+        LiquidError: the original does not carry the number that a repetition refers to it by.
+    """
+    number = original.labels.get(_NUMBER_LABEL, "")
+    if not number.isdecimal():
+        raise LiquidError(f"{original.name} cannot be repeated: it has no label {_NUMBER_LABEL}")
+    spec = _spec(original)
+    check_no_search(str(spec.get("pipelineInfo", {}).get("name", "")), _id_of(original.name))
+    known = spec["root"].get("inputDefinitions", {}).get("parameters", {})
+    parameters = with_revisions(parameters, known, hub=True)  # of what is given, nothing else
+    reach = _reach(spec, original, stage, parameters)
+    remarks = [f"runs again: {', '.join(reach.running)}"]
+    remarks += check_reach(spec, reach.repeated, parameters)
+    tasks = tasks_of(spec)
+    for key in reach.repeated if not cache else ():
         tasks[key].spec["cachingOptions"] = {"enableCache": False}
-    job = beta.PipelineJob(
+    job = _job(original, spec, number, reach.skipped)
+    job.runtime_config.parameter_values.update(parameters)
+    # The values together, by the trainer's own checks
+    check_parameters(_known(_values(job)), processes_of(spec))
+    return job, remarks, reach.running
+
+
+def _job(original: Any, spec: dict[str, Any], number: str, skipped: set[str]) -> Any:
+    """The original as a job to be sent again, which refers to it and skips some of its tasks.
+
+    The library's own ``rerun`` is not used: it takes no CMEK key (a type of the wrong version).
+    """
+    from google.cloud import aiplatform_v1beta1 as beta
+
+    from pipelines.vertex import details_of, roots_of
+
+    details = details_of(original)
+    roots = roots_of(details)
+    return beta.PipelineJob(
         display_name=original.display_name,
         pipeline_spec=spec,
         runtime_config=original.runtime_config,
@@ -313,10 +378,6 @@ def _repetition(
             for task in details
         ],
     )
-    job.runtime_config.parameter_values.update(parameters)
-    # The values together, by the trainer's own checks
-    check_parameters(_known(_values(job)), processes_of(spec))
-    return job, remarks, running
 
 
 def main(argv: list[str]) -> None:

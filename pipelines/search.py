@@ -35,7 +35,7 @@ from pipelines.embedded import build_corpus, build_teacher
 from pipelines.estimates.plan import plan_of_run
 from pipelines.estimates.stages import estimate
 from pipelines.estimates.text import duration_text
-from pipelines.grid import OF_THE_TOKENS, STAGE, Search, described, read_search
+from pipelines.grid import NAME, OF_THE_TOKENS, STAGE, Search, described, read_search
 from pipelines.local import DEMO, LocalRun, code_digest, ending_tasks, run_pipeline
 from pipelines.local_runs import LOG, PARAMETERS, name_of_run, open_run
 from pipelines.parameters import check_cloud_parameters, parameter_defaults, parse_parameters
@@ -56,7 +56,6 @@ from trainer.runtime.log import log, quiet_libraries, set_up_logging
 from trainer.runtime.messages import duration
 from trainer.settings.flags import OneLineParser
 
-NAME = "liquid-search"
 TRIALS = "search-trials"
 """Where trials lie, below the root of the pipeline's artifacts."""
 

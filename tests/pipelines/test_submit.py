@@ -745,6 +745,11 @@ def test_rerun_errors(vertex: Loopback, environment: dict[str, str]) -> None:
         ({"STAGE": "evaluate"}, 2, "missing: RUN"),
         (known | {"WAIT": "yes"}, 2, "WAIT='yes': 1 or 0 is needed"),
         (known | {"RUN": "My Run"}, 2, "RUN='My Run' is no run's id"),
+        (
+            {"RUN": f"{PARENT}/liquid-search-2025", "STAGE": "rank"},
+            2,
+            "liquid-search-2025 is a sea",
+        ),
         (known | {"STAGE": "continue-102"}, 2, "did you mean continue? It has prepare, plan"),
         (known | {"PARAMS": "anneal_seed=1"}, 2, "unknown parameter 'anneal_seed'"),
         (known | {"PARAMS": "anneal_train_steps=9"}, 2, "skipped; give STAGE=anneal"),
