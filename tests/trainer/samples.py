@@ -55,9 +55,13 @@ def lively_gpt2(*, deviation: float, **settings: Any) -> Any:
     return model
 
 
-def base_package_payload(*, trained: int, rows: int, step: int = 68150) -> dict[str, Any]:
+def base_package_payload(
+    *, trained: int, rows: int, step: int = 68150, vocabulary: int = 64, width: int = 16
+) -> dict[str, Any]:
     """A checkpoint as the base package writes it: one AdamW group, no metadata, a long table."""
-    config = StudentConfig(vocab_size=64, d_model=16, n_layers=2, n_heads=4, positions=rows)
+    config = StudentConfig(
+        vocab_size=vocabulary, d_model=width, n_layers=2, n_heads=4, positions=rows
+    )
     student = Student(config).initialize(1)
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-4, weight_decay=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
