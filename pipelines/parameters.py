@@ -329,6 +329,7 @@ def parameters_to_send(settings: Settings, backend: str) -> dict[str, Any]:
     parameters = parse_parameters(os.environ.get("PARAMS", ""))
     check_parameters(parameters, settings.processes(backend))
     check_cloud_parameters(parameters)
+    check_data_set(parameters)
     if settings.model_name and not parameters.get("export", True):
         raise UsageError(
             f"PARAMS: export=false leaves nothing to register as MODEL_NAME={settings.model_name};"
@@ -363,3 +364,25 @@ def check_cloud_parameters(values: Mapping[str, Any]) -> None:
         raise UsageError(
             f"PARAMS: hf_secret_name={secret!r}: write projects/P/secrets/S[/versions/V]"
         )
+
+
+def check_data_set(given: Mapping[str, Any]) -> None:
+    """Refuse another data set with the configuration that belongs to the default one.
+
+    The first stage would find that out on its machine.
+
+    Args:
+        given: the parameters that the user gave, without defaults.
+
+    Raises:
+        UsageError: ``dataset_name`` is given without ``dataset_config``.
+    """
+    default = parameter_defaults()
+    name = given.get("dataset_name") or default["dataset_name"]
+    if "dataset_config" in given or name.rpartition("/")[2] == default["dataset_name"]:
+        return
+    raise UsageError(
+        f"PARAMS: dataset_name={brief(name)} without dataset_config, whose default"
+        f" {default['dataset_config']} is of {default['dataset_name']}; give both, as"
+        " dataset_config= where there is none"
+    )

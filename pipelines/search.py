@@ -38,7 +38,12 @@ from pipelines.estimates.text import duration_text
 from pipelines.grid import NAME, OF_THE_TOKENS, STAGE, Search, described, read_search
 from pipelines.local import DEMO, LocalRun, code_digest, ending_tasks, run_pipeline
 from pipelines.local_runs import LOG, PARAMETERS, name_of_run, open_run
-from pipelines.parameters import check_cloud_parameters, parameter_defaults, parse_parameters
+from pipelines.parameters import (
+    check_cloud_parameters,
+    check_data_set,
+    parameter_defaults,
+    parse_parameters,
+)
 from pipelines.pins import with_revisions
 from pipelines.settings import Settings, load_settings
 from pipelines.stages import CACHED, STAGES, Stage
@@ -300,6 +305,7 @@ def submit(backend: str, path: str) -> None:
     settings, switches = load_settings(), Switches()
     own = parse_parameters(os.environ.get("PARAMS", ""))
     check_cloud_parameters(own)
+    check_data_set(own)
     known = parameter_defaults()
     base = with_revisions(own, known, hub=True, defaults=known)
     search = read_search(path, base, own, settings.processes(backend)[STAGE])

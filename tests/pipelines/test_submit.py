@@ -411,6 +411,7 @@ def test_parameters_are_checked_before_anything_is_sent(
         ("resume_gcs_uri=/home/me/x.pt", {}, "resume_gcs_uri='/home/me/x.pt': no stage can read"),
         ("resume_gcs_uri=gs://b", {}, "copy it to gs://BUCKET/NAME"),
         ("dataset_name=~", {}, "dataset_name='~' is on this machine, where no stage can read it"),
+        ("dataset_name=gs://b/text", {}, "give both, as dataset_config= where there is none"),
         ("hf_secret_name=mine", {}, "write projects/P/secrets/S[/versions/V]"),
         ("export=false", {"MODEL_NAME": "a"}, "leaves nothing to register as MODEL_NAME=a"),
         ("", {"MODEL_NAME": "a"}, "MODEL_NAME='a' without SERVING_IMAGE"),

@@ -425,6 +425,14 @@ def test_a_configuration_of_what_has_none_is_refused(
         streams_for(config)
 
 
+def test_a_configuration_that_a_directory_does_not_have_is_named(
+    corpus: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    config = config_for(corpus, tokenizer_dir, tmp_path / "cache", dataset_config="main")
+    with pytest.raises(DataError, match="'main' not found.*; give --dataset_config with one of"):
+        streams_for(config)
+
+
 def decoded(tokenizer_dir: Path, stream: np.ndarray) -> list[str]:
     text = load_tokenizer(str(tokenizer_dir)).decode(stream.tolist())
     return sorted(text.split("<|endoftext|>")[:-1])

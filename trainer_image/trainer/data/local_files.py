@@ -86,7 +86,9 @@ def readable_errors(name: str) -> Iterator[None]:
     ) as error:
         cause = error.__cause__ or error
         reason = textwrap.shorten(str(cause), 300, placeholder=" …") or _unsaid(cause)
-        raise DataError(f"data set {name!r} cannot be loaded: {reason}") from error
+        unknown = reason.startswith("BuilderConfig ")
+        hint = "; give --dataset_config with one of them, or leave it out" if unknown else ""
+        raise DataError(f"data set {name!r} cannot be loaded: {reason}{hint}") from error
 
 
 def _unsaid(error: BaseException) -> str:
