@@ -1,8 +1,8 @@
-"""How the commands of the documentation become ones that run here, in seconds and without a cloud.
+"""How the commands of the documentation become ones that run here, in seconds, without a cloud.
 
-Tables say it: `PLACES` for what is named, `CONTEXTS` and `UPDATES` for what is too large, `APPENDED`
-for what makes it small, and `ELSEWHERE` for what is not run by these tests. A command that none of
-them knows fails.
+Tables say it: `PLACES` for what is named, `CONTEXTS` and `UPDATES` for what is too large,
+`APPENDED` for what makes it small, and `ELSEWHERE` for what is not run by these tests. A command
+that none of them knows fails.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from collections.abc import Sequence
 from tests.docs.markdown import Command
 
 ELSEWHERE: dict[tuple[str, ...], str] = {
-    ("make", "run-local"): "it takes minutes; tests/pipelines/test_anneal.py runs the same pipeline",
+    (
+        "make",
+        "run-local",
+    ): "it takes minutes; tests/pipelines/test_anneal.py runs the pipeline",
     ("make", "test"): "it is what runs this test",
     ("pip", "install"): "it installs; .ci/run and the image do",
     ("gcloud",): "it needs a Google Cloud project",

@@ -13,6 +13,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benc
 
 _FENCE = re.compile(r"^( *```+)(\w*)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
 _SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
+_BOLD = re.compile(r"\*\*`.*?`\*\*", re.DOTALL)
 _LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^()\s]+)\)")
 _ASSIGNMENT = re.compile(r"[A-Z][A-Z_]*=.*", re.DOTALL)
 
@@ -59,6 +60,11 @@ def blocks(page: Path) -> list[Block]:
 def prose(page: Path) -> str:
     """A page without its fenced blocks."""
     return _FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def sentences(page: Path) -> str:
+    """The same without what is quoted of messages, which stands bold."""
+    return _BOLD.sub("", prose(page))
 
 
 def spans(text: str) -> list[str]:
