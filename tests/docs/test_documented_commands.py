@@ -42,6 +42,7 @@ from tests.faults.server import ObjectServer
 from tests.pipelines.google_services import GoogleServices
 from tests.pipelines.test_submit import PARENT, finished_run, run
 from tests.trainer.samples import base_package_payload
+from trainer.runtime.errors import UsageError
 from trainer.settings.config import (
     LM_EVAL_SETTINGS,
     SAMPLE_SETTINGS,
@@ -54,6 +55,8 @@ from trainer.settings.config import (
 from trainer.settings.flags import OneLineParser, settings_from_args
 from trainer.settings.layers import resolve
 from trainer.storage.places import open_location
+
+pytestmark = pytest.mark.timeout(900)  # of all commands together, on a busy machine
 
 MAKEFILE = (ROOT / "Makefile").read_text()
 BENCH = " ".join(path.read_text() for path in (ROOT / "bench").glob("*.py"))
@@ -101,7 +104,7 @@ def check_module(module: str, argv: list[str]) -> None:
     given = settings_from_args(parsed(module, argv))
     for table, names in OTHER_TABLES:
         own = {name: value for name, value in given.items() if name in names}
-        if own and not set(own) <= set(SETTINGS):
+        if own:
             table(**own)
     resolve({name: value for name, value in given.items() if name in SETTINGS}, {})
 
@@ -138,6 +141,27 @@ def check_given(found: Command) -> None:
 @pytest.mark.parametrize("found", COMMANDS, ids=named)
 def test_a_command_can_be_given_like_that(found: Command) -> None:
     check_given(found)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "make run-loca",
+        "make submit-pipeline PARAM=seed=7",
+        "make run-local STAGE=continue",
+        "make submit-pipeline PARAMS='train_steps=7'",
+        "make submit-pipeline PARAMS='anneal_alpha=2'",
+        "python -m trainer.entrypoint --train_step=5",
+        "python -m trainer.entrypoint --alpha=2",
+        "python -m trainer.sample exported --greedy=true --top_k=5",
+        "python -m trainer.evaluate",
+        "python bench/gpu_step.py --no_such_flag",
+        "wget https://example.com",
+    ],
+)
+def test_a_wrong_command_is_found_out(line: str) -> None:
+    with pytest.raises((AssertionError, UsageError)):
+        check_given(command(PAGES[0], 0, shlex.split(line)))
 
 
 def in_prose() -> list[Command]:
@@ -325,7 +349,8 @@ def world(
         "STORAGE_EMULATOR_HOST": object_server.url,
         "PREFLIGHT": "0",
     }
-    world.services = services.overrides()
+    hub = GoogleServices(tmp_path_factory.mktemp("hub"), tls=False)
+    world.services = services.overrides() | {"HF_ENDPOINT": hub.url}
     level, threads = logging.getLogger().level, torch.get_num_threads()
     torch.set_num_threads(1)  # more wait for each other in models as small as these
     with pytest.MonkeyPatch.context() as patch:
@@ -339,6 +364,7 @@ def world(
     logging.getLogger().setLevel(level)
     torch.set_num_threads(threads)
     services.close()
+    hub.close()
     return world
 
 
