@@ -13,7 +13,7 @@ from typing import Any
 from pipelines.anneal import NAME
 from pipelines.estimates.stages import Amount, Estimate, StageCost
 from pipelines.parameters import parameter_defaults
-from trainer.runtime.messages import shortened
+from trainer.runtime.messages import duration, shortened
 
 _WIDTH = 100
 DEFAULTS = "parameters as by default:"
@@ -125,17 +125,7 @@ def _seconds_of(amount: Amount | None) -> str:
     if amount is None:
         return "?"
     more = f" + {amount.per_token * 1e6:.2g} s/M" if amount.per_token else ""
-    return duration_text(amount.fixed) + more
-
-
-def duration_text(seconds: float) -> str:
-    """``45 s``, ``12 min``, ``3 h 05 min``, ``730 h``."""
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes >= 6000:
-        return f"{round(minutes / 60)} h"
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return duration(amount.fixed) + more
 
 
 def _money_of(amount: Amount | None) -> str:

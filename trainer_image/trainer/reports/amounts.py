@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
+from trainer.runtime import messages
 from trainer.runtime.strict_json import finite_number
 
 NOTHING = "–"
@@ -62,17 +63,9 @@ def figures(value: Any) -> str:
 
 
 def duration(value: Any) -> str:
-    """Seconds as ``7.2 s``, ``3 min 20 s`` or ``5 h 12 min``."""
+    """Seconds as every message shows them; a dash where they are none."""
     seconds = finite_number(value)
-    if seconds is None or seconds < 0:
-        return NOTHING
-    if seconds < 99.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min"
+    return NOTHING if seconds is None or seconds < 0 else messages.duration(seconds)
 
 
 def moment(text: str) -> str:
