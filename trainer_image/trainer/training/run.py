@@ -77,19 +77,10 @@ def run(
     Raises:
         LiquidError: anything that a user can act on.
     """
-    config_file = config_file or {}
     processes = processes or Processes(device=choose_device())
-    # The start time may be part of a location: one for all processes
-    by_user = resolve(command_line, config_file, now=processes.broadcast(time.time()))
-    check_before_reading(by_user)
+    by_user = _given_by_user(command_line, config_file or {}, processes)
     imported = seconds_since_start()
     wake(processes.device)
-    if not by_user.values["resume_gcs_uri"]:
-        accumulation(by_user, processes.world_size)  # a checkpoint's batch size is checked below
-    for name in ("local_workdir", "output_gcs_uri"):
-        if "$(" in str({**config_file, **command_line}.get(name)):
-            words = "--%s is %s for this start; to go on after a stop, give that, not the date"
-            log.warning(words, name, by_user.values[name])
     workdir = by_user.values["local_workdir"]
     snapshots = Snapshots(by_user.values["output_gcs_uri"] or workdir, workdir)
     dry = by_user.values["train_steps"] == 0 and by_user.given("train_steps")
@@ -127,6 +118,22 @@ def run(
         )
     _check_metadata(config, start, index)
     return _train(resolved, start, source, snapshots, token, processes)
+
+
+def _given_by_user(
+    command_line: Mapping[str, Any], config_file: Mapping[str, Any], processes: Processes
+) -> Resolved:
+    """The settings before any checkpoint gives some, refused where no checkpoint can mend them."""
+    # The start time may be part of a location: one for all processes
+    by_user = resolve(command_line, config_file, now=processes.broadcast(time.time()))
+    check_before_reading(by_user)
+    if not by_user.values["resume_gcs_uri"]:
+        accumulation(by_user, processes.world_size)  # a checkpoint's batch size is checked later
+    for name in ("local_workdir", "output_gcs_uri"):
+        if "$(" in str({**config_file, **command_line}.get(name)):
+            words = "--%s is %s for this start; to go on after a stop, give that, not the date"
+            log.warning(words, name, by_user.values[name])
+    return by_user
 
 
 def _log_settings(resolved: Resolved, *, every: bool) -> None:
