@@ -126,65 +126,77 @@ def build_pipeline(settings: Settings, backend: str) -> Any:
         lm_eval_tasks: str = "",
         lm_eval_limit: int = 0,
     ) -> Outputs:
-        given = dict(locals())
-
-        def own(key: str) -> dict[str, Any]:
-            """What parameters give to a stage alone, by the names of its component's inputs."""
-            start = f"{key}_"
-            return {n.removeprefix(start): v for n, v in given.items() if n.startswith(start)}
-
-        streams = prepared(stage, given)
-        training = {
-            "teacher_name": teacher_name,
-            "teacher_revision": teacher_revision,
-            "teacher_targets": _targets(stage, backend, streams, given),
-            "eval_ctx_lens": eval_ctx_lens,
-            "save_best_on": best_metric,
-            "seed": seed,
-            "hf_secret_name": hf_secret_name,
-        }
-        short = stage("anneal", train)(
-            tokens=streams, resume_gcs_uri=resume_gcs_uri, **training, **own("anneal")
-        )
-        best_short = stage("pick", pick_best)(
-            checkpoints=short.outputs["checkpoints"], metric=best_metric
-        )
-        resized = stage("resize", resize_reset)(
-            checkpoint=best_short.outputs["best"],
-            block_size=continue_block_size,
-            pos_resize=resize_method,
-        )
-        long = stage("continue", train)(
-            tokens=streams,
-            initial=resized.outputs["resized"],
-            compiled=short.outputs["checkpoints"],
-            **training,
-            **own("continue"),
-        )
-        best_long = stage("pick_again", pick_best)(
-            checkpoints=long.outputs["checkpoints"], metric=best_metric
-        )
-        table = stage("evaluate", evaluate)(
-            tokens=streams,
-            before=best_short.outputs["best"],
-            after=best_long.outputs["best"],
-            record_before=short.outputs["record"],
-            record_after=long.outputs["record"],
-            teacher_name=teacher_name,
-            teacher_revision=teacher_revision,
-            eval_ctx_lens=eval_ctx_lens,
-            hf_secret_name=hf_secret_name,
-            **own("evaluate"),
-        )
-        _export(stage, best_long.outputs["best"], given, settings)
-        return Outputs(
-            report=table.outputs["report"],
-            table=table.outputs["table"],
-            before=best_short.outputs["best"],
-            after=best_long.outputs["best"],
-        )
+        return _both_phases(stage, backend, dict(locals()), settings)
 
     return anneal_and_continue
+
+
+def _both_phases(
+    stage: Callable[[str, Any], Callable[..., Any]],
+    backend: str,
+    given: Mapping[str, Any],
+    settings: Settings,
+) -> Outputs:
+    """The tasks of the pipeline, and what it gives.
+
+    Args:
+        stage: makes tasks.
+        backend: says how many workers of the teacher run together.
+        given: the pipeline's parameters.
+        settings: say whether the student goes to the model registry.
+    """
+
+    def own(key: str) -> dict[str, Any]:
+        """What parameters give to a stage alone, by the names of its component's inputs."""
+        start = f"{key}_"
+        return {n.removeprefix(start): v for n, v in given.items() if n.startswith(start)}
+
+    streams = prepared(stage, given)
+    names = ("teacher_name", "teacher_revision", "eval_ctx_lens", "hf_secret_name")
+    taught = {name: given[name] for name in names}
+    training = {
+        **taught,
+        "teacher_targets": _targets(stage, backend, streams, given),
+        "save_best_on": given["best_metric"],
+        "seed": given["seed"],
+    }
+    short = stage("anneal", train)(
+        tokens=streams, resume_gcs_uri=given["resume_gcs_uri"], **training, **own("anneal")
+    )
+    best_short = stage("pick", pick_best)(
+        checkpoints=short.outputs["checkpoints"], metric=given["best_metric"]
+    )
+    resized = stage("resize", resize_reset)(
+        checkpoint=best_short.outputs["best"],
+        block_size=given["continue_block_size"],
+        pos_resize=given["resize_method"],
+    )
+    long = stage("continue", train)(
+        tokens=streams,
+        initial=resized.outputs["resized"],
+        compiled=short.outputs["checkpoints"],
+        **training,
+        **own("continue"),
+    )
+    best_long = stage("pick_again", pick_best)(
+        checkpoints=long.outputs["checkpoints"], metric=given["best_metric"]
+    )
+    table = stage("evaluate", evaluate)(
+        tokens=streams,
+        before=best_short.outputs["best"],
+        after=best_long.outputs["best"],
+        record_before=short.outputs["record"],
+        record_after=long.outputs["record"],
+        **taught,
+        **own("evaluate"),
+    )
+    _export(stage, best_long.outputs["best"], given, settings)
+    return Outputs(
+        report=table.outputs["report"],
+        table=table.outputs["table"],
+        before=best_short.outputs["best"],
+        after=best_long.outputs["best"],
+    )
 
 
 def prepared(stage: Callable[[str, Any], Callable[..., Any]], given: Mapping[str, Any]) -> Any:
