@@ -53,35 +53,22 @@ def train(
     from pathlib import Path
 
     from components.lineage import Lineage
+    from components.training import settings_of
     from trainer import entrypoint, pick_best
     from trainer import report as reports
     from trainer.checkpoints.metadata import origin_digest, summary, targets_of
-    from trainer.checkpoints.names import COMPILE_CACHE
     from trainer.metrics.lines import METRICS
     from trainer.runtime.strict_json import dumps
-    from trainer.settings.config import SETTINGS
-    from trainer.settings.values import given
     from trainer.storage.digests import as_sha256, digest_of_file
     from trainer.storage.places import place
 
-    output = place(checkpoints.uri, checkpoints.path)
-    code = f"{place(compiled.uri, compiled.path)}/{COMPILE_CACHE}" if compiled else None
-    settings = {name: value for name, value in inputs.items() if name in SETTINGS} | {
-        "tokens_dir": place(tokens.uri, tokens.path),
-        "output_gcs_uri": output,
-        "resume_gcs_uri": place(initial.uri, initial.path) if initial else resume_gcs_uri,
-        "compile_cache": code,
-        "T": temperature,
-        "grad_accum": grad_accum or None,
-    }
-    settings |= more_settings
-    if settings["grad_accum"] is not None and "global_batch" not in more_settings:
-        del settings["global_batch"]  # two names of one quantity
-    settings = given(**settings)
+    settings = settings_of(inputs)
     result = entrypoint.run_on_all_gpus(settings)
     if result is None:  # of several machines, the first one reports
         return (math.nan, -1, -1)
-    best = pick_best.run([output], settings.get("save_best_on", "val_loss_student"))
+    best = pick_best.run(
+        [settings["output_gcs_uri"]], settings.get("save_best_on", "val_loss_student")
+    )
     checkpoints.metadata.update(summary(best.meta))
     for name, value in result.metrics.items():
         metrics.log_metric(name, value)
