@@ -12,6 +12,7 @@ from typing import Literal
 import requests
 from google.api_core import exceptions as api
 from google.auth import exceptions as auth
+from google.protobuf.json_format import ParseError
 
 from pipelines.vertex import first_line
 from trainer.runtime.errors import LiquidError
@@ -38,6 +39,8 @@ class Finding:
 
 
 Check = Callable[[], Finding]
+_OTHER_SHAPES = (AttributeError, TypeError, LookupError, ParseError)
+"""What reading an answer of another shape than the service's comes to, also in its client."""
 
 
 class GarbageError(LiquidError):
@@ -62,14 +65,16 @@ def unchecked(check: str, error: Exception, project: str) -> Finding:
         said = f"your account may not look ({first_line(error)})"
     elif isinstance(error, (api.TooManyRequests, api.ResourceExhausted)):
         said = "the service wants fewer requests for now; try again in a minute"
+    elif isinstance(error, (GarbageError, requests.exceptions.JSONDecodeError)):
+        said = f"the service answered nonsense ({first_line(error)})"
+    elif isinstance(error, _OTHER_SHAPES):
+        said = f"the service answered nonsense ({said})"
     elif isinstance(error, (requests.exceptions.Timeout, api.DeadlineExceeded)):
         said = "the service did not answer in time"
     elif isinstance(error, (requests.exceptions.RequestException, auth.TransportError)):
         said = f"the service cannot be reached ({first_line(error)})"
     elif isinstance(error, (api.ServerError, api.RetryError)):
         said = f"the service is down ({first_line(error)})"
-    elif isinstance(error, (GarbageError, requests.exceptions.JSONDecodeError)):
-        said = f"the service answered nonsense ({first_line(error)})"
     return Finding(check, "unchecked", said, mend)
 
 

@@ -191,7 +191,9 @@ class Places:
             bucket.reload(timeout=TIMEOUT, retry=None)
         except api.NotFound:
             return Finding("bucket", "failed", f"gs://{name} does not exist", create)
-        location = str(bucket.location or "").lower()
+        if not bucket.location:
+            raise GarbageError("a bucket without a location")
+        location = str(bucket.location).lower()
         parts = [str(part).lower() for part in bucket.data_locations or ()]
         if region in (location, *parts):
             return Finding("bucket", "fine", f"gs://{name} lies in {location}")

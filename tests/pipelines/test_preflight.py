@@ -239,6 +239,21 @@ SITUATIONS = [
         {"GET /storage/v1/b/artifacts\\?": (200, {"location": "US-CENTRAL1"})},
     ),
     Situation(
+        "bucket: an empty answer",
+        "? bucket: could not be checked: the service answered nonsense (a bucket without a loc",
+        {"GET /storage/v1/b/artifacts\\?": (200, {})},
+    ),
+    Situation(
+        "bucket: garbage",
+        "? bucket: could not be checked: the service answered nonsense (Expecting value",
+        {"GET /storage/v1/b/artifacts\\?": (200, "<html>a login page</html>")},
+    ),
+    Situation(
+        "bucket: an answer of another shape",
+        "? bucket: could not be checked: the service answered nonsense (AttributeError: 'list'",
+        {"GET /storage/v1/b/artifacts\\?": (200, [])},
+    ),
+    Situation(
         "bucket: not to be looked at",
         "? bucket: could not be checked: your account may not look",
         {"GET /storage/v1/b/artifacts\\?": refusal(403, "", "storage.buckets.get")},
