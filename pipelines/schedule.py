@@ -96,7 +96,11 @@ def schedule(settings: Settings, parameters: dict[str, Any], cron: str) -> None:
 
     with vertex.readable_errors(settings):
         job = vertex_job(settings, parameters, switches, new_run_id())
-        made = aiplatform.PipelineJobSchedule(pipeline_job=job, display_name=NAME)
+        made = aiplatform.PipelineJobSchedule(
+            pipeline_job=job,
+            display_name=NAME,
+            credentials=job.credentials,  # a dry run has none, and needs none
+        )
         switches.show(estimate_of(settings, parameters, "vertex", switches)())
         if switches.request_alone:
             print(Schedule.to_json(made._gca_resource))

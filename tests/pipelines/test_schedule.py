@@ -86,6 +86,9 @@ def test_a_dry_run(services: GoogleServices, environment: dict[str, str]) -> Non
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["displayName"] == "liquid-annealing"
     assert services.requests == []
+    absent = environment | {"GOOGLE_APPLICATION_CREDENTIALS": "/nowhere.json"}
+    done = run("schedule", absent | {"DRY_RUN": "1"})
+    assert done.returncode == 0, "nothing is sent, so no credentials are needed"
 
 
 # ── open-source Kubeflow Pipelines
