@@ -34,6 +34,7 @@ from pipelines.anneal import BACKENDS, at_a_time, made_targets, prepared, task_m
 from pipelines.embedded import build_corpus, build_teacher
 from pipelines.estimates.plan import plan_of_run
 from pipelines.estimates.stages import estimate
+from pipelines.estimates.text import rough_duration
 from pipelines.grid import NAME, OF_THE_TOKENS, STAGE, Search, described, read_search
 from pipelines.local import DEMO, LocalRun, code_digest, ending_tasks, run_pipeline
 from pipelines.local_runs import LOG, PARAMETERS, name_of_run, open_run
@@ -237,7 +238,7 @@ def forecast(search: Search, settings: Settings, backend: str) -> str:
     seconds, price, count = trial.seconds(), trial.price(), len(search.trials)
     lines = [f"a trial on {trial.machine} is {trial.known}"]
     if seconds is not None:
-        each, every = (duration(n * seconds.fixed) for n in (1, count))
+        each, every = (rough_duration(n * seconds.fixed) for n in (1, count))
         if price is not None:
             money = plan.prices.currency
             each += f" and {price.fixed:.2f} {money}"

@@ -125,7 +125,13 @@ def _seconds_of(amount: Amount | None) -> str:
     if amount is None:
         return "?"
     more = f" + {amount.per_token * 1e6:.2g} s/M" if amount.per_token else ""
-    return duration(amount.fixed) + more
+    return rough_duration(amount.fixed) + more
+
+
+def rough_duration(seconds: float) -> str:
+    """No more digits than an estimate has: whole minutes, or tens of seconds below two."""
+    whole = 60 if seconds >= 120 else 10
+    return duration(whole * round(seconds / whole))
 
 
 def _money_of(amount: Amount | None) -> str:
