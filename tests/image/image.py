@@ -137,7 +137,9 @@ def pip_mounts(configuration: str, directory: Path) -> list[Mount]:
         elif key in _PIP_PATHS:
             kept[key] = value
             paths = [Path(word.removeprefix("file://")) for word in value.split()]
-            mounts += [Mount(_top(p), str(_top(p))) for p in paths if p.is_absolute() and p.exists()]
+            mounts += [
+                Mount(_top(p), str(_top(p))) for p in paths if p.is_absolute() and p.exists()
+            ]
         elif key in _PIP_FILES:
             # Not at its own place, where the system's packages write in the build
             kept[key] = f"/etc/pip-{key}.pem"
@@ -171,7 +173,13 @@ def import_base(engine: Engine, recipe: Recipe, work: Path) -> None:
         return
     with tempfile.TemporaryDirectory(dir=work, prefix="base-") as scratch:
         made = Path(scratch, "root")
-        command = [DEBOOTSTRAP, "--variant=minbase", SUITE, str(made), *filter(None, [recipe.mirror])]
+        command = [
+            DEBOOTSTRAP,
+            "--variant=minbase",
+            SUITE,
+            str(made),
+            *filter(None, [recipe.mirror]),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise LiquidError(f"debootstrap failed: {last_line(done.stdout + done.stderr)}")

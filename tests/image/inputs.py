@@ -18,9 +18,7 @@ def make_inputs(directory: Path) -> None:
     """Write ``corpus``, ``teacher`` and ``start.pt``, in modes that every user can read."""
     corpus = build_corpus(directory / "corpus", limit=CORPUS_BYTES)
     tokenizer = build_tokenizer(corpus, directory / "tokenizer", vocab_size=VOCABULARY)
-    teacher = save_teacher(
-        directory / "teacher", tokenizer, vocab=VOCABULARY + 8, positions=LONGER
-    )
+    teacher = save_teacher(directory / "teacher", tokenizer, vocab=VOCABULARY + 8, positions=LONGER)
     save_student(
         directory / "start.pt",
         teacher=teacher,

@@ -1,0 +1,307 @@
+"""Build the trainer image and run every stage's compiled command in it: ``make image-test``.
+
+    python -m tests.image            # FULL=1: with the whole lock; ENGINE=, BASE=, CPU_INDEX=
+
+docs/image.md says what it does and what it needs.
+"""
+
+from __future__ import annotations
+
+from trainer.runtime.signals import watch_signals
+
+if __name__ == "__main__":
+    watch_signals()  # before anything is imported that takes a while
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines.submit import switch
+from tests.image import stops
+from tests.image.digests import digests
+from tests.image.engine import Engine, Mount, Skipped, find_engine, last_line, that_runs, version_of
+from tests.image.image import CPU_INDEX, ROOT, Recipe, build, import_base
+from tests.image.inputs import make_inputs, parameters_at
+from tests.image.stages import (
+    BUCKET,
+    Cluster,
+    CustomJobs,
+    Here,
+    Run,
+    Site,
+    Task,
+    compiled_for,
+    start_container,
+)
+from tests.image.storage import storage
+from trainer.runtime.commands import run_command
+from trainer.runtime.errors import LiquidError
+from trainer.runtime.log import quiet_libraries, set_up_logging
+from trainer.runtime.messages import duration
+from trainer.settings.flags import OneLineParser
+
+WORK = ROOT / "build" / "image-test"
+OUTPUTS = (
+    ("prepare", "tokens", "directory"),
+    ("join-targets", "targets", "directory"),
+    ("anneal", "checkpoints", "directory"),
+    ("resize-and-reset", "resized", "checkpoint"),
+    ("continue", "checkpoints", "directory"),
+    ("evaluate", "metrics", "losses"),
+    ("export", "exported", "directory"),
+)
+"""What must be equal everywhere: title of the stage, its output, and how that is read."""
+WORDS_OF_TRAINING = "training from step"
+NOT_RUN = (
+    "lm-eval (lm_eval is not in the image)",
+    "register (needs Vertex AI's model registry)",
+    "the stages of make search (their commands are those of the trainings here)",
+)
+
+
+class Failures:
+    """What went wrong; printed where it is found."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def add(self, what: str) -> None:
+        """Take note of a failure and print it."""
+        self.found.append(what)
+        print(f"  FAILED: {what}", flush=True)
+
+
+def recipe_from_environment() -> Recipe:
+    """What to build, from the variables of the command.
+
+    Raises:
+        UsageError: ``FULL`` is neither 1 nor 0.
+    """
+    return Recipe(
+        full=switch("FULL"),
+        cpu_index=os.environ.get("CPU_INDEX", CPU_INDEX),
+        base=os.environ.get("BASE", ""),
+        mirror=os.environ.get("MIRROR", ""),
+    )
+
+
+def heading(text: str) -> None:
+    """Begin a part of the output."""
+    print(f"\n{text}", flush=True)
+
+
+def built(recipe: Recipe, work: Path) -> Engine:
+    """Build the image and say how large it is; returns the engine that runs it."""
+    store = work / "store" if recipe.base else None
+    engine = find_engine(os.environ.get("ENGINE", ""), store)
+    recipe.check(engine)
+    what = "the full lock" if recipe.full else "CPU wheels"
+    heading(f"image: unchanged trainer_image/Dockerfile, {what}, {version_of(engine)}")
+    if recipe.base:
+        started = time.monotonic()
+        import_base(engine, recipe, work)
+        print(f"  {'base':<22}{duration(time.monotonic() - started):>10}   {recipe.base}")
+    started = time.monotonic()
+    print(f"  building: {work / 'build.log'}", flush=True)
+    build(engine, recipe, work)
+    print(f"  {'built':<22}{duration(time.monotonic() - started):>10}")
+    print(f"  {'size':<22}{engine.size(recipe.tag) / 1e9:>7.2f} GB")
+    for size, made in engine.layers(recipe.tag):
+        print(f"    {size:>9}   {made}")
+    return that_runs(engine, recipe.tag)
+
+
+def start_up(engine: Engine, image: str, failures: Failures) -> None:
+    """Print how long a container takes to start, and with what the stages import."""
+    heading("start-up, in a hardened container")
+    for label, command in (
+        ("container alone", ["true"]),
+        ("python, torch", ["python", "-c", "import torch"]),
+        ("trainer --help", ["python", "-m", "trainer.entrypoint", "--help"]),
+    ):
+        started = start_container(engine, image, command)
+        if started.end():
+            failures.add(f"{label}: {last_line(started.said)}")
+        print(f"  {label:<22}{time.monotonic() - started.began:>8.1f} s", flush=True)
+    entry = engine.must("image", "inspect", "--format={{json .Config.Entrypoint}}", image)
+    started = start_container(engine, image, [*json.loads(entry), "--block_size=no"])
+    status = started.end()
+    print(f"  {'entrypoint, bad value':<22}{status:>8}     {last_line(started.said)[:60]}")
+    if status != 2 or len(started.lines) != 1:
+        failures.add(f"a bad value ends the entrypoint with {status}: {started.said[-300:]}")
+
+
+def run_pipeline(site: Site, image: str, work: Path, failures: Failures) -> Run | None:
+    """Run the pipeline at a site, a line of output for each stage; None: a stage failed."""
+    out = sys.stdout
+
+    def show(task: Task) -> None:
+        status = "ok" if task.status == 0 else f"status {task.status}"
+        first = task.started.lines[0][0] if task.started.lines else task.seconds
+        begun = task.started.seconds_to(WORDS_OF_TRAINING)
+        trains = f"   trains after {begun:.1f} s" if begun else ""
+        line = f"  {site.name:<8}{task.title:<22}{status:<11}{task.seconds:>6.1f} s"
+        print(f"{line}   first line {first:>4.1f} s{trains}", file=out, flush=True)
+
+    run = Run(site, compiled_for(site.backend, image, work), work / f"logs-{site.name}", show)
+    started = time.monotonic()
+    try:
+        run.to_end(parameters_at(site.inputs))
+    except LiquidError as error:
+        failures.add(f"{site.name}: {error}")
+        return None
+    took = duration(time.monotonic() - started)
+    print(f"  {site.name:<8}{'the whole pipeline':<22}{'ok':<11}{took:>8}", flush=True)
+    return run
+
+
+def places_of(run: Run) -> dict[str, tuple[str, str]]:
+    """By stage and output: how it is read, and where it lies."""
+    found = {}
+    for title, output, kind in OUTPUTS:
+        uri = run.task(title).output(output)
+        found[f"{title}: {output}"] = (kind, f"{uri}.json" if kind == "losses" else uri)
+    return found
+
+
+def digests_at(site: Site, places: dict[str, tuple[str, str]], work: Path) -> dict[str, Any]:
+    """The digests of what lies at a site, read there.
+
+    Raises:
+        LiquidError: it cannot be read.
+    """
+    if isinstance(site, Here):
+        return digests(places)
+    # Of a job's small files, the mount has them: the platform shows those alone
+    program, result = "/digests.py", site.root / "digests.json"
+    result.unlink(missing_ok=True)
+    own = Mount(Path(__file__).with_name("digests.py"), program)
+    told = site.seen({"uri": str(result)})["uri"].replace("gs://", "/gcs/")
+    places = {
+        name: (kind, uri.replace("gs://", "/gcs/") if kind == "losses" else uri)
+        for name, (kind, uri) in places.items()
+    }
+    command = ["python", program, json.dumps(places), told]
+    reading = site.start(command, {}, own)
+    if reading.end():
+        raise LiquidError(f"{site.name}: {last_line(reading.said)}")
+    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    return found
+
+
+def compare(found: dict[str, dict[str, Any]], failures: Failures) -> None:
+    """Print whether all sites have the same digests.
+
+    Args:
+        found: by site, the digests by output.
+        failures: where differences go.
+    """
+    heading(f"results, equal to the bit: {', '.join(found)}")
+    first, *others = found
+    for name, here in found[first].items():
+        whole = {"": here} if isinstance(here, str) else here
+        differing = [
+            f"{site} {file}".strip()
+            for site in others
+            for file in whole
+            if whole[file] != ({"": v} if isinstance(v := found[site][name], str) else v).get(file)
+        ]
+        differing += [
+            f"{site} has other files"
+            for site in others
+            if not isinstance(here, str) and set(found[site][name]) != set(here)
+        ]
+        count = len(whole)
+        shown = next(iter(whole.values()), "nothing")[:12]
+        print(f"  {name:<32}{count:>3} {'file ' if count == 1 else 'files'}  {shown}…", flush=True)
+        if differing or not whole:
+            failures.add(f"{name} differs: {', '.join(differing[:5]) or 'nothing is there'}")
+
+
+def stop_and_compare(
+    run: Run, ways: Sequence[tuple[str, stops.WayToStop]], work: Path, failures: Failures
+) -> None:
+    """Stop the annealing in each way; print what came of it and of the start after it."""
+    task = run.task("anneal")
+    unbroken = task.output("checkpoints")
+    made = [stops.stop_and_go_on(run.site, task, when, way) for when, way in ways]
+    places = {stop.when: ("checkpoint", f"{stop.checkpoints}/final.pt") for stop in made}
+    whole = [stop for stop in made if not stop.wrong]
+    wanted = {stop.when: places[stop.when] for stop in whole}
+    wanted["unbroken"] = ("checkpoint", f"{unbroken}/final.pt")
+    found = digests_at(run.site, wanted, work)
+    for stop in made:
+        same = found.get(stop.when) == found["unbroken"]
+        shown = f"status {stop.status} after {stop.seconds:.1f} s: {stop.last_words}"
+        went_on = stop.went_on.rpartition("/")[2] or "from its beginning"
+        print(f"  {stop.site:<8}{stop.when:<22}{shown}", flush=True)
+        print(f"  {'':<30}again: status {stop.again}, {went_on}, {'same' if same else 'OTHER'}")
+        if stop.wrong or not same:
+            failures.add(f"{stop.site}, {stop.when}: {stop.wrong or 'it ends with other weights'}")
+
+
+def test(recipe: Recipe, work: Path) -> list[str]:
+    """All of it; returns what failed.
+
+    Raises:
+        Skipped: something is missing on this machine.
+        LiquidError: the image cannot be built or run, or its results cannot be read.
+    """
+    failures = Failures()
+    engine = built(recipe, work)
+    image, inputs = recipe.tag, work / "inputs"
+    start_up(engine, image, failures)
+    make_inputs(inputs)
+    here: Site = Here(work / "here", str(inputs))
+    kfp: Site = Cluster(engine, image, work / "kfp", inputs)
+    heading("stages: uid 12345, group 0, read-only root, no capabilities; kfp without network,")
+    print(f"vertex with gs://{BUCKET} at the loopback of fake-gcs-server alone")
+    with storage(engine, image, inputs) as container:
+        vertex: Site = CustomJobs(engine, image, work / "gcs", container)
+        runs = {
+            site.name: run_pipeline(site, image, work, failures) for site in (kfp, vertex, here)
+        }
+        whole = {name: run for name, run in runs.items() if run}
+        compare({n: digests_at(r.site, places_of(r), work) for n, r in whole.items()}, failures)
+        heading("SIGTERM to the annealing, and the same command again")
+        stalled = stops.with_storage_stalled(
+            lambda: engine.signal(container, "STOP"), lambda: engine.signal(container, "CONT")
+        )
+        early = [("at the start", stops.at_the_start), ("in training", stops.in_training)]
+        for name, saving in (("kfp", stops.while_saving), ("vertex", stalled)):
+            if run := whole.get(name):
+                stop_and_compare(run, [*early, ("while saving", saving)], work, failures)
+    print(f"\nnot run: {'; '.join(NOT_RUN)}")
+    return failures.found
+
+
+def main(argv: list[str]) -> None:
+    """The command line; everything else comes from the environment."""
+    set_up_logging()
+    OneLineParser("python -m tests.image", description=__doc__).parse_args(argv)
+    recipe = recipe_from_environment()
+    quiet_libraries()
+    WORK.mkdir(parents=True, exist_ok=True)
+    for name in ("kfp", "gcs", "here", "inputs", "logs-kfp", "logs-vertex", "logs-here"):
+        shutil.rmtree(WORK / name, ignore_errors=True)
+    started = time.monotonic()
+    try:
+        failed = test(recipe, WORK)
+    except Skipped as reason:
+        print(f"image-test skipped: {reason}")
+        raise SystemExit(reason.exit_status) from None
+    took = duration(time.monotonic() - started)
+    if failed:
+        raise LiquidError(
+            f"image-test: {len(failed)} failures after {took}; the first: {failed[0]}"
+        )
+    print(f"\nimage-test passed after {took}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))
