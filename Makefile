@@ -97,6 +97,10 @@ test: lint ## lint, then the tests that need no GPU, but for soak (JOBS=3 at a t
 soak: $(STAMP) ## the long fault tests: kills, storage faults, races, stops, fuzzers
 	@$(BIN)/python -m pytest -q -m soak
 
+.PHONY: image-test
+image-test: $(STAMP) ## build the image, run every stage in it [FULL=1 ENGINE= BASE= CPU_INDEX=]; see docs/image.md
+	@PYTHONPATH=trainer_image:. $(BIN)/python -m tests.image
+
 .PHONY: clean
 clean: ## remove the runs of run-local and their cache; with ALL=1 its teacher and corpus too
 ifeq ($(ALL),1)

@@ -51,6 +51,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "lint": (),
     "test": ("JOBS",),
     "soak": (),
+    "image-test": ("FULL", "ENGINE", "BASE", "MIRROR", "CPU_INDEX"),
     "clean": ("ALL",),
 }
 """The same of the commands that take no settings."""

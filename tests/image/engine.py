@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 
 from trainer.runtime.errors import LiquidError, UsageError
 from trainer.runtime.messages import brief
@@ -28,6 +30,8 @@ OF_PODMAN = ("--read-only-tmpfs=false", "--passwd=false")
 """Takes away what podman adds: more places to write, and an entry in /etc/passwd for the user."""
 WRAPPER = Path(__file__).with_name("runc_without_limits.py")
 PACKAGES = "apt-get install --no-install-recommends podman runc conmon netavark"
+_SHELL = re.compile(r"^/bin/sh -c (#\(nop\) )?|\b(dir|file):[0-9a-f]+ in ")
+"""What a layer's origin says beside the Dockerfile's own words."""
 
 
 class Skipped(LiquidError):
@@ -114,7 +118,7 @@ class Engine:
         """Size and origin of each layer that holds anything, the last one first."""
         text = self.must("history", "--no-trunc", "--format={{.Size}}\t{{.CreatedBy}}", image)
         rows = [line.split("\t", 1) for line in text.splitlines() if "\t" in line]
-        return [(size, brief(made, 60)) for size, made in rows if not size.startswith("0")]
+        return [(size, shorten(_SHELL.sub("", made), 80)) for size, made in rows if size[0] != "0"]
 
 
 def last_line(text: str) -> str:

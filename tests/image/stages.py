@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import signal as signals
 import subprocess
 import sys
@@ -43,6 +44,8 @@ INPUTS = "/inputs"
 STORAGE = "http://127.0.0.1:4443"
 _numbers = itertools.count(1)
 _POOLS = "worker_pool_specs"
+_OF_PLATFORM = re.compile(r"\{\{\$\.pipeline_google_cloud_\w+\}\}")
+"""What Vertex AI fills in for launchers: project and region."""
 _LONGEST = 600.0
 """Seconds after which a stage is killed; each takes some."""
 
@@ -247,7 +250,8 @@ def compiled_for(backend: str, image: str, directory: Path) -> dict[str, Any]:
         {"TRAINER_IMAGE": image, "PIPELINE_ROOT": f"gs://{BUCKET}/root", "SETTINGS": ""}
     )
     package = compile_to(directory / f"{backend}.yaml", settings, backend)
-    spec: dict[str, Any] = next(iter(yaml.safe_load_all(package.read_text(encoding="utf-8"))))
+    text = _OF_PLATFORM.sub("the-test", package.read_text(encoding="utf-8"))
+    spec: dict[str, Any] = next(iter(yaml.safe_load_all(text)))
     executors = spec["deploymentSpec"]["executors"]
     for component in spec["components"].values():
         inputs = component.get("inputDefinitions", {}).get("parameters", {})
@@ -324,7 +328,7 @@ class Run:
             except RuntimeError as error:
                 failed = [task for task in self.tasks if task.status]
                 if not failed:
-                    raise
+                    raise LiquidError(f"kfp: {error} (all output: {kfp_log})") from error
                 last = failed[-1]
                 raise LiquidError(
                     f"{last.title} failed with status {last.status}: {last_line(last.started.said)}"

@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.faults.test_first_process import command_of_a_stage
+from tests.image.image import CUDA
 
 WITHOUT = """
 import sys
@@ -28,8 +29,6 @@ sys.meta_path.insert(0, Without())
 
 ROOT = Path(__file__).parents[2]
 IMAGE = ROOT / "trainer_image"
-CUDA = re.compile(r"nvidia-.*|cuda-.*|triton")
-"""What the build of torch for the CPU, which the tests run with, does not ask for."""
 
 
 def pins(path: Path) -> dict[str, str]:
