@@ -48,7 +48,7 @@ from trainer.settings.flags import OneLineParser
 WORK = ROOT / "build" / "image-test"
 OUTPUTS = (
     ("prepare", "tokens", "directory"),
-    ("join-targets", "targets", "directory"),
+    ("teacher-targets", "targets", "directory"),
     ("anneal", "checkpoints", "directory"),
     ("resize-and-reset", "resized", "checkpoint"),
     ("continue", "checkpoints", "directory"),
@@ -164,8 +164,10 @@ def places_of(run: Run) -> dict[str, tuple[str, str]]:
     """By stage and output: how it is read, and where it lies."""
     found = {}
     for title, output, kind in OUTPUTS:
-        uri = run.task(title).output(output)
-        found[f"{title}: {output}"] = (kind, f"{uri}.json" if kind == "losses" else uri)
+        uris = sorted(task.output(output) for task in run.tasks if task.title == title)
+        for number, uri in enumerate(uris, 1):
+            name = f"{title}: {output}" + (f" {number}" if len(uris) > 1 else "")
+            found[name] = (kind, f"{uri}.json" if kind == "losses" else uri)
     return found
 
 
@@ -237,7 +239,8 @@ def stop_and_compare(
     found = digests_at(run.site, wanted, work)
     for stop in made:
         same = found.get(stop.when) == found["unbroken"]
-        shown = f"status {stop.status} after {stop.seconds:.1f} s: {stop.last_words}"
+        said = stop.last_words.partition(";")[0]
+        shown = f"status {stop.status} after {stop.seconds:.1f} s: {said}"
         went_on = stop.went_on.rpartition("/")[2] or "from its beginning"
         print(f"  {stop.site:<8}{stop.when:<22}{shown}", flush=True)
         print(f"  {'':<30}again: status {stop.again}, {went_on}, {'same' if same else 'OTHER'}")

@@ -44,8 +44,8 @@ INPUTS = "/inputs"
 STORAGE = "http://127.0.0.1:4443"
 _numbers = itertools.count(1)
 _POOLS = "worker_pool_specs"
-_OF_PLATFORM = re.compile(r"\{\{\$\.pipeline_google_cloud_\w+\}\}")
-"""What Vertex AI fills in for launchers: project and region."""
+_OF_PLATFORM = re.compile(r"\{\{\$\.pipeline_(google_cloud|persistent)_\w+\}\}")
+"""What Vertex AI fills in for launchers: project, region and a kept machine."""
 _LONGEST = 600.0
 """Seconds after which a stage is killed; each takes some."""
 

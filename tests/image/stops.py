@@ -13,10 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tests.image.stages import Site, Started, Task, told_to
+from trainer.runtime.errors import LiquidError
 
 STOPPED = 143
 WayToStop = Callable[[Started], None]
 """Waits for the moment and sends the signal."""
+_TRIES = 200
 _GOING_ON = "going on from own snapshot"
 
 
@@ -53,9 +55,13 @@ class Stop:
 
 
 def at_the_start(started: Started) -> None:
-    """Before the stage has said anything: Python imports what it needs."""
-    time.sleep(0.3)
-    started.stop()
+    """As soon as there is a first process, before Python has imported what it needs."""
+    for _ in range(_TRIES):
+        try:
+            return started.stop()
+        except LiquidError:  # the engine has no such container yet
+            time.sleep(0.05)
+    return started.stop()
 
 
 def in_training(started: Started) -> None:
