@@ -98,7 +98,7 @@ soak: $(STAMP) ## the long fault tests: kills, storage faults, races, stops, fuz
 	@$(BIN)/python -m pytest -q -m soak
 
 .PHONY: image-test
-image-test: $(STAMP) ## build the image, run every stage in it [FULL=1 ENGINE= BASE= CPU_INDEX=]; see docs/image.md
+image-test: $(STAMP) ## build the image, run every stage in it [FULL=1 SEARCH=1 ENGINE= BASE=]; see docs/image.md
 	@PYTHONPATH=trainer_image:. $(BIN)/python -m tests.image
 
 .PHONY: clean

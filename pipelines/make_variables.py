@@ -51,7 +51,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "lint": (),
     "test": ("JOBS",),
     "soak": (),
-    "image-test": ("FULL", "ENGINE", "BASE", "MIRROR", "CPU_INDEX"),
+    "image-test": ("FULL", "SEARCH", "ENGINE", "BASE", "MIRROR", "CPU_INDEX"),
     "clean": ("ALL",),
 }
 """The same of the commands that take no settings."""

@@ -1,6 +1,6 @@
 """Build the trainer image and run every stage's compiled command in it: ``make image-test``.
 
-    python -m tests.image            # FULL=1: with the whole lock; ENGINE=, BASE=, CPU_INDEX=
+    FULL=1 SEARCH=1 python -m tests.image     # with the whole lock; a search too
 
 docs/image.md says what it does and what it needs.
 """
@@ -18,9 +18,14 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kfp import dsl
+
+from pipelines.grid import read_search
+from pipelines.search import arguments, build_search
 from pipelines.submit import switch
 from tests.image import stops
 from tests.image.digests import digests
@@ -57,11 +62,17 @@ OUTPUTS = (
 )
 """What must be equal everywhere: title of the stage, its output, and how that is read."""
 WORDS_OF_TRAINING = "training from step"
-NOT_RUN = (
-    "lm-eval (lm_eval is not in the image)",
-    "register (needs Vertex AI's model registry)",
-    "the stages of make search (their commands are those of the trainings here)",
-)
+WITHOUT_LM_EVAL = "lm-eval cannot be used here"
+"""What the stage says, whose library is not in the image."""
+SHAPE = {"d_model": 32, "n_layers": 2, "n_heads": 4, "eval_max_tokens": 600}
+GRID = """
+settings: {lr_peak: [1e-3, 2e-3]}
+seeds: [1, 2]
+rungs: [40]
+train_steps: 100
+parallelism: 2
+max_trials: 8
+"""
 
 
 class Failures:
@@ -136,8 +147,10 @@ def start_up(engine: Engine, image: str, failures: Failures) -> None:
         failures.add(f"a bad value ends the entrypoint with {status}: {started.said[-300:]}")
 
 
-def run_pipeline(site: Site, image: str, work: Path, failures: Failures) -> Run | None:
-    """Run the pipeline at a site, a line of output for each stage; None: a stage failed."""
+def run_pipeline(
+    site: Site, spec: dict[str, Any], parameters: dict[str, Any], work: Path, failures: Failures
+) -> Run | None:
+    """Run a pipeline at a site, a line of output for each stage; None: a stage failed."""
     out = sys.stdout
 
     def show(task: Task) -> None:
@@ -148,16 +161,42 @@ def run_pipeline(site: Site, image: str, work: Path, failures: Failures) -> Run 
         line = f"  {site.name:<8}{task.title:<22}{status:<11}{task.seconds:>6.1f} s"
         print(f"{line}   first line {first:>4.1f} s{trains}", file=out, flush=True)
 
-    run = Run(site, compiled_for(site.backend, image, work), work / f"logs-{site.name}", show)
+    run = Run(site, spec, work / f"logs-{site.name}", show)
     started = time.monotonic()
     try:
-        run.to_end(parameters_at(site.inputs))
+        run.to_end(parameters)
     except LiquidError as error:
         failures.add(f"{site.name}: {error}")
         return None
     took = duration(time.monotonic() - started)
-    print(f"  {site.name:<8}{'the whole pipeline':<22}{'ok':<11}{took:>8}", flush=True)
+    print(f"  {site.name:<8}{'all of it':<22}{'ok':<11}{took:>8}", flush=True)
     return run
+
+
+def run_left_out(run: Run, failures: Failures) -> None:
+    """The stages that the pipeline leaves out with these parameters."""
+    online = run.alone("comp-no-targets", {})
+    if online.status:
+        failures.add(f"{online.site}: {online.title}: {last_line(online.started.said)}")
+    exported = run.task("export").output("exported")
+    given = {"model": dsl.Model(name="exported", uri=exported), "tasks": "lambada_openai"}
+    tasks = run.alone("comp-lm-eval-tasks", given)
+    said = tasks.started.messages[-1]
+    print(f"  {'':<8}{said[:100]}…", flush=True)
+    if tasks.status != 1 or not said.startswith(WITHOUT_LM_EVAL):
+        failures.add(f"{tasks.site}: {tasks.title} ended with {tasks.status}: {said}")
+
+
+def search_at(site: Site, image: str, work: Path, failures: Failures) -> dict[str, Any]:
+    """Run a search at a site; the digests of its trials, none where a stage failed."""
+    grid = work / "grid.yaml"
+    grid.write_text(GRID, encoding="utf-8")
+    own = parameters_at(site.inputs) | {"resume_gcs_uri": "", "anneal_more_settings": SHAPE}
+    search = read_search(str(grid), own, own)
+    trials = site.seen({"uri": f"{site.root}/trials"})["uri"]
+    spec = compiled_for(site.backend, image, work, partial(build_search, search))
+    run = run_pipeline(site, spec, arguments(search, trials), work, failures)
+    return digests_at(site, {"trials": ("directory", trials)}) if run else {}
 
 
 def places_of(run: Run) -> dict[str, tuple[str, str]]:
@@ -171,7 +210,7 @@ def places_of(run: Run) -> dict[str, tuple[str, str]]:
     return found
 
 
-def digests_at(site: Site, places: dict[str, tuple[str, str]], work: Path) -> dict[str, Any]:
+def digests_at(site: Site, places: dict[str, tuple[str, str]]) -> dict[str, Any]:
     """The digests of what lies at a site, read there.
 
     Raises:
@@ -226,7 +265,7 @@ def compare(found: dict[str, dict[str, Any]], failures: Failures) -> None:
 
 
 def stop_and_compare(
-    run: Run, ways: Sequence[tuple[str, stops.WayToStop]], work: Path, failures: Failures
+    run: Run, ways: Sequence[tuple[str, stops.WayToStop]], failures: Failures
 ) -> None:
     """Stop the annealing in each way; print what came of it and of the start after it."""
     task = run.task("anneal")
@@ -236,7 +275,7 @@ def stop_and_compare(
     whole = [stop for stop in made if not stop.wrong]
     wanted = {stop.when: places[stop.when] for stop in whole}
     wanted["unbroken"] = ("checkpoint", f"{unbroken}/final.pt")
-    found = digests_at(run.site, wanted, work)
+    found = digests_at(run.site, wanted)
     for stop in made:
         same = found.get(stop.when) == found["unbroken"]
         said = stop.last_words.partition(";")[0]
@@ -266,20 +305,29 @@ def test(recipe: Recipe, work: Path) -> list[str]:
     print(f"vertex with gs://{BUCKET} at the loopback of fake-gcs-server alone")
     with storage(engine, image, inputs) as container:
         vertex: Site = CustomJobs(engine, image, work / "gcs", container)
-        runs = {
-            site.name: run_pipeline(site, image, work, failures) for site in (kfp, vertex, here)
-        }
-        whole = {name: run for name, run in runs.items() if run}
-        compare({n: digests_at(r.site, places_of(r), work) for n, r in whole.items()}, failures)
+        runs: dict[str, Run] = {}
+        for site in (kfp, vertex, here):
+            spec = compiled_for(site.backend, image, work)
+            if run := run_pipeline(site, spec, parameters_at(site.inputs), work, failures):
+                runs[site.name] = run
+                if site is not here:
+                    run_left_out(run, failures)
+        compare(
+            {name: digests_at(run.site, places_of(run)) for name, run in runs.items()}, failures
+        )
         heading("SIGTERM to the annealing, and the same command again")
         stalled = stops.with_storage_stalled(
             lambda: engine.signal(container, "STOP"), lambda: engine.signal(container, "CONT")
         )
         early = [("at the start", stops.at_the_start), ("in training", stops.in_training)]
         for name, saving in (("kfp", stops.while_saving), ("vertex", stalled)):
-            if run := whole.get(name):
-                stop_and_compare(run, [*early, ("while saving", saving)], work, failures)
-    print(f"\nnot run: {'; '.join(NOT_RUN)}")
+            if name in runs:
+                stop_and_compare(runs[name], [*early, ("while saving", saving)], failures)
+        if switch("SEARCH"):
+            heading("the stages of make search")
+            found = {s.name: search_at(s, image, work, failures) for s in (kfp, vertex)}
+            compare(found, failures)
+    print("\nnot run: register, which needs Vertex AI's model registry")
     return failures.found
 
 
@@ -288,6 +336,7 @@ def main(argv: list[str]) -> None:
     set_up_logging()
     OneLineParser("python -m tests.image", description=__doc__).parse_args(argv)
     recipe = recipe_from_environment()
+    switch("SEARCH")
     quiet_libraries()
     WORK.mkdir(parents=True, exist_ok=True)
     for name in ("kfp", "gcs", "here", "inputs", "logs-kfp", "logs-vertex", "logs-here"):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
-from pipelines.embedded import build_corpus, build_tokenizer
+from pipelines.embedded import build_tokenizer
 from tests.trainer.samples import save_student, save_teacher
 
-CORPUS_BYTES = 150_000
+DOCUMENTS, VALIDATION = 20, 3
 VOCABULARY = 512
 CONTEXT, LONGER = 32, 64
 """Of the two trainings."""
@@ -16,7 +18,13 @@ CONTEXT, LONGER = 32, 64
 
 def make_inputs(directory: Path) -> None:
     """Write ``corpus``, ``teacher`` and ``start.pt``, in modes that every user can read."""
-    corpus = build_corpus(directory / "corpus", limit=CORPUS_BYTES)
+    corpus = directory / "corpus"
+    corpus.mkdir(parents=True)
+    texts = [text for _, text in sorted(topics.items())]
+    parts = {"train": texts[VALIDATION:DOCUMENTS], "validation": texts[:VALIDATION]}
+    for name, part in parts.items():
+        lines = (json.dumps({"text": text}) for text in part)
+        (corpus / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     tokenizer = build_tokenizer(corpus, directory / "tokenizer", vocab_size=VOCABULARY)
     teacher = save_teacher(directory / "teacher", tokenizer, vocab=VOCABULARY + 8, positions=LONGER)
     save_student(

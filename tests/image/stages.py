@@ -25,11 +25,18 @@ from typing import Any, Protocol
 import yaml
 from google.protobuf import json_format
 from kfp import local
-from kfp.local import pipeline_orchestrator, subprocess_task_handler
+from kfp.local import (
+    pipeline_orchestrator,
+    subprocess_task_handler,
+    task_dispatcher,
+    utils,
+)
+from kfp.local.config import LocalExecutionConfig
 from kfp.local.status import Status
 from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec
 
-from pipelines.compile import compile_to
+from pipelines.anneal import build_pipeline
+from pipelines.compile import Build, compile_to
 from pipelines.settings import load_settings
 from pipelines.spec import titles_of
 from tests.image.engine import Engine, Mount, last_line
@@ -123,6 +130,17 @@ class Started:
         """All of its output."""
         return "\n".join(line for _, line in self.lines)
 
+    @property
+    def messages(self) -> list[str]:
+        """What the log says, line by line; other lines as they are."""
+        found = []
+        for _, line in self.lines:
+            try:
+                found.append(str(json.loads(line)["message"]))
+            except (ValueError, KeyError, TypeError):
+                found.append(line)
+        return found
+
     def seconds_to(self, text: str) -> float | None:
         """Seconds from the start to the first line with a text in it; None: it has not come."""
         return next((seconds for seconds, line in self.lines if text in line), None)
@@ -190,11 +208,10 @@ class CustomJobs:
     name: str = "vertex"
     backend: str = "vertex"
     inputs: str = f"gs://{BUCKET}/inputs"
+    root: Path = field(init=False)
 
-    @property
-    def root(self) -> Path:
-        """See `Site.root`."""
-        return self.mount / "root"
+    def __post_init__(self) -> None:
+        self.root = self.mount / "root"
 
     def seen(self, executor_input: dict[str, Any]) -> dict[str, Any]:
         """See `Site.seen`."""
@@ -240,7 +257,9 @@ def _replaced(value: Any, mount: str, uri: str, path: str, key: str = "") -> Any
 # ── the compiled pipeline ─────────────────────────────────────────────────────────────────────────
 
 
-def compiled_for(backend: str, image: str, directory: Path) -> dict[str, Any]:
+def compiled_for(
+    backend: str, image: str, directory: Path, build: Build = build_pipeline
+) -> dict[str, Any]:
     """The pipeline as ``make compile`` writes it, whose custom jobs are started by kfp.
 
     The launcher of a custom job is a program of Vertex AI's: it sends the job, whose container it
@@ -249,7 +268,7 @@ def compiled_for(backend: str, image: str, directory: Path) -> dict[str, Any]:
     settings = load_settings(
         {"TRAINER_IMAGE": image, "PIPELINE_ROOT": f"gs://{BUCKET}/root", "SETTINGS": ""}
     )
-    package = compile_to(directory / f"{backend}.yaml", settings, backend)
+    package = compile_to(directory / f"{backend}.yaml", settings, backend, build)
     text = _OF_PLATFORM.sub("the-test", package.read_text(encoding="utf-8"))
     spec: dict[str, Any] = next(iter(yaml.safe_load_all(text)))
     executors = spec["deploymentSpec"]["executors"]
@@ -313,27 +332,42 @@ class Run:
         self.site.root.mkdir(parents=True, exist_ok=True)
         self.site.root.chmod(0o777)  # of other users, as a volume is on a cluster
         self.logs.mkdir(parents=True, exist_ok=True)
-        local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(self.site.root))
-        proto = json_format.ParseDict(self.spec, PipelineSpec())
-        kfp_log = self.logs / "kfp.log"
-        with contextlib.ExitStack() as stack:
-            log = stack.enter_context(kfp_log.open("w", encoding="utf-8"))
-            stack.enter_context(contextlib.redirect_stdout(log))
-            stack.enter_context(warnings.catch_warnings())
-            stack.enter_context(self._starting())
-            # It warns of machines, which it does not give
-            warnings.simplefilter("ignore")
+        with self._in_kfp() as proto:
             try:
                 pipeline_orchestrator.run_local_pipeline(proto, parameters)
             except RuntimeError as error:
                 failed = [task for task in self.tasks if task.status]
                 if not failed:
-                    raise LiquidError(f"kfp: {error} (all output: {kfp_log})") from error
+                    raise LiquidError(f"kfp: {error} (all output: {self.logs})") from error
                 last = failed[-1]
                 raise LiquidError(
                     f"{last.title} failed with status {last.status}: {last_line(last.started.said)}"
                     f" (all output: {self.log_of(last)})"
                 ) from error
+
+    def alone(self, component: str, arguments: dict[str, Any]) -> Task:
+        """Run the stage of one component of the pipeline, which this run has left out.
+
+        Args:
+            component: its name in the compiled pipeline.
+            arguments: values of its parameters, and artifacts.
+        """
+        with self._in_kfp() as proto:
+            specification = proto.components[component]
+            executor = proto.deployment_spec["executors"][specification.executor_label]
+            task_dispatcher.run_single_task_implementation(
+                pipeline_resource_name="alone",
+                component_name=component,
+                component_spec=specification,
+                executor_spec=utils.struct_to_executor_spec(executor),
+                arguments=arguments,
+                pipeline_root=str(self.site.root),
+                runner=LocalExecutionConfig.instance.runner,
+                raise_on_error=False,
+                block_input_artifact=False,
+                unique_pipeline_id="0",
+            )
+        return self.tasks[-1]
 
     def task(self, title: str) -> Task:
         """The task of a title that ended last."""
@@ -344,8 +378,20 @@ class Run:
         return self.logs / f"{task.title}.log"
 
     @contextlib.contextmanager
-    def _starting(self) -> Iterator[None]:
-        """Let kfp's orchestrator start its tasks at this run's site."""
+    def _in_kfp(self) -> Iterator[PipelineSpec]:
+        """Have kfp's orchestrator start tasks at this run's site; gives what it is to run."""
+        local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(self.site.root))
+        with contextlib.ExitStack() as stack:
+            log = stack.enter_context((self.logs / "kfp.log").open("a", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(log))
+            stack.enter_context(warnings.catch_warnings())
+            stack.enter_context(self._handling())
+            # It warns of machines, which it does not give
+            warnings.simplefilter("ignore")
+            yield json_format.ParseDict(self.spec, PipelineSpec())
+
+    @contextlib.contextmanager
+    def _handling(self) -> Iterator[None]:
         run = self
 
         class Handler:

@@ -115,13 +115,13 @@ def stop_and_go_on(site: Site, task: Task, when: str, way: WayToStop) -> Stop:
     seconds = time.monotonic() - signalled
     again = site.start(command, task.environment)
     status_again = again.end()
-    found = [text for text in _messages(again) if text.startswith(_GOING_ON)]
+    found = [text for text in again.messages if text.startswith(_GOING_ON)]
     return Stop(
         site.name,
         when,
         status,
         seconds,
-        (_messages(stopped) or [""])[-1],
+        (stopped.messages or [""])[-1],
         status_again,
         found[0].removeprefix(_GOING_ON).strip() if found else "",
         checkpoints,
@@ -142,13 +142,3 @@ def _read_to(started: Started, pattern: str) -> None:
     for line in started:
         if re.search(pattern, line):
             return
-
-
-def _messages(started: Started) -> list[str]:
-    found = []
-    for _, line in started.lines:
-        try:
-            found.append(str(json.loads(line)["message"]))
-        except (ValueError, KeyError, TypeError):
-            found.append(line)
-    return found

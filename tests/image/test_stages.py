@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,7 @@ def test_every_stage_runs_its_own_container(backend: str, tmp_path: Path) -> Non
 def test_a_custom_job_is_told_of_the_bucket(tmp_path: Path) -> None:
     site = CustomJobs(Engine("podman", ("podman",)), IMAGE, tmp_path, "storage")
     artifact = {"artifacts": [{"name": "tokens", "uri": f"{tmp_path}/root/tokens"}]}
-    told = {
+    told: dict[str, Any] = {
         "inputs": {
             "parameterValues": {"place": "gs://bucket/root/x"},
             "artifacts": {"t": artifact},
@@ -88,7 +89,7 @@ def test_an_output_that_is_nowhere_is_a_failure() -> None:
         ({"went_on": "", "when": "at the start"}, ""),
     ],
 )
-def test_what_is_wrong_with_a_stop(changes: dict[str, object], wrong: str) -> None:
-    stop = Stop(**{**vars(STOPPED), **changes})  # type: ignore[arg-type]
+def test_what_is_wrong_with_a_stop(changes: dict[str, Any], wrong: str) -> None:
+    stop = Stop(**{**vars(STOPPED), **changes})
     assert stop.wrong.startswith(wrong)
     assert bool(stop.wrong) == bool(wrong)
