@@ -74,6 +74,9 @@ parallelism: 2
 max_trials: 8
 """
 
+Places = dict[str, tuple[str, list[str]]]
+"""By a name, how something is read, and where it lies; see `tests.image.digests`."""
+
 
 class Failures:
     """What went wrong; printed where it is found."""
@@ -187,7 +190,7 @@ def run_left_out(run: Run, failures: Failures) -> None:
         failures.add(f"{tasks.site}: {tasks.title} ended with {tasks.status}: {said}")
 
 
-def search_at(site: Site, image: str, work: Path, failures: Failures) -> dict[str, Any]:
+def search_at(site: Site, image: str, work: Path, failures: Failures) -> dict[str, dict[str, str]]:
     """Run a search at a site; the digests of its trials, none where a stage failed."""
     grid = work / "grid.yaml"
     grid.write_text(GRID, encoding="utf-8")
@@ -196,21 +199,20 @@ def search_at(site: Site, image: str, work: Path, failures: Failures) -> dict[st
     trials = site.seen({"uri": f"{site.root}/trials"})["uri"]
     spec = compiled_for(site.backend, image, work, partial(build_search, search))
     run = run_pipeline(site, spec, arguments(search, trials), work, failures)
-    return digests_at(site, {"trials": ("directory", trials)}) if run else {}
+    return digests_at(site, {"trials": ("directory", [trials])}) if run else {}
 
 
-def places_of(run: Run) -> dict[str, tuple[str, str]]:
+def places_of(run: Run) -> Places:
     """By stage and output: how it is read, and where it lies."""
     found = {}
     for title, output, kind in OUTPUTS:
-        uris = sorted(task.output(output) for task in run.tasks if task.title == title)
-        for number, uri in enumerate(uris, 1):
-            name = f"{title}: {output}" + (f" {number}" if len(uris) > 1 else "")
-            found[name] = (kind, f"{uri}.json" if kind == "losses" else uri)
+        uris = [task.output(output) for task in run.tasks if task.title == title]
+        ending = ".json" if kind == "losses" else ""
+        found[f"{title}: {output}"] = (kind, [f"{uri}{ending}" for uri in uris])
     return found
 
 
-def digests_at(site: Site, places: dict[str, tuple[str, str]]) -> dict[str, Any]:
+def digests_at(site: Site, places: Places) -> dict[str, dict[str, str]]:
     """The digests of what lies at a site, read there.
 
     Raises:
@@ -218,49 +220,41 @@ def digests_at(site: Site, places: dict[str, tuple[str, str]]) -> dict[str, Any]
     """
     if isinstance(site, Here):
         return digests(places)
-    # Of a job's small files, the mount has them: the platform shows those alone
     program, result = "/digests.py", site.root / "digests.json"
     result.unlink(missing_ok=True)
     own = Mount(Path(__file__).with_name("digests.py"), program)
-    told = site.seen({"uri": str(result)})["uri"].replace("gs://", "/gcs/")
+    # A job's small files are written through the mount, which a bucket would have too
     places = {
-        name: (kind, uri.replace("gs://", "/gcs/") if kind == "losses" else uri)
-        for name, (kind, uri) in places.items()
+        name: (kind, [uri.replace("gs://", "/gcs/") for uri in uris] if kind == "losses" else uris)
+        for name, (kind, uris) in places.items()
     }
-    command = ["python", program, json.dumps(places), told]
-    reading = site.start(command, {}, own)
+    told = site.seen({"outputFile": str(result)})["outputFile"]
+    reading = site.start(["python", program, json.dumps(places), told], {}, own)
     if reading.end():
         raise LiquidError(f"{site.name}: {last_line(reading.said)}")
-    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    found: dict[str, dict[str, str]] = json.loads(result.read_text(encoding="utf-8"))
     return found
 
 
-def compare(found: dict[str, dict[str, Any]], failures: Failures) -> None:
+def compare(found: dict[str, dict[str, dict[str, str]]], failures: Failures) -> None:
     """Print whether all sites have the same digests.
 
     Args:
-        found: by site, the digests by output.
+        found: by site and output, the digests by file.
         failures: where differences go.
     """
     heading(f"results, equal to the bit: {', '.join(found)}")
     first, *others = found
     for name, here in found[first].items():
-        whole = {"": here} if isinstance(here, str) else here
-        differing = [
-            f"{site} {file}".strip()
-            for site in others
-            for file in whole
-            if whole[file] != ({"": v} if isinstance(v := found[site][name], str) else v).get(file)
-        ]
-        differing += [
-            f"{site} has other files"
-            for site in others
-            if not isinstance(here, str) and set(found[site][name]) != set(here)
-        ]
-        count = len(whole)
-        shown = next(iter(whole.values()), "nothing")[:12]
-        print(f"  {name:<32}{count:>3} {'file ' if count == 1 else 'files'}  {shown}…", flush=True)
-        if differing or not whole:
+        differing = []
+        for site in others:
+            there = found[site].get(name, {})
+            files = [file for file in {**here, **there} if here.get(file) != there.get(file)]
+            differing += [f"{file} at {site}" for file in files]
+        shown = next(iter(here.values()), "nothing")[:12]
+        count = f"{len(here):>3} file{'s' if len(here) != 1 else ''}"
+        print(f"  {name:<32}{count:<10}{shown}…", flush=True)
+        if differing or not here:
             failures.add(f"{name} differs: {', '.join(differing[:5]) or 'nothing is there'}")
 
 
@@ -271,10 +265,11 @@ def stop_and_compare(
     task = run.task("anneal")
     unbroken = task.output("checkpoints")
     made = [stops.stop_and_go_on(run.site, task, when, way) for when, way in ways]
-    places = {stop.when: ("checkpoint", f"{stop.checkpoints}/final.pt") for stop in made}
-    whole = [stop for stop in made if not stop.wrong]
-    wanted = {stop.when: places[stop.when] for stop in whole}
-    wanted["unbroken"] = ("checkpoint", f"{unbroken}/final.pt")
+    ended = {stop.when: stop.checkpoints for stop in made if not stop.wrong}
+    wanted: Places = {
+        name: ("checkpoint", [f"{place}/final.pt"])
+        for name, place in {**ended, "unbroken": unbroken}.items()
+    }
     found = digests_at(run.site, wanted)
     for stop in made:
         same = found.get(stop.when) == found["unbroken"]
@@ -302,7 +297,7 @@ def test(recipe: Recipe, work: Path) -> list[str]:
     here: Site = Here(work / "here", str(inputs))
     kfp: Site = Cluster(engine, image, work / "kfp", inputs)
     heading("stages: uid 12345, group 0, read-only root, no capabilities; kfp without network,")
-    print(f"vertex with gs://{BUCKET} at the loopback of fake-gcs-server alone")
+    print(f"vertex with gs://{BUCKET} at the loopback of fake-gcs-server alone, here uncontained")
     with storage(engine, image, inputs) as container:
         vertex: Site = CustomJobs(engine, image, work / "gcs", container)
         runs: dict[str, Run] = {}

@@ -1,24 +1,25 @@
 """Digests of what a pipeline wrote, as JSON: the same program reads it here and in the image.
 
-    python digests.py '{"prepare tokens": ["directory", "gs://BUCKET/tokens"], …}' OUT.json
+    python digests.py '{"prepare: tokens": ["directory", ["gs://BUCKET/tokens"]], …}' OUT.json
 
 Metadata names places and times, so a checkpoint's digest is of its step and weights alone, and of
-other files those count that hold numbers.
+other files those count that hold numbers. Checksums among the teacher's targets cover its name,
+so they are left out.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from trainer.checkpoints.reading import read_checkpoint
 from trainer.storage.places import fetch, open_location
+from trainer.targets.shards import CHECKSUM_BYTES, VALIDATION, parse_description, shard_number
 
-_NUMBERS = (".bin", ".safetensors")
 _MOST = 1000
 """Files below one place."""
 
@@ -39,33 +40,56 @@ def of_losses(path: Path) -> str:
     return hashlib.sha256(json.dumps(losses).encode()).hexdigest()
 
 
-def of_directory(uri: str, scratch: Path) -> dict[str, str]:
-    """By path below a place: of each checkpoint and each file of numbers."""
-    location, found = open_location(uri), {}
-    for entry in location.walk(most=_MOST):
-        copy = scratch / entry.name.replace("/", "_")
-        if entry.name.endswith(".pt"):
-            found[entry.name] = of_checkpoint(fetch(location.child(entry.name), copy)[0])
-        elif entry.name.endswith(_NUMBERS):
-            path = fetch(location.child(entry.name), copy)[0]
-            found[entry.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+def of_shard(path: Path, description: Path) -> str:
+    """Of the records in a shard of the teacher's targets."""
+    made, _ = parse_description(description.read_bytes(), path.name, str(description))
+    digest, number = hashlib.sha256(), shard_number(path.name)
+    assert number is not None
+    with path.open("rb") as shard:
+        for window in made.windows_of(number):
+            digest.update(shard.read(len(made.places_of(window)) * made.record_bytes))
+            shard.seek(CHECKSUM_BYTES, os.SEEK_CUR)
+    return digest.hexdigest()
+
+
+def of_directories(uris: list[str], scratch: Path) -> dict[str, str]:
+    """By name of a file in some places: of each checkpoint and each file of numbers."""
+    found = {}
+    for uri in uris:
+        location = open_location(uri)
+        entries = {entry.name: entry for entry in location.walk(most=_MOST)}
+        for name in entries:
+            copies = scratch / name
+            copies.parent.mkdir(parents=True, exist_ok=True)
+            suffix = copies.suffix
+            if suffix not in (".pt", ".bin", ".safetensors"):
+                continue
+            path = fetch(f"{uri}/{name}", copies)[0]
+            described = name.removesuffix(".bin") + ".json"
+            if suffix == ".pt":
+                found[name] = of_checkpoint(path)
+            elif described in entries and name != VALIDATION:
+                found[name] = of_shard(path, fetch(f"{uri}/{described}", scratch / described)[0])
+            else:
+                found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
 
-def digests(places: dict[str, tuple[str, str]]) -> dict[str, Any]:
-    """By name of a place: its digest or, of a directory, those of its files.
+def digests(places: dict[str, tuple[str, list[str]]]) -> dict[str, dict[str, str]]:
+    """By name of a place: the digests of its files.
 
     Args:
-        places: by name, the kind (``directory``, ``checkpoint``, ``losses``) and where it lies.
+        places: by name, the kind (``directory``, ``checkpoint``, ``losses``) and where it lies;
+            directories may be several.
     """
     of_file = {"checkpoint": of_checkpoint, "losses": of_losses}
-    found: dict[str, Any] = {}
-    for number, (name, (kind, uri)) in enumerate(places.items()):
+    found = {}
+    for name, (kind, uris) in places.items():
         with tempfile.TemporaryDirectory() as scratch:
             if kind == "directory":
-                found[name] = of_directory(uri, Path(scratch))
+                found[name] = of_directories(uris, Path(scratch))
             else:
-                found[name] = of_file[kind](fetch(uri, Path(scratch, str(number)))[0])
+                found[name] = {kind: of_file[kind](fetch(uris[0], Path(scratch, kind))[0])}
     return found
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from pipelines.stages import STAGES
 from tests.image.__main__ import Failures, compare
+from tests.image.digests import digests
 from tests.image.engine import Engine
 from tests.image.stages import CustomJobs, compiled_for, told_to
 from tests.image.stops import Stop
@@ -55,20 +56,19 @@ def test_a_custom_job_is_told_of_the_bucket(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("other", "failed"),
     [
-        ({"tokens": {"train.bin": "a"}, "resized": "b"}, ""),
-        ({"tokens": {"train.bin": "x"}, "resized": "b"}, "tokens differs: there train.bin"),
-        ({"tokens": {"train.bin": "a"}, "resized": "x"}, "resized differs: there"),
-        ({"tokens": {"train.bin": "a", "more": ""}, "resized": "b"}, "there has other files"),
-        ({"tokens": {}, "resized": "b"}, "tokens differs: there train.bin, there has other"),
+        ({"tokens": {"a": "1", "b": "2"}}, ""),
+        ({"tokens": {"a": "1", "b": "x"}}, "tokens differs: b at there"),
+        ({"tokens": {"a": "1"}}, "tokens differs: b at there"),
+        ({"tokens": {"a": "1", "b": "2", "c": "3"}}, "tokens differs: c at there"),
+        ({}, "tokens differs: a at there, b at there"),
     ],
 )
 def test_what_differs_is_found(
-    other: dict[str, object], failed: str, capsys: pytest.CaptureFixture[str]
+    other: dict[str, dict[str, str]], failed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failures = Failures()
-    compare({"here": {"tokens": {"train.bin": "a"}, "resized": "b"}, "there": other}, failures)
-    assert bool(failures.found) == bool(failed)
-    assert failed in "".join(failures.found)
+    compare({"here": {"tokens": {"a": "1", "b": "2"}}, "there": other}, failures)
+    assert failures.found == ([failed] if failed else [])
     assert failed in capsys.readouterr().out
 
 
@@ -76,6 +76,28 @@ def test_an_output_that_is_nowhere_is_a_failure() -> None:
     failures = Failures()
     compare({"here": {"tokens": {}}, "there": {"tokens": {}}}, failures)
     assert failures.found == ["tokens differs: nothing is there"]
+
+
+def test_digests_are_of_numbers_alone(tokens_dir: Path, targets_dir: Path, tmp_path: Path) -> None:
+    """Another name of the teacher changes no digest; another record does."""
+    made, index = targets_dir / "train-00000.bin", targets_dir / "train-00000.json"
+    same, other = tmp_path / "same", tmp_path / "other"
+    for directory in (same, other):
+        directory.mkdir()
+        content = json.loads(index.read_text())
+        content["made_with"]["teacher"] = "another/name"
+        (directory / index.name).write_text(json.dumps(content))
+    records = bytearray(made.read_bytes())
+    (same / made.name).write_bytes(records)
+    records[0] ^= 1
+    (other / made.name).write_bytes(records)
+    places = {str(place): ("directory", [str(place)]) for place in (targets_dir, same, other)}
+    found = {Path(name).name: files for name, files in digests(places).items()}
+    before = found[targets_dir.name]
+    assert set(before) == {made.name, "validation.bin"}
+    assert found["same"][made.name] == before[made.name] != found["other"][made.name]
+    tokens = digests({"tokens": ("directory", [str(tokens_dir)])})["tokens"]
+    assert set(tokens) == {"train.bin", "validation.bin"}
 
 
 @pytest.mark.parametrize(
