@@ -48,6 +48,7 @@ from trainer.runtime.commands import run_command
 from trainer.runtime.errors import LiquidError
 from trainer.runtime.log import quiet_libraries, set_up_logging
 from trainer.runtime.messages import duration
+from trainer.runtime.signals import ending_first
 from trainer.settings.flags import OneLineParser
 
 WORK = ROOT / "build" / "image-test"
@@ -74,6 +75,8 @@ parallelism: 2
 max_trials: 8
 """
 
+_END_SECONDS = 20.0
+"""In which all containers are killed once this process is told to end."""
 Places = dict[str, tuple[str, list[str]]]
 """By a name, how something is read, and where it lies; see `tests.image.digests`."""
 
@@ -109,11 +112,20 @@ def heading(text: str) -> None:
     print(f"\n{text}", flush=True)
 
 
-def built(recipe: Recipe, work: Path) -> Engine:
-    """Build the image and say how large it is; returns the engine that runs it."""
-    store = work / "store" if recipe.base else None
-    engine = find_engine(os.environ.get("ENGINE", ""), store)
+def engine_for(recipe: Recipe, work: Path) -> Engine:
+    """The engine that can build it; nothing is changed before this has looked.
+
+    Raises:
+        UsageError: an engine or a base that cannot be.
+        Skipped: something is missing on this machine.
+    """
+    engine = find_engine(os.environ.get("ENGINE", ""), work / "store" if recipe.base else None)
     recipe.check(engine)
+    return engine
+
+
+def built(engine: Engine, recipe: Recipe, work: Path) -> Engine:
+    """Build the image and say how large it is; returns the engine as it runs containers here."""
     what = "the full lock" if recipe.full else "CPU wheels"
     heading(f"image: unchanged trainer_image/Dockerfile, {what}, {version_of(engine)}")
     if recipe.base:
@@ -282,15 +294,14 @@ def stop_and_compare(
             failures.add(f"{stop.site}, {stop.when}: {stop.wrong or 'it ends with other weights'}")
 
 
-def test(recipe: Recipe, work: Path) -> list[str]:
+def test(engine: Engine, recipe: Recipe, work: Path) -> list[str]:
     """All of it; returns what failed.
 
     Raises:
-        Skipped: something is missing on this machine.
         LiquidError: the image cannot be built or run, or its results cannot be read.
     """
     failures = Failures()
-    engine = built(recipe, work)
+    engine = built(engine, recipe, work)
     image, inputs = recipe.tag, work / "inputs"
     start_up(engine, image, failures)
     make_inputs(inputs)
@@ -333,15 +344,17 @@ def main(argv: list[str]) -> None:
     recipe = recipe_from_environment()
     switch("SEARCH")
     quiet_libraries()
+    try:
+        engine = engine_for(recipe, WORK)
+    except Skipped as reason:
+        print(f"image-test skipped: {reason}")
+        raise SystemExit(reason.exit_status) from None
     WORK.mkdir(parents=True, exist_ok=True)
     for name in ("kfp", "gcs", "here", "inputs", "logs-kfp", "logs-vertex", "logs-here"):
         shutil.rmtree(WORK / name, ignore_errors=True)
     started = time.monotonic()
-    try:
-        failed = test(recipe, WORK)
-    except Skipped as reason:
-        print(f"image-test skipped: {reason}")
-        raise SystemExit(reason.exit_status) from None
+    with ending_first(engine.end_containers, lambda: None, seconds=_END_SECONDS):
+        failed = test(engine, recipe, WORK)
     took = duration(time.monotonic() - started)
     if failed:
         raise LiquidError(

