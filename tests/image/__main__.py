@@ -142,6 +142,17 @@ def built(engine: Engine, recipe: Recipe, work: Path) -> Engine:
     return that_runs(engine, recipe.tag)
 
 
+def remove_earlier(engine: Engine, image: str, work: Path) -> None:
+    """Remove what an earlier test has left, its containers' files as their own user."""
+    for name in ("kfp", "gcs"):
+        if (work / name).exists():
+            mounts = [Mount(work / name, "/earlier", writable=True)]
+            start_container(engine, image, ["find", "/earlier", "-delete"], mounts=mounts).end()
+    for name in ("kfp", "gcs", "here", "inputs", "logs-kfp", "logs-vertex", "logs-here"):
+        if (work / name).exists():
+            shutil.rmtree(work / name)
+
+
 def start_up(engine: Engine, image: str, failures: Failures) -> None:
     """Print how long a container takes to start, and with what the stages import."""
     heading("start-up, in a hardened container")
@@ -299,10 +310,12 @@ def test(engine: Engine, recipe: Recipe, work: Path) -> list[str]:
 
     Raises:
         LiquidError: the image cannot be built or run, or its results cannot be read.
+        OSError: what an earlier test has left cannot be removed.
     """
     failures = Failures()
     engine = built(engine, recipe, work)
     image, inputs = recipe.tag, work / "inputs"
+    remove_earlier(engine, image, work)
     start_up(engine, image, failures)
     make_inputs(inputs)
     here: Site = Here(work / "here", str(inputs))
@@ -350,8 +363,6 @@ def main(argv: list[str]) -> None:
         print(f"image-test skipped: {reason}")
         raise SystemExit(reason.exit_status) from None
     WORK.mkdir(parents=True, exist_ok=True)
-    for name in ("kfp", "gcs", "here", "inputs", "logs-kfp", "logs-vertex", "logs-here"):
-        shutil.rmtree(WORK / name, ignore_errors=True)
     started = time.monotonic()
     with ending_first(engine.end_containers, lambda: None, seconds=_END_SECONDS):
         failed = test(engine, recipe, WORK)

@@ -214,7 +214,7 @@ class CustomJobs:
         """Let kfp find on this machine what a stage says to be at ``gs://``."""
         written = json.loads(output.read_text(encoding="utf-8"))
         back = _replaced(written, f"gs://{BUCKET}", str(self.mount), "")
-        output.unlink()  # another user's
+        output.unlink()  # it is another user's
         output.write_text(json.dumps(back), encoding="utf-8")
 
     def start(self, command: list[str], environment: Mapping[str, str], *mounts: Mount) -> Started:
@@ -409,6 +409,8 @@ class Run:
         at, told = told_to(command)
         own = Path(told["outputs"]["outputFile"])
         title = titles_of(self.spec)[own.parent.name]
+        own.parent.mkdir(parents=True, exist_ok=True)
+        own.parent.chmod(0o777)  # this user's, so that what another user writes can be removed
         told = self.site.seen(told)
         command = [*command[:at], json.dumps(told), *command[at + 1 :]]
         # The machine of the pipeline has a GPU, this one is not asked for it
