@@ -143,14 +143,22 @@ def built(engine: Engine, recipe: Recipe, work: Path) -> Engine:
 
 
 def remove_earlier(engine: Engine, image: str, work: Path) -> None:
-    """Remove what an earlier test has left, its containers' files as their own user."""
+    """Remove what an earlier test has left, its containers' files as their own user.
+
+    Raises:
+        LiquidError: something cannot be removed.
+    """
     for name in ("kfp", "gcs"):
         if (work / name).exists():
             mounts = [Mount(work / name, "/earlier", writable=True)]
             start_container(engine, image, ["find", "/earlier", "-delete"], mounts=mounts).end()
     for name in ("kfp", "gcs", "here", "inputs", "logs-kfp", "logs-vertex", "logs-here"):
-        if (work / name).exists():
+        try:
             shutil.rmtree(work / name)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise LiquidError(f"{work / name} cannot be removed: {error}; remove it") from None
 
 
 def start_up(engine: Engine, image: str, failures: Failures) -> None:
@@ -310,7 +318,6 @@ def test(engine: Engine, recipe: Recipe, work: Path) -> list[str]:
 
     Raises:
         LiquidError: the image cannot be built or run, or its results cannot be read.
-        OSError: what an earlier test has left cannot be removed.
     """
     failures = Failures()
     engine = built(engine, recipe, work)
