@@ -45,7 +45,7 @@ from tests.image.stages import (
 )
 from tests.image.storage import storage
 from trainer.runtime.commands import run_command
-from trainer.runtime.errors import LiquidError
+from trainer.runtime.errors import LiquidError, UsageError
 from trainer.runtime.log import quiet_libraries, set_up_logging
 from trainer.runtime.messages import duration
 from trainer.runtime.signals import ending_first
@@ -217,7 +217,7 @@ def run_left_out(run: Run, failures: Failures) -> None:
     tasks = run.alone("comp-lm-eval-tasks", given)
     said = tasks.started.messages[-1]
     print(f"  {'':<8}{said[:100]}…", flush=True)
-    if tasks.status != 1 or not said.startswith(WITHOUT_LM_EVAL):
+    if tasks.status != UsageError.exit_status or not said.startswith(WITHOUT_LM_EVAL):
         failures.add(f"{tasks.site}: {tasks.title} ended with {tasks.status}: {said}")
 
 
