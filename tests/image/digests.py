@@ -42,7 +42,7 @@ def of_losses(path: Path) -> str:
 
 def of_shard(path: Path, description: Path) -> str:
     """Of the records in a shard of the teacher's targets."""
-    made, _ = parse_description(description.read_bytes(), path.name, str(description))
+    made, _ = parse_description(description.read_bytes(), path.name, str(description.parent))
     digest, number = hashlib.sha256(), shard_number(path.name)
     assert number is not None
     with path.open("rb") as shard:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,13 @@ from tests.image.digests import digests
 from tests.image.engine import Engine
 from tests.image.stages import CustomJobs, compiled_for, told_to
 from tests.image.stops import Stop
+from trainer.targets.shards import (
+    ESTIMATOR,
+    MadeWith,
+    description_name,
+    dump_description,
+    shard_name,
+)
 
 IMAGE = "localhost/trainer:cpu"
 STOPPED = Stop("kfp", "in training", 143, 1.0, "stopped by SIGTERM at step 3", 0, "x at step 3", "")
@@ -78,26 +86,45 @@ def test_an_output_that_is_nowhere_is_a_failure() -> None:
     assert failures.found == ["tokens differs: nothing is there"]
 
 
-def test_digests_are_of_numbers_alone(tokens_dir: Path, targets_dir: Path, tmp_path: Path) -> None:
+MADE = MadeWith(
+    tokens="tokens",
+    tokenizer="",
+    train_tokens=10,
+    validation_tokens=2,
+    teacher="a/teacher",
+    teacher_digest="",
+    teacher_precision="float32",
+    vocabulary=4,
+    teacher_context=4,
+    temperatures=(1.0,),
+    record_bytes=32,
+    seed=0,
+    estimator=ESTIMATOR,
+    contexts=(4,),
+)
+
+
+def shard_in(directory: Path, made: MadeWith, records: bytes) -> dict[str, str]:
+    """Write a shard, the same records for each place; returns the digests of its directory."""
+    directory.mkdir()
+    name, content = shard_name(0), b""
+    for window in made.windows_of(0):
+        kept = records * len(made.places_of(window))
+        content += kept + made.checksum(window, kept)
+    (directory / name).write_bytes(content)
+    (directory / description_name(name)).write_bytes(dump_description(made, name, "AAAAAA=="))
+    return digests({"targets": ("directory", [str(directory)])})["targets"]
+
+
+def test_digests_of_targets_are_of_their_records_alone(tmp_path: Path) -> None:
     """Another name of the teacher changes no digest; another record does."""
-    made, index = targets_dir / "train-00000.bin", targets_dir / "train-00000.json"
-    same, other = tmp_path / "same", tmp_path / "other"
-    for directory in (same, other):
-        directory.mkdir()
-        content = json.loads(index.read_text())
-        content["made_with"]["teacher"] = "another/name"
-        (directory / index.name).write_text(json.dumps(content))
-    records = bytearray(made.read_bytes())
-    (same / made.name).write_bytes(records)
-    records[0] ^= 1
-    (other / made.name).write_bytes(records)
-    places = {str(place): ("directory", [str(place)]) for place in (targets_dir, same, other)}
-    found = {Path(name).name: files for name, files in digests(places).items()}
-    before = found[targets_dir.name]
-    assert set(before) == {made.name, "validation.bin"}
-    assert found["same"][made.name] == before[made.name] != found["other"][made.name]
-    tokens = digests({"tokens": ("directory", [str(tokens_dir)])})["tokens"]
-    assert set(tokens) == {"train.bin", "validation.bin"}
+    before = shard_in(tmp_path / "before", MADE, bytes(32))
+    renamed = replace(MADE, teacher="gs://bucket/teacher")
+    assert list(before) == [shard_name(0)]
+    assert shard_in(tmp_path / "renamed", renamed, bytes(32)) == before
+    assert shard_in(tmp_path / "other", MADE, bytes([1] * 32)) != before
+    contents = {path.read_bytes() for path in tmp_path.glob("*/*.bin")}
+    assert len(contents) == 3
 
 
 @pytest.mark.parametrize(
