@@ -6,6 +6,7 @@ its work. What it would start as a process of this machine, a `Site` starts wher
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import json
 import os
@@ -378,6 +379,8 @@ class Run:
             log = stack.enter_context((self.logs / "kfp.log").open("a", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(log))
             stack.enter_context(warnings.catch_warnings())
+            # Tasks of a loop indent what is printed, each over the other
+            stack.callback(setattr, builtins, "print", builtins.print)
             stack.enter_context(self._handling())
             # It warns of machines, which it does not give
             warnings.simplefilter("ignore")
