@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -74,9 +75,10 @@ train_steps: 100
 parallelism: 2
 max_trials: 8
 """
-
 _END_SECONDS = 20.0
 """In which all containers are killed once this process is told to end."""
+_OF_TRIAL = re.compile(r"_[0-9a-f]{12}(?=/)")
+"""The end of a trial's name, which tells trials of other teachers apart."""
 Places = dict[str, tuple[str, list[str]]]
 """By a name, how something is read, and where it lies; see `tests.image.digests`."""
 
@@ -230,7 +232,10 @@ def search_at(site: Site, image: str, work: Path, failures: Failures) -> dict[st
     trials = site.seen({"uri": f"{site.root}/trials"})["uri"]
     spec = compiled_for(site.backend, image, work, partial(build_search, search))
     run = run_pipeline(site, spec, arguments(search, trials), work, failures)
-    return digests_at(site, {"trials": ("directory", [trials])}) if run else {}
+    if run is None:
+        return {}
+    found = digests_at(site, {"trials": ("directory", [trials])})["trials"]
+    return {"trials": {_OF_TRIAL.sub("", name): digest for name, digest in found.items()}}
 
 
 def places_of(run: Run) -> Places:

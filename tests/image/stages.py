@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import json
+import logging
 import os
 import re
 import signal as signals
@@ -379,8 +380,10 @@ class Run:
             log = stack.enter_context((self.logs / "kfp.log").open("a", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(log))
             stack.enter_context(warnings.catch_warnings())
-            # Tasks of a loop indent what is printed, each over the other
+            # Tasks of a loop run side by side, and each takes back what it found: indented lines,
+            # handlers of the log
             stack.callback(setattr, builtins, "print", builtins.print)
+            stack.callback(setattr, logging.root, "handlers", logging.root.handlers[:])
             stack.enter_context(self._handling())
             # It warns of machines, which it does not give
             warnings.simplefilter("ignore")
