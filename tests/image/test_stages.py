@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipelines.stages import STAGES
-from tests.image.__main__ import Failures, compare
+from tests.image.checks import Failures, compare
 from tests.image.digests import digests
 from tests.image.engine import Engine
 from tests.image.stages import CustomJobs, compiled_for, told_to
