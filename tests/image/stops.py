@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from tests.image.stages import Site, Started, Task, told_to
 from trainer.runtime.errors import LiquidError
@@ -98,7 +99,7 @@ def with_storage_stalled(halt: Callable[[], None], go_on: Callable[[], None]) ->
     return stop
 
 
-def stop_and_go_on(site: Site, task: Task, when: str, way: WayToStop) -> Stop:
+def stop_and_go_on(site: Site, task: Task, when: str, way: WayToStop, log: Path) -> Stop:
     """Start a training's command with an output of its own, stop it, start it again to its end.
 
     Args:
@@ -106,6 +107,7 @@ def stop_and_go_on(site: Site, task: Task, when: str, way: WayToStop) -> Stop:
         task: the training.
         when: what to call the moment.
         way: waits for the moment and sends the signal.
+        log: where the output of both is kept.
     """
     command, checkpoints = _with_own_output(task, when.replace(" ", "-"))
     stopped = site.start(command, task.environment)
@@ -115,6 +117,7 @@ def stop_and_go_on(site: Site, task: Task, when: str, way: WayToStop) -> Stop:
     seconds = time.monotonic() - signalled
     again = site.start(command, task.environment)
     status_again = again.end()
+    log.write_text(f"{stopped.said}\n\nagain\n\n{again.said}\n", encoding="utf-8")
     found = [text for text in again.messages if text.startswith(_GOING_ON)]
     return Stop(
         site.name,
