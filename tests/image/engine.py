@@ -114,6 +114,10 @@ class Engine:
         """Send a signal, as ``TERM``, to the first process of a container."""
         self.must("kill", f"--signal={signal}", container)
 
+    def runs(self, container: str) -> bool:
+        """Whether the first process of a container has been started, and has not ended."""
+        return self.call("inspect", "--format={{.State.Running}}", container).stdout == "true\n"
+
     def end_containers(self) -> None:
         """Kill all containers that this process has started."""
         found = self.call("ps", "--quiet", f"--filter=name={_OURS}")

@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -81,8 +82,14 @@ class Started:
     """A stage that runs. Its log is read line by line as it comes."""
 
     def __init__(
-        self, command: list[str], stop: Callable[[str], None] | None = None, **how: Any
+        self,
+        command: list[str],
+        stop: Callable[[str], None] | None = None,
+        runs: Callable[[], bool] = lambda: True,
+        **how: Any,
     ) -> None:
+        self.runs = runs
+        """Whether its first process has been started."""
         self.began = time.monotonic()
         self.lines: list[tuple[float, str]] = []
         """Seconds since the start, and what was said then."""
@@ -235,7 +242,7 @@ def start_container(engine: Engine, image: str, command: list[str], **how: Any) 
     """A command as the first process of a hardened container; see `Engine.run_command`."""
     name = new_name()
     words = engine.run_command(image, command, name=name, **how)
-    return Started(words, lambda signal: engine.signal(name, signal))
+    return Started(words, partial(engine.signal, name), partial(engine.runs, name))
 
 
 def _replaced(value: Any, mount: str, uri: str, path: str, key: str = "") -> Any:

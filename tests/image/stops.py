@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.image.stages import Site, Started, Task, told_to
-from trainer.runtime.errors import LiquidError
 
 STOPPED = 143
 WayToStop = Callable[[Started], None]
@@ -56,13 +55,12 @@ class Stop:
 
 
 def at_the_start(started: Started) -> None:
-    """As soon as there is a first process, before Python has imported what it needs."""
+    """As soon as its first process runs, before Python has imported what it needs."""
     for _ in range(_TRIES):
-        try:
-            return started.stop()
-        except LiquidError:  # the engine has no such container yet
-            time.sleep(0.05)
-    return started.stop()
+        if started.runs():
+            break
+        time.sleep(0.05)
+    started.stop()
 
 
 def in_training(started: Started) -> None:
