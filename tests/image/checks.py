@@ -207,10 +207,13 @@ def stop_and_compare(
     """Stop the annealing in each way; print what came of it and of the start after it."""
     task = run.task("anneal")
     unbroken = task.output("checkpoints")
-    made = [
-        stops.stop_and_go_on(run.site, task, when, way, run.logs / f"stopped {when}.log")
-        for when, way in ways
-    ]
+    made = []
+    for when, way in ways:
+        log = run.logs / f"stopped {when}.log"
+        try:
+            made.append(stops.stop_and_go_on(run.site, task, when, way, log))
+        except LiquidError as error:
+            failures.add(f"{run.site.name}, {when}: {error}")
     ended = {stop.when: stop.checkpoints for stop in made if not stop.wrong}
     wanted: Places = {
         name: ("checkpoint", [f"{place}/final.pt"])

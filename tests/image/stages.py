@@ -423,7 +423,10 @@ class Run:
         own = Path(told["outputs"]["outputFile"])
         title = titles_of(self.spec)[own.parent.name]
         own.parent.mkdir(parents=True, exist_ok=True)
-        own.parent.chmod(0o777)  # this user's, so that what another user writes can be removed
+        for directory in (own.parent, *own.parent.parents):
+            if directory == self.site.root:
+                break
+            directory.chmod(0o777)  # this user's, so that another's files in it can be removed
         told = self.site.seen(told)
         command = [*command[:at], json.dumps(told), *command[at + 1 :]]
         # The machine of the pipeline has a GPU, this one is not asked for it
