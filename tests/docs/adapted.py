@@ -18,6 +18,8 @@ ELSEWHERE: dict[tuple[str, ...], str] = {
         "run-local",
     ): "it takes minutes; tests/pipelines/test_anneal.py runs the pipeline",
     ("make", "test"): "it is what runs this test",
+    ("make", "image-test"): "it takes minutes and an engine of containers",
+    ("apt-get", "install"): "it installs what only make image-test needs",
     ("pip", "install"): "it installs; .ci/run and the image do",
     ("gcloud",): "it needs a Google Cloud project",
     ("deploy/google_cloud.sh",): "tests/deploy/test_google_cloud.py runs it",
