@@ -26,7 +26,11 @@ COMMANDS = [
     for path in sorted((ROOT / package).glob("*.py"))
     if "run_command(main)" in path.read_text(encoding="utf-8")
 ]
-STAGES = [path for path in sorted((ROOT / "components").glob("*.py")) if path.stem != "__init__"]
+STAGES = [
+    path
+    for path in sorted((ROOT / "components").glob("*.py"))
+    if "\n@dsl.component" in path.read_text(encoding="utf-8")
+]
 
 SLOW_START = """
 import sys, time

@@ -72,7 +72,11 @@ def places(gcs_bucket: str, teacher_dir: Path) -> dict[str, Any]:
     for path in teacher_dir.iterdir():
         put(f"{gcs_bucket}/teacher/{path.name}", path.read_bytes())
     put(f"{gcs_bucket}/texts/train.txt", b"one")
-    return {"teacher_name": f"{gcs_bucket}/teacher", "dataset_name": f"{gcs_bucket}/texts"}
+    return {
+        "teacher_name": f"{gcs_bucket}/teacher",
+        "dataset_name": f"{gcs_bucket}/texts",
+        "dataset_config": "",
+    }
 
 
 def test_the_revisions_are_those_that_the_stages_find(

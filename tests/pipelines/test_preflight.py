@@ -486,7 +486,7 @@ SITUATIONS = [
         f"FAILED data set: {STAGES} may not use gs://base (it lacks storage.objects.get, storage."
         "objects.list); run: gcloud storage buckets add-iam-policy-binding gs://base",
         {"b/base/o\\?": refusal(403, "", "denied"), "b/base/iam/testP": (200, {})},
-        {"PARAMS": "dataset_name=gs://base/texts"},
+        {"PARAMS": "dataset_name=gs://base/texts dataset_config="},
     ),
     Situation(
         "secret: absent",

@@ -20,6 +20,7 @@ from trainer.checkpoints.metadata import FORMAT_VERSION
 from trainer.checkpoints.reading import read_checkpoint
 from trainer.runtime.commands import run_command
 from trainer.settings.layers import Resolved
+from trainer.storage.digests import digest_of_file
 from trainer.training import run
 from trainer.training.start import Start
 
@@ -113,6 +114,7 @@ def test_a_second_phase_starts_from_a_checkpoint_of_the_old_layout(
         "step": 4,
         "block_size": 16,
         "metrics": payload["meta"]["metrics"],
+        "digest": digest_of_file(f"source/{NAME}"),
     }
     # Its schedules end with its steps; alpha and the temperature go on from where they were
     assert (resolved.config.alpha, resolved.config.T) == (0.5, 1.5)
