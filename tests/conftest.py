@@ -88,7 +88,12 @@ def gcs_bucket(gcs_proxy: FaultProxy, object_server: ObjectServer) -> str:
     return f"gs://{name}"
 
 
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The cores are shared: threads of several trainings would wait for one another, busily
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+else:
+    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")

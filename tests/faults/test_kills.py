@@ -56,7 +56,7 @@ def start(job: Settings) -> subprocess.Popen[str]:
         [sys.executable, "-m", "trainer.entrypoint", *flags],
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )
 
 
