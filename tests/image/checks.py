@@ -148,8 +148,7 @@ def places_of(run: Run) -> Places:
     found = {}
     for title, output, kind in OUTPUTS:
         uris = [task.output(output) for task in run.tasks if task.title == title]
-        ending = ".json" if kind == "losses" else ""
-        found[f"{title}: {output}"] = (kind, [f"{uri}{ending}" for uri in uris])
+        found[f"{title}: {output}"] = (kind, uris)
     return found
 
 

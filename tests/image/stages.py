@@ -301,10 +301,12 @@ class Task:
     started: Started
     status: int = -1
     seconds: float = 0.0
+    wrote: Mapping[str, Any] = field(default_factory=dict)
+    """By name, the artifacts that it says it has written."""
 
     def output(self, artifact: str) -> str:
         """The URI of an artifact that it has written, as the stage itself says."""
-        return str(self.told["outputs"]["artifacts"][artifact]["artifacts"][0]["uri"])
+        return str(self.wrote[artifact]["artifacts"][0]["uri"])
 
 
 def told_to(command: list[str]) -> tuple[int, dict[str, Any]]:
@@ -435,11 +437,13 @@ class Run:
         task = Task(title, self.site.name, command, environment, told, started)
         task.status = started.end()
         task.seconds = time.monotonic() - started.began
+        if own.exists():
+            task.wrote = json.loads(own.read_text(encoding="utf-8")).get("artifacts", {})
+            if isinstance(self.site, CustomJobs):
+                self.site.read_back(own)
         with self._lock:
             self.tasks.append(task)
             with self.log_of(task).open("a", encoding="utf-8") as log:
                 log.write(started.said + "\n")
             self.report(task)
-        if own.exists() and isinstance(self.site, CustomJobs):
-            self.site.read_back(own)
         return Status.FAILURE if task.status else Status.SUCCESS
