@@ -12,6 +12,7 @@ from trainer.runtime.signals import watch_signals
 if __name__ == "__main__":
     watch_signals()  # before anything is imported that takes a while
 
+import fcntl
 import os
 import shutil
 import time
@@ -177,6 +178,11 @@ def main(argv: list[str]) -> None:
         print(f"image-test skipped: {reason}")
         raise SystemExit(reason.exit_status) from None
     WORK.mkdir(parents=True, exist_ok=True)
+    lock = (WORK / "lock").open("w", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise LiquidError(f"another image-test runs in {WORK}; wait for its end") from None
     started = time.monotonic()
     with ending_first(engine.end_containers, lambda: None, seconds=_END_SECONDS):
         failed = test(engine, recipe, WORK)
