@@ -189,13 +189,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(
     assert_equal_ends(f"{gcs_bucket}/run", str(tmp_path / "plain"), tmp_path / "scratch")
 
 
-@pytest.mark.parametrize(
-    "ended",
-    [
-        pytest.param(False, id="half way"),
-        pytest.param(True, id="at its end", marks=pytest.mark.soak),
-    ],
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("ended", [False, True], ids=["half way", "at its end"])
 def test_a_run_whose_sidecars_are_all_gone_loses_nothing(
     job: Settings, tmp_path: Path, gcs_bucket: str, ended: bool
 ) -> None:

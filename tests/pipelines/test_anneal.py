@@ -240,6 +240,7 @@ def test_the_final_student_is_exported_once(
     assert off.cached == [title for title in TITLES if title != "export"]
 
 
+@pytest.mark.soak
 def test_other_code_and_no_cache_run_again(
     work: Path,
     parameters: dict[str, Any],

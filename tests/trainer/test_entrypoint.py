@@ -120,6 +120,7 @@ def test_smoke_one_step_without_an_output_location(
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs g++")
+@pytest.mark.soak
 def test_compiled_students_learn_the_same(settings: Settings, tmp_path: Path) -> None:
     weights, logs = {}, {}
     for compiled in ("off", "on"):

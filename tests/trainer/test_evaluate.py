@@ -49,7 +49,13 @@ def losses(config: TrainConfig, student: Student, trained: int) -> list[float]:
     return [evaluator.student_loss(student, context, trained) for context in (32, 64)]
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "compiled",
+    [
+        pytest.param(False, id="eager"),
+        pytest.param(True, id="compiled", marks=pytest.mark.soak),
+    ],
+)
 def test_sum_of_cross_entropies(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In parts of two lengths, against one product over the whole vocabulary in fp64."""
     for name in ("_EAGER_ELEMENTS", "_COMPILED_ELEMENTS"):

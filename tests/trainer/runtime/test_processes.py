@@ -209,7 +209,7 @@ sys.exit(run_command(entrypoint.main))
 """
 
 
-@pytest.mark.parametrize("scheme", ["ddp", "fsdp"])
+@pytest.mark.parametrize("scheme", ["ddp", pytest.param("fsdp", marks=pytest.mark.soak)])
 def test_a_signal_to_one_process_breaks_the_evaluation_off_in_all(
     batched: Settings, tmp_path: Path, scheme: str
 ) -> None:
@@ -242,7 +242,7 @@ sys.exit(run_command(entrypoint.main))
 """
 
 
-@pytest.mark.parametrize("scheme", ["ddp", "fsdp"])
+@pytest.mark.parametrize("scheme", ["ddp", pytest.param("fsdp", marks=pytest.mark.soak)])
 def test_snapshots_by_time_need_no_equal_clocks(
     batched: Settings, tmp_path: Path, scheme: str
 ) -> None:

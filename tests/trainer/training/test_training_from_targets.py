@@ -79,6 +79,7 @@ def assert_same(first: Checkpoint, second: Checkpoint) -> None:
     assert first.step == second.step
 
 
+@pytest.mark.soak
 def test_large_records_train_as_the_teacher_does(
     taught: Settings, cached: Settings, teacher_dir: Path, tokens_dir: Path, tmp_path: Path
 ) -> None:
@@ -400,6 +401,7 @@ def test_damage_that_is_met_on_the_way_ends_the_run_after_saving(
     assert_same(final(tmp_path / "whole"), final(tmp_path / "work"))
 
 
+@pytest.mark.soak
 def test_a_stop_while_the_bucket_is_silent_saves_the_last_update(
     cached: Settings, targets_dir: Path, tmp_path: Path, gcs_bucket: str, gcs_proxy: FaultProxy
 ) -> None:
