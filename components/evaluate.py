@@ -62,8 +62,7 @@ def evaluate(
         reports.write_stage_report(records, report.path, text=table.path, evaluation=scratch)
     sources = {"before": before, "after": after, "tokens": tokens}
     lineage = Lineage(**sources, record_before=record_before, record_after=record_after)
-    for output in (metrics, report, table):
-        lineage.give(output)
+    lineage.give_each(metrics, report, table)
     for row in rows:
         phase = "before" if row.checkpoint == places[0] else "after"
         metrics.log_metric(f"{phase} val_loss_student@{row.context}", row.student_loss)

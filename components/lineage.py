@@ -42,6 +42,11 @@ class Lineage:
         digest = digest_of_file(artifact.path) if digest is None else digest
         artifact.metadata.update(self.metadata | ({DIGEST: digest} if digest else {}))
 
+    def give_each(self, *artifacts: dsl.Artifact) -> None:
+        """Put it into the metadata of outputs that are files at their paths."""
+        for artifact in artifacts:
+            self.give(artifact)
+
 
 def _digest(source: dsl.Artifact | str | None) -> str:
     if source is None or isinstance(source, str):

@@ -39,6 +39,5 @@ def lm_eval_tasks(
         Path(report.path).write_bytes(Path(scratch, lm_eval_tasks.TABLE).read_bytes())
     for name, value in numbers.items():
         metrics.log_metric(name, value)
-    for output in (metrics, report):
-        Lineage(model=model).give(output)
+    Lineage(model=model).give_each(metrics, report)
     return len(numbers)

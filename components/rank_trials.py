@@ -50,6 +50,5 @@ def rank_trials(
     Path(winner.path).write_text(findings.winning_parameters)
     content = {"metric": metric, "groups": findings.rows(), "said": findings.sentences()}
     Path(ranking.path).write_text(dumps(content, indent=2))
-    for output in (report, table, ranking, winner):
-        Lineage(before=before).give(output)
+    Lineage(before=before).give_each(report, table, ranking, winner)
     return (findings.winning_parameters,)

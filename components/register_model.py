@@ -30,7 +30,7 @@ def register_model(
 
     from google.cloud import aiplatform
 
-    from components.lineage import Lineage
+    from components.lineage import DIGEST, Lineage
     from components.registry import newest_version
 
     told = {name: value for name, value in model.metadata.items() if value not in (None, "")}
@@ -51,6 +51,6 @@ def register_model(
         key=cmek_key,
     )
     registered.uri = f"https://{region}-aiplatform.googleapis.com/v1/{version.resource_name}"
-    Lineage(model=model).give(registered, told.get("digest", ""))
+    Lineage(model=model).give(registered, told.get(DIGEST, ""))
     registered.metadata.update(numbers | {"resourceName": version.resource_name})
     return (version.resource_name, version.version_id)

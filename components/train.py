@@ -81,6 +81,5 @@ def train(
     lineage = Lineage(**sources, initial=origin_digest(best.meta))
     lineage.give(checkpoints, best.among)
     lineage.give(record, digest_of_file(place(record.uri, record.path)))
-    for output in (metrics, report):
-        lineage.give(output)
+    lineage.give_each(metrics, report)
     return (best.value, best.step, result.step)

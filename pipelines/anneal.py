@@ -36,6 +36,8 @@ from trainer.runtime.devices import EXPECTED_GPUS
 from trainer.runtime.provenance import STAGE_IMAGE
 
 NAME = "liquid-annealing"
+_OF_TEACHER = ("teacher_name", "teacher_revision", "eval_ctx_lens", "hf_secret_name")
+"""The parameters of every stage that runs a teacher, or may."""
 
 
 class Outputs(NamedTuple):
@@ -145,15 +147,8 @@ def _both_phases(
         given: the pipeline's parameters.
         settings: say whether the student goes to the model registry.
     """
-
-    def own(key: str) -> dict[str, Any]:
-        """What parameters give to a stage alone, by the names of its component's inputs."""
-        start = f"{key}_"
-        return {n.removeprefix(start): v for n, v in given.items() if n.startswith(start)}
-
     streams = prepared(stage, given)
-    names = ("teacher_name", "teacher_revision", "eval_ctx_lens", "hf_secret_name")
-    taught = {name: given[name] for name in names}
+    taught = {name: given[name] for name in _OF_TEACHER}
     training = {
         **taught,
         "teacher_targets": _targets(stage, backend, streams, given),
@@ -161,13 +156,11 @@ def _both_phases(
         "seed": given["seed"],
     }
     short = stage("anneal", train)(
-        tokens=streams, resume_gcs_uri=given["resume_gcs_uri"], **training, **own("anneal")
+        tokens=streams, resume_gcs_uri=given["resume_gcs_uri"], **training, **_own(given, "anneal")
     )
-    best_short = stage("pick", pick_best)(
-        checkpoints=short.outputs["checkpoints"], metric=given["best_metric"]
-    )
+    before = _best(stage("pick", pick_best), short, given)
     resized = stage("resize", resize_reset)(
-        checkpoint=best_short.outputs["best"],
+        checkpoint=before,
         block_size=given["continue_block_size"],
         pos_resize=given["resize_method"],
     )
@@ -176,27 +169,33 @@ def _both_phases(
         initial=resized.outputs["resized"],
         compiled=short.outputs["checkpoints"],
         **training,
-        **own("continue"),
+        **_own(given, "continue"),
     )
-    best_long = stage("pick_again", pick_best)(
-        checkpoints=long.outputs["checkpoints"], metric=given["best_metric"]
-    )
+    after = _best(stage("pick_again", pick_best), long, given)
     table = stage("evaluate", evaluate)(
         tokens=streams,
-        before=best_short.outputs["best"],
-        after=best_long.outputs["best"],
+        before=before,
+        after=after,
         record_before=short.outputs["record"],
         record_after=long.outputs["record"],
         **taught,
-        **own("evaluate"),
+        **_own(given, "evaluate"),
     )
-    _export(stage, best_long.outputs["best"], given, settings)
-    return Outputs(
-        report=table.outputs["report"],
-        table=table.outputs["table"],
-        before=best_short.outputs["best"],
-        after=best_long.outputs["best"],
-    )
+    _export(stage, after, given, settings)
+    report, shown = table.outputs["report"], table.outputs["table"]
+    return Outputs(report=report, table=shown, before=before, after=after)
+
+
+def _own(given: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """What parameters give to a stage alone, by the names of its component's inputs."""
+    start = f"{key}_"
+    return {n.removeprefix(start): v for n, v in given.items() if n.startswith(start)}
+
+
+def _best(pick: Callable[..., Any], training: Any, given: Mapping[str, Any]) -> Any:
+    """The best checkpoint of a training."""
+    picked = pick(checkpoints=training.outputs["checkpoints"], metric=given["best_metric"])
+    return picked.outputs["best"]
 
 
 def prepared(stage: Callable[[str, Any], Callable[..., Any]], given: Mapping[str, Any]) -> Any:
@@ -236,8 +235,7 @@ def made_targets(
         shares: of the workers.
         given: the pipeline's parameters.
     """
-    names = ("teacher_name", "teacher_revision", "eval_ctx_lens", "hf_secret_name")
-    own = {name: given[name] for name in names}
+    own = {name: given[name] for name in _OF_TEACHER}
     with dsl.ParallelFor(shares, name="shares", parallelism=at_a_time(backend)) as share:
         shards = stage("targets", teacher_targets)(tokens=streams, share=share, **own)
     joined = stage("join", join_targets)(places=dsl.Collected(shards.outputs["place"]))

@@ -29,6 +29,7 @@ from pipelines.settings import Settings, load_settings
 from pipelines.submit import (
     Switches,
     estimate_of,
+    kfp_options,
     new_run_id,
     ready_for_vertex,
     require_kfp,
@@ -137,9 +138,7 @@ def schedule_kfp(settings: Settings, parameters: dict[str, Any], cron: str, host
         "max_concurrency": 1,
         "no_catchup": True,  # as on Vertex AI: what was missed is not made up for
         "params": parameters,
-        "enable_caching": switches.cache,
-        "pipeline_root": settings.pipeline_root or None,
-        "service_account": settings.service_account or None,
+        **kfp_options(settings, switches),
     }
 
     def create(client: Any, path: str, namespace: str | None) -> Any:

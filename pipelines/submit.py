@@ -264,9 +264,7 @@ def submit_kfp(
         "arguments": parameters,
         "run_name": new_run_id(name),
         "experiment_name": settings.experiment or name,
-        "enable_caching": switches.cache,
-        "pipeline_root": settings.pipeline_root or None,
-        "service_account": settings.service_account or None,
+        **kfp_options(settings, switches),
         "namespace": settings.namespace or None,
     }
 
@@ -286,6 +284,15 @@ def submit_kfp(
         from pipelines import kubeflow
 
         follow(partial(kubeflow.look, client, host, run.run_id), page, settings.poll_seconds)
+
+
+def kfp_options(settings: Settings, switches: Switches) -> dict[str, Any]:
+    """What kfp's client takes for a run and for a recurring run alike."""
+    return {
+        "enable_caching": switches.cache,
+        "pipeline_root": settings.pipeline_root or None,
+        "service_account": settings.service_account or None,
+    }
 
 
 def require_kfp(settings: Settings, host: str, *names: str) -> None:

@@ -68,17 +68,11 @@ class Capacity:
         }
 
     def _alternatives(self, stage: str) -> list[tuple[str, Machine, int]]:
+        tasks, machine = self.tasks.get(stage, 1), self.settings.machines[stage]
         return [
-            (
-                alternative_name(stage, one),
-                one,
-                self.tasks.get(stage, 1) * self._of_a_task(stage, one),
-            )
-            for one in self.settings.machines[stage].alternatives
+            (alternative_name(stage, one), one, tasks * gpus_asked(stage, one, self.parameters))
+            for one in machine.alternatives
         ]
-
-    def _of_a_task(self, stage: str, machine: Machine) -> int:
-        return gpus_asked(stage, machine, self.parameters)
 
     def _look(self, name: str, machine: Machine, gpus: int) -> Finding:
         offered = self._region_offers(name, machine)

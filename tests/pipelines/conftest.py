@@ -1,13 +1,15 @@
-"""The whole pipeline at a tiny scale, run once in the kfp local runner."""
+"""The whole pipeline at a tiny scale, run once in the kfp local runner; a platform's service."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipelines.local import LocalRun, run_pipeline
+from tests.pipelines.loopback import Loopback
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +42,14 @@ def parameters(teacher_dir: Path, corpus: Path) -> dict[str, Any]:
         "continue_more_settings": {"eval_max_tokens": 600},
         "evaluate_more_settings": {"eval_max_tokens": 600},
     }
+
+
+@pytest.fixture
+def kubeflow(tmp_path: Path) -> Iterator[Loopback]:
+    """The API of open-source Kubeflow Pipelines, at a loopback address."""
+    server = Loopback(tmp_path, tls=False)
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

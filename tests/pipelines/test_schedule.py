@@ -95,13 +95,6 @@ def test_a_dry_run(services: GoogleServices, environment: dict[str, str]) -> Non
 
 
 @pytest.fixture
-def kubeflow(tmp_path: Path) -> Iterator[Loopback]:
-    server = Loopback(tmp_path, tls=False)
-    yield server
-    server.close()
-
-
-@pytest.fixture
 def given(kubeflow: Loopback) -> dict[str, str]:
     return {
         "HOST": kubeflow.url,

@@ -785,13 +785,6 @@ def test_a_stage_that_no_release_has_is_refused_before_anything_is_asked(
 # ── open-source Kubeflow Pipelines
 
 
-@pytest.fixture
-def kubeflow(tmp_path: Path) -> Iterator[Loopback]:
-    server = Loopback(tmp_path, tls=False)
-    yield server
-    server.close()
-
-
 def test_submission_to_kubeflow(kubeflow: Loopback) -> None:
     given = {
         "HOST": kubeflow.url,

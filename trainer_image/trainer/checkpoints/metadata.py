@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from trainer.checkpoints.fields import is_number
 from trainer.models.pretrained import Pretrained
@@ -16,7 +16,6 @@ from trainer.settings.schedules import learning_rate
 from trainer.settings.values import parse_value
 
 if TYPE_CHECKING:
-    from trainer.checkpoints.checkpoint import Checkpoint
     from trainer.models.student import StudentConfig
 
 FORMAT_VERSION = 1
@@ -76,9 +75,9 @@ def build_meta(
     alpha, temperature = config.schedule_alpha, config.schedule_T
     last = max(step - 1, 0)
     return {
-        "format_version": FORMAT_VERSION,
-        "step": step,
-        "block_size": config.block_size,
+        **_state(
+            student, step, config.block_size, trained_positions, metrics, metrics_step, origin
+        ),
         "kd_alpha": alpha.at(last),
         "kd_temperature": temperature.at(last),
         "alpha_schedule": config.alpha_schedule,
@@ -93,13 +92,9 @@ def build_meta(
             train_steps=config.train_steps,
         ),
         "lr_peak": config.peak_lr,
-        "pos_embedding": _position_meta(student, trained_positions),
         "rope_scale": student.rope_scale,
         "eval_ctx_lens": list(config.contexts),
-        "metrics": dict(metrics),
-        "metrics_step": metrics_step,
         "save_best_on": config.save_best_on,
-        "model": student.as_dict(),
         "tokenizer": config.teacher_name,
         "teacher_name": config.teacher_name,
         "teacher_targets": targets,
@@ -111,12 +106,19 @@ def build_meta(
         },
         "seed": config.seed,
         "settings": config.run_settings(),
-        "origin": dict(origin or {}),
-        "code": running_code(),
     }
 
 
-def origin_of(source: Checkpoint, context: int | None, **more: Any) -> dict[str, Any]:
+class Source(Protocol):
+    """What is told of a checkpoint that a phase began with; a `Checkpoint` has it."""
+
+    source: str
+    digest: str | None
+    step: int
+    meta: dict[str, Any]
+
+
+def origin_of(source: Source, context: int | None, **more: Any) -> dict[str, Any]:
     """What a new phase's metadata says of the checkpoint that it came from.
 
     Args:
@@ -134,12 +136,31 @@ def origin_of(source: Checkpoint, context: int | None, **more: Any) -> dict[str,
     }
 
 
-def _position_meta(student: StudentConfig, trained_positions: int) -> dict[str, Any]:
+def _state(
+    student: StudentConfig,
+    step: int,
+    block_size: int | None,
+    trained_positions: int,
+    metrics: Mapping[str, float],
+    metrics_step: int,
+    origin: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """What the metadata of any student's weights says: what they are, and where they come from."""
     return {
-        "type": student.pos_embedding,
-        "num_embeddings": student.positions,
-        "embedding_dim": student.d_model,
-        "trained_positions": trained_positions,
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "block_size": block_size,
+        "pos_embedding": {
+            "type": student.pos_embedding,
+            "num_embeddings": student.positions,
+            "embedding_dim": student.d_model,
+            "trained_positions": trained_positions,
+        },
+        "model": student.as_dict(),
+        "metrics": dict(metrics),
+        "metrics_step": metrics_step,
+        "origin": dict(origin or {}),
+        "code": running_code(),
     }
 
 
@@ -159,17 +180,7 @@ def reset_meta(
     schedules = ("alpha_schedule", "temp_schedule", "pending_schedules")
     spent = (*schedules, "settings", "train_steps", "compiled")
     kept = {key: value for key, value in meta.items() if key not in spent}
-    return kept | {
-        "format_version": FORMAT_VERSION,
-        "step": 0,
-        "block_size": block_size,
-        "pos_embedding": _position_meta(student, trained_positions),
-        "model": student.as_dict(),
-        "metrics": {},
-        "metrics_step": -1,
-        "origin": dict(origin),
-        "code": running_code(),
-    }
+    return kept | _state(student, 0, block_size, trained_positions, {}, -1, origin)
 
 
 _SETTING_OF_META = {

@@ -150,8 +150,7 @@ def read_sidecar(uri: str) -> Sidecar:
         StorageError: there is none, or it cannot be read.
     """
     directory, name = split_uri(uri)
-    data = open_location(directory).read_bytes(sidecar_name(name), limit=SIDECAR_LIMIT)
-    return _of_its_own(Sidecar.parse(data, name))
+    return _read(open_location(directory), name)
 
 
 def read_sidecars(location: Location) -> list[Sidecar]:
@@ -173,8 +172,7 @@ def read_sidecars_of(location: Location, names: set[str]) -> tuple[list[Sidecar]
         if not is_checkpoint_name(name) or sidecar_name(name) not in names:
             continue
         try:
-            data = location.read_bytes(sidecar_name(name), limit=SIDECAR_LIMIT)
-            found.append(_of_its_own(Sidecar.parse(data, name)))
+            found.append(_read(location, name))
         except NewerFormatError:
             raise  # not damaged: an older program must not go on behind it
         except (CheckpointError, StorageMissingError, StorageTooLargeError) as error:
@@ -184,8 +182,10 @@ def read_sidecars_of(location: Location, names: set[str]) -> tuple[list[Sidecar]
     return found, refused
 
 
-def _of_its_own(sidecar: Sidecar) -> Sidecar:
-    """The sidecar, unless it came with another checkpoint's name."""
+def _read(location: Location, name: str) -> Sidecar:
+    """The sidecar of a checkpoint, unless it came with another one's name."""
+    data = location.read_bytes(sidecar_name(name), limit=SIDECAR_LIMIT)
+    sidecar = Sidecar.parse(data, name)
     if sidecar.file not in (None, sidecar.name):
         raise CheckpointError(
             f"sidecar of {sidecar.name} is of {str(sidecar.file)[:200]!r}: somebody copied or"

@@ -265,10 +265,7 @@ class RunsCompared:
         return told
 
     def _of_a_context(self, context: int) -> Iterator[str]:
-        runs, end = (
-            [run for run in self.runs if context in run.contexts],
-            self.common_tokens(context),
-        )
+        runs = [run for run in self.runs if context in run.contexts]
         numbers = {run.evaluated_on(context)[0] for run in runs}
         if len(numbers) > 1:
             shown = ", ".join(sorted({whole(tokens) for tokens in numbers}))
@@ -281,6 +278,7 @@ class RunsCompared:
                 f"At context {context} the runs were evaluated on validation splits of different"
                 " lengths: their losses differ by that too."
             )
+        end = self.common_tokens(context)
         if end is None:
             return
         for run in runs:

@@ -76,7 +76,7 @@ class BoundedProcess:
             )
         try:
             self._receive(_START_SECONDS, "to start")
-        except BaseException:
+        except BaseException:  # a signal's too: the child must not stay
             self.close()
             raise
 

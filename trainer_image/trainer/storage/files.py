@@ -113,7 +113,7 @@ def open_regular(path: str | os.PathLike[str], *, limit: int | None = None) -> B
             raise OSError(errno.EINVAL, "its content is made up by the system, it is no file")
         if limit is not None and status.st_size > limit:
             raise too_large(os.fspath(path), status.st_size, limit)
-    except BaseException:
+    except BaseException:  # a signal's too
         file.close()
         raise
     return file

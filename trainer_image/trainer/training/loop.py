@@ -200,7 +200,7 @@ class TrainingLoop:
                 bar.update(note=self._shown)
                 self._after_update(scalars)
             self.snapshots.finish()
-        except Exception as error:
+        except Exception as error:  # whatever it is, what was trained is saved first
             if not isinstance(error, Preempted):
                 self._rescue(error)
             raise

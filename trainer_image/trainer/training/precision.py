@@ -76,7 +76,7 @@ def compiler_errors() -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # the compilers' own share no class
         if not type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):
             raise
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
